@@ -1,0 +1,13 @@
+"""NCSN++ (cont., deep) on CIFAR-10, VE SDE (Song et al., ICLR 2021, Table 3: FID 2.20, IS 9.89).
+
+python main.py --config=configs/ve/cifar10_ncsnpp_deep_continuous.py --workdir=runs/ve_ncsnpp_deep --mode=train
+"""
+
+from configs.defaults import base_config
+
+
+def get_config():
+    config = base_config()
+    config.training.n_iters = 950001
+    config.model.num_res_blocks = 8
+    return config

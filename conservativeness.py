@@ -1,0 +1,191 @@
+"""How far a score is from being a gradient: everything about its Jacobian.
+
+Let J = ∂s/∂x be the Jacobian of a score s(x, t) at one sample, D the dimension. s is conservative, that is, the
+gradient of some log-density, exactly if J = Jᵀ. The asymmetry is measured by
+
+    Asym  = tr(JJᵀ) − tr(JJ) = ½‖J − Jᵀ‖²_F              in units of score² per data²
+    NAsym = Asym / (2 tr JJᵀ) = ‖J − Jᵀ‖²_F / (4‖J‖²_F)   in [0, 1]
+
+averaged over samples. NAsym is 0 for a conservative field, ½ for a random matrix and 1 for an antisymmetric one.
+
+For probes v with E[vvᵀ] = I (here ±1 with equal probability) two unbiased estimators of Asym use one
+Jacobian-vector and one vector-Jacobian product each:
+
+* ``trace``, Eq. 9 of the paper:  ‖Jᵀv‖² − (Jᵀv)·(Jv). It may be negative, and at small NAsym its variance is
+  dominated by the symmetric part of J.
+* ``antisymmetric``:  ½‖Jv − Jᵀv‖² = ½‖(J − Jᵀ)v‖². Never negative, exactly 0 for a conservative field; its
+  standard deviation falls with ‖J − Jᵀ‖² rather than with ‖J‖·‖J − Jᵀ‖.
+
+Source: Chao, Sun, Cheng, Lee, "On Investigating the Conservative Property of Score-Based Generative Models"
+(ICML 2023), Sections 2.3 and 4.2. Where the paper writes ‖J − Jᵀ‖²_F for Asym, its code computes the trace form
+above, half of that; so do we.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from randomness import Generator, rademacher_like
+from sde_lib import ScoreFunction
+
+__all__ = [
+    "ESTIMATORS",
+    "EXACT_MAX_DIMENSION",
+    "Asymmetry",
+    "asymmetry",
+    "circulation",
+    "jacobian",
+    "jvp",
+    "vjp",
+]
+
+ESTIMATORS = ("antisymmetric", "trace", "exact")
+EXACT_MAX_DIMENSION = 256
+"""Up to this many dimensions the exact Jacobian is the default: D backward passes."""
+
+
+class Asymmetry(NamedTuple):
+    """Per-sample results: the score (B, ...) itself, Asym (B,) and ‖J‖²_F = tr JJᵀ (B,)."""
+
+    score: Tensor
+    asym: Tensor
+    jacobian_norm_squared: Tensor
+
+    @property
+    def nasym(self) -> Tensor:
+        """NAsym (B,). From K probes it is a ratio of two estimates, with a bias of order 1/K."""
+        return self.asym / (2 * self.jacobian_norm_squared)
+
+
+def jvp(score: ScoreFunction, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """s(x, t) and Jv, both (B, ...), in one forward-mode pass; differentiable if gradients are enabled."""
+    with forward_ad.dual_level():
+        output = forward_ad.unpack_dual(score(forward_ad.make_dual(x, v), t))
+        # A field that does not depend on x (or only through operations of zero derivative) has no tangent.
+        tangent = torch.zeros_like(output.primal) if output.tangent is None else output.tangent
+        return output.primal, tangent
+
+
+def vjp(score_value: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = False) -> Tensor:
+    """Jᵀv (B, ...) by one backward pass through an already computed score; the graph is kept."""
+    (product,) = torch.autograd.grad(
+        score_value, x, v, create_graph=create_graph, retain_graph=True, materialize_grads=True
+    )
+    return product
+
+
+def jacobian(score: ScoreFunction, x: Tensor, t: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+    """The score (B, ...) and its exact Jacobian (B, D, D), J[b, i, j] = ∂s_i/∂x_j, by D backward passes."""
+    x = _requiring_grad(x)
+    with torch.enable_grad():
+        value = score(x, t)
+        rows = []
+        for i in range(value[0].numel()):
+            basis = torch.zeros_like(value).flatten(1)
+            basis[:, i] = 1.0
+            rows.append(vjp(value, x, basis.view_as(value), create_graph=create_graph).flatten(1))
+    return value, torch.stack(rows, dim=1)
+
+
+def asymmetry(
+    score: ScoreFunction,
+    x: Tensor,
+    t: Tensor,
+    *,
+    probes: int | None = None,
+    estimator: str = "antisymmetric",
+    generator: Generator = None,
+    create_graph: bool = False,
+) -> Asymmetry:
+    """Asym and ‖J‖²_F of every sample, exact or estimated.
+
+    Args:
+        score: s(x, t).
+        x, t: points (B, ...) and times (B,).
+        probes: number K of probes; their estimates are averaged. None asks for the exact Jacobian.
+        estimator: 'antisymmetric' or 'trace'; 'exact' ignores ``probes``.
+        generator: where the probes come from.
+        create_graph: make the results differentiable, for training.
+
+    Raises:
+        ValueError: unknown estimator; K < 1; or neither probes nor at most 256 dimensions.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator={estimator!r}: allowed are {', '.join(ESTIMATORS)}")
+    dimension = x[0].numel()
+    if estimator == "exact" or probes is None:
+        if estimator != "exact" and dimension > EXACT_MAX_DIMENSION:
+            raise ValueError(
+                f"probes=None in {dimension} dimensions: the exact Jacobian is the default up to "
+                f"{EXACT_MAX_DIMENSION}; give a number of probes, or estimator='exact'"
+            )
+        value, j = jacobian(score, x, t, create_graph=create_graph)
+        result = Asymmetry(value, 0.5 * ((j - j.mT) ** 2).sum((1, 2)), (j**2).sum((1, 2)))
+    else:
+        if probes < 1:
+            raise ValueError(f"probes={probes}: at least 1")
+        x = _requiring_grad(x)
+        asym, norm = 0.0, 0.0
+        with torch.enable_grad():
+            for _ in range(probes):
+                v = rademacher_like(x, generator)
+                # One forward-mode pass gives the score too; the backward pass runs through its graph.
+                value, jv = jvp(score, x, t, v)
+                jtv = vjp(value, x, v, create_graph=create_graph)
+                norm_estimate = (jtv**2).flatten(1).sum(1)
+                if estimator == "trace":
+                    asym_estimate = norm_estimate - (jtv * jv).flatten(1).sum(1)
+                else:
+                    asym_estimate = 0.5 * ((jv - jtv) ** 2).flatten(1).sum(1)
+                asym, norm = asym + asym_estimate / probes, norm + norm_estimate / probes
+        result = Asymmetry(value, asym, norm)
+    return result if create_graph else Asymmetry(*(part.detach() for part in result))
+
+
+def circulation(
+    score: ScoreFunction,
+    x: Tensor,
+    t: Tensor,
+    directions: tuple[Tensor, Tensor],
+    *,
+    radius: float,
+    num_points: int = 64,
+) -> Tensor:
+    """∮ s·dx once around a circle about each sample; zero for every circle exactly if s is conservative.
+
+    The circle is x + r (u cos φ + w sin φ). The trapezoidal rule in φ converges faster than any power of the
+    number of points where s is smooth. For small r the value is πr² (wᵀJu − uᵀJw) + O(r⁴).
+
+    Args:
+        score: s(x, t).
+        x, t: centres (B, ...) and times (B,).
+        directions: u and w, each (B, ...), orthonormal per sample.
+        radius: r, in the units of x.
+        num_points: evaluations of the score.
+
+    Returns:
+        (B,), score units times data units, which is nats.
+
+    Raises:
+        ValueError: radius ≤ 0 or fewer than 3 points.
+    """
+    if radius <= 0 or num_points < 3:
+        raise ValueError(f"radius={radius}, num_points={num_points}: need radius > 0 and at least 3 points")
+    u, w = directions
+    total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    for k in range(num_points):
+        angle = 2 * math.pi * k / num_points
+        position = x + radius * (u * math.cos(angle) + w * math.sin(angle))
+        tangent = radius * (w * math.cos(angle) - u * math.sin(angle))
+        total += (score(position, t) * tangent).flatten(1).sum(1).detach()
+    return total * (2 * math.pi / num_points)
+
+
+def _requiring_grad(x: Tensor) -> Tensor:
+    """``x`` itself if it already takes part in a graph, otherwise a leaf that starts one."""
+    return x if x.requires_grad else x.detach().requires_grad_()

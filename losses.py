@@ -1,0 +1,161 @@
+"""Training objectives: denoising score matching and the quasi-conservative regulariser.
+
+With x_t = α_t x_0 + σ_t z, z ~ N(0, I), the denoising score-matching loss of one sample is
+
+    L_SM = λ(t) ‖s(x_t, t) + z/σ_t‖²,    λ = σ_t² (default) or g(t)² (likelihood weighting)
+
+summed over dimensions and halved, or averaged over dimensions (``reduce_mean``), as in Song et al. (ICLR 2021),
+Eq. 7, and Song, Durkan, Murray, Ermon (NeurIPS 2021). Discrete-time training (SMLD, DDPM) is the same loss at the
+times of the family's ladder of noise levels.
+
+A quasi-conservative model adds λ_QC·L_QC: the asymmetry Asym of the score's Jacobian at the same perturbed
+sample, weighted and reduced like L_SM (Chao, Sun, Cheng, Lee, ICML 2023, Eqs. 8 and 9). Lazily, it is evaluated
+every k-th step with weight kλ_QC, which is unbiased over k steps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from conservativeness import ESTIMATORS, asymmetry
+from models.score import ScoreModel
+from randomness import Generator, normal_like, uniform
+from sde_lib import expand
+
+__all__ = ["Objective", "get_objective"]
+
+TRAINING_EPS = 1e-5
+"""Smallest time in training, where VP's 1/σ is still finite (Song et al., 2021, Appendix C)."""
+
+
+class Objective(nn.Module):
+    """All terms of the loss in one forward pass, so that wrappers for several processes, mixed precision and
+    gradient accumulation see one forward and one backward.
+
+    Args:
+        score_model: the model being trained.
+        continuous: times uniform on [1e-5, 1]; otherwise uniform on the model's ladder of noise levels.
+        likelihood_weighting: weight g² instead of σ² (continuous time only).
+        reduce_mean: mean over dimensions, instead of half the sum.
+        qc_weight: λ_QC; 0 trains an ordinary (U or C) model.
+        qc_probes: probes K per sample.
+        qc_estimator: 'antisymmetric', 'trace' or 'exact'.
+        qc_interval: evaluate the term every k-th step.
+
+    Raises:
+        ValueError: a value outside its range, naming the config field.
+    """
+
+    def __init__(
+        self,
+        score_model: ScoreModel,
+        *,
+        continuous: bool = True,
+        likelihood_weighting: bool = False,
+        reduce_mean: bool = False,
+        qc_weight: float = 0.0,
+        qc_probes: int = 1,
+        qc_estimator: str = "antisymmetric",
+        qc_interval: int = 1,
+    ) -> None:
+        super().__init__()
+        if not qc_weight >= 0:
+            raise ValueError(f"training.qc_weight={qc_weight}: allowed are values >= 0")
+        if qc_probes < 1:
+            raise ValueError(f"training.qc_probes={qc_probes}: at least 1")
+        if qc_interval < 1:
+            raise ValueError(f"training.qc_interval={qc_interval}: at least 1")
+        if qc_estimator not in ESTIMATORS:
+            raise ValueError(f"training.qc_estimator={qc_estimator!r}: allowed are {', '.join(ESTIMATORS)}")
+        if likelihood_weighting and not continuous:
+            raise ValueError("training.likelihood_weighting=True: needs training.continuous=True")
+        self.score_model = score_model
+        self.sde = score_model.sde
+        self.ladder = None if continuous else self.sde.ladder(score_model.noise_level.num_scales)
+        self.likelihood_weighting = likelihood_weighting
+        self.reduce_mean = reduce_mean
+        self.qc_weight = qc_weight
+        self.qc_probes = qc_probes
+        self.qc_estimator = qc_estimator
+        self.qc_interval = qc_interval
+
+    def forward(
+        self, x0: Tensor, generator: Generator = None, *, step: int = 0, class_labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The loss terms of a batch.
+
+        Args:
+            x0: data (B, C, H, W), scaled as the model expects.
+            generator: source of times, noise and probes.
+            step: optimiser step, which decides whether a lazy QC term is due.
+            class_labels: (B,) for a class-conditional model.
+
+        Returns:
+            Scalars: ``loss`` to minimise; ``dsm``, the score-matching term; ``qc``, the unweighted L_QC, only in
+            steps that evaluate it.
+        """
+        t, mean_coefficient, std = self._noise_level(x0, generator)
+        z = normal_like(x0, generator)
+        xt = expand(mean_coefficient, x0) * x0 + expand(std, x0) * z
+        weight = self.sde.diffusion(t) ** 2 if self.likelihood_weighting else std**2
+
+        def score(x: Tensor, t: Tensor) -> Tensor:
+            return self.score_model(x, t, class_labels)
+
+        terms = {}
+        if self.qc_weight and step % self.qc_interval == 0:
+            result = asymmetry(
+                score,
+                xt,
+                t,
+                probes=self.qc_probes,
+                estimator=self.qc_estimator,
+                generator=generator,
+                create_graph=torch.is_grad_enabled(),
+            )
+            value = result.score
+            terms["qc"] = self._reduce(weight * result.asym, x0)
+        else:
+            value = score(xt, t)
+        # σs + z rather than s + z/σ: the two differ by the weight, and this one never divides by a small σ.
+        error = ((expand(std, x0) * value + z) ** 2).flatten(1).sum(1)
+        terms["dsm"] = self._reduce(weight / std**2 * error, x0)
+        terms["loss"] = terms["dsm"]
+        if "qc" in terms:
+            terms["loss"] = terms["dsm"] + self.qc_weight * self.qc_interval * terms["qc"]
+        return terms
+
+    def _noise_level(self, x0: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Random times (B,) with their mean coefficients and standard deviations."""
+        u = uniform((len(x0),), generator, device=x0.device, dtype=x0.dtype)
+        if self.ladder is None:
+            t = TRAINING_EPS + u * (self.sde.end_time - TRAINING_EPS)
+            return t, self.sde.mean_coefficient(t), self.sde.std(t)
+        levels = len(self.ladder.std)
+        index = (u * levels).long().clamp(max=levels - 1).cpu()
+        t = (index / (levels - 1) * self.sde.end_time).to(x0)
+        return t, self.ladder.mean_coefficient[index].to(x0), self.ladder.std[index].to(x0)
+
+    def _reduce(self, per_sample: Tensor, x0: Tensor) -> Tensor:
+        """Batch mean of a per-sample sum over dimensions: divided by D, or halved."""
+        return per_sample.mean() * (1 / x0[0].numel() if self.reduce_mean else 0.5)
+
+
+def get_objective(config, score_model: ScoreModel) -> Objective:
+    """The objective of ``config.training`` for a score model.
+
+    Raises:
+        ValueError: a field outside its range.
+    """
+    training = config.training
+    return Objective(
+        score_model,
+        continuous=training.continuous,
+        likelihood_weighting=training.likelihood_weighting,
+        reduce_mean=training.reduce_mean,
+        qc_weight=training.qc_weight,
+        qc_probes=training.qc_probes,
+        qc_estimator=training.qc_estimator,
+        qc_interval=training.qc_interval,
+    )

@@ -1,0 +1,52 @@
+"""Train, evaluate or sample a score-based model: python main.py --config=FILE[:ARGUMENT] --workdir=W --mode=MODE."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+FLAGS = flags.FLAGS
+
+config_flags.DEFINE_config_file("config", None, "The experiment; override fields with --config.x.y=VALUE.")
+flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
+flags.DEFINE_enum("mode", None, ["train", "eval", "sample"], "What to do.")
+flags.DEFINE_string("device", "auto", "auto, cpu, cuda or mps.")
+flags.DEFINE_string("precision", "fp32", "fp32, bf16 or fp16 (mixed).")
+flags.DEFINE_integer("accumulation_steps", 1, "Split each process's share of a batch into so many passes.")
+flags.DEFINE_string("checkpoint", None, "File to evaluate or sample from; default: the newest in the workdir.")
+flags.DEFINE_string("cache_dir", "", "Where evaluation keeps features that several runs can share.")
+flags.mark_flags_as_required(["config", "workdir", "mode"])
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
+    if FLAGS.checkpoint and FLAGS.mode == "train":
+        sys.exit("--checkpoint: only for --mode=eval or sample; training starts from --config.training.init_from")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    import run_lib  # imports torch, which --help and a mistyped flag need not wait for
+
+    try:
+        runtime = run_lib.Runtime(FLAGS.device, FLAGS.precision, FLAGS.accumulation_steps, FLAGS.cache_dir)
+        if FLAGS.mode == "train":
+            run_lib.train(FLAGS.config, FLAGS.workdir, runtime)
+        elif FLAGS.mode == "eval":
+            metrics = run_lib.evaluate(FLAGS.config, FLAGS.workdir, runtime, FLAGS.checkpoint)
+            for name, value in sorted(metrics.items()):
+                print(f"{name:24} {value:.6g}" if isinstance(value, float) else f"{name:24} {value}")
+        else:
+            print(run_lib.sample(FLAGS.config, FLAGS.workdir, runtime, FLAGS.checkpoint))
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        logging.debug("", exc_info=True)
+        sys.exit(f"error: {error}")
+    except run_lib.Interrupted as interruption:
+        print(interruption, file=sys.stderr)
+        sys.exit(128 + interruption.signal_number)
+
+
+if __name__ == "__main__":
+    app.run(main)

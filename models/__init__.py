@@ -1,0 +1,83 @@
+"""Networks, their moving average, and the two parameterisations of a score, built from a config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from models.ema import EMA
+from models.score import ConservativeScore, NoiseLevel, ScoreModel, UnconstrainedScore
+from models.unet import UNet
+from sde_lib import SDE
+
+__all__ = ["EMA", "ConservativeScore", "ScoreModel", "UnconstrainedScore", "create_network", "create_score_model"]
+
+
+def _unet(config) -> UNet:
+    model = config.model
+    return UNet(
+        image_size=config.data.image_size,
+        num_channels=config.data.num_channels,
+        centered=config.data.centered,
+        nf=model.nf,
+        ch_mult=tuple(model.ch_mult),
+        num_res_blocks=model.num_res_blocks,
+        attn_resolutions=tuple(model.attn_resolutions),
+        dropout=model.dropout,
+        nonlinearity=model.nonlinearity,
+        conditional=model.conditional,
+        embedding_type=model.embedding_type,
+        fourier_scale=model.fourier_scale,
+        resblock_type=model.resblock_type,
+        resamp_with_conv=model.resamp_with_conv,
+        fir=model.fir,
+        fir_kernel=tuple(model.fir_kernel),
+        skip_rescale=model.skip_rescale,
+        progressive=model.progressive,
+        progressive_input=model.progressive_input,
+        progressive_combine=model.progressive_combine,
+        init_scale=model.init_scale,
+        num_classes=model.get("num_classes", 0),
+    )
+
+
+# score_sde_pytorch's name for both NCSN++ and DDPM++, which are one network with other options.
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"ncsnpp": _unet}
+
+PARAMETERIZATIONS = ("unconstrained", "conservative")
+
+
+def create_network(config) -> nn.Module:
+    """The network that ``config.model`` describes, freshly initialised, raw output (no division by σ).
+
+    Raises:
+        ValueError: unknown ``model.name`` or option, or sizes that do not fit.
+    """
+    name = config.model.name.lower()
+    if name not in NETWORKS:
+        raise ValueError(f"model.name={config.model.name!r}: allowed are {', '.join(sorted(NETWORKS))}")
+    return NETWORKS[name](config)
+
+
+def create_score_model(config, sde: SDE) -> ScoreModel:
+    """The score model of ``config.model.parameterization`` around a new network.
+
+    Raises:
+        ValueError: unknown parameterisation, or one that contradicts other fields.
+    """
+    model = config.model
+    if model.parameterization not in PARAMETERIZATIONS:
+        raise ValueError(
+            f"model.parameterization={model.parameterization!r}: allowed are {', '.join(PARAMETERIZATIONS)}"
+        )
+    if sde.name != "ve" and model.scale_by_sigma:
+        raise ValueError(f"model.scale_by_sigma=True: only for VE; a {sde.name} network is divided by σ by its score")
+    if sde.name == "ve" and model.parameterization == "conservative" and not model.scale_by_sigma:
+        raise ValueError("model.scale_by_sigma=False: a conservative model always divides by σ (Eq. 10)")
+    noise_level = NoiseLevel(sde, None if config.training.continuous else model.num_scales)
+    network = create_network(config)
+    if model.parameterization == "conservative":
+        return ConservativeScore(network, noise_level)
+    divide = sde.name != "ve" or model.scale_by_sigma
+    return UnconstrainedScore(network, noise_level, divide_by_sigma=divide)

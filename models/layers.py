@@ -1,0 +1,304 @@
+"""The parts of the U-Net: embeddings of the noise level, resampling, residual blocks, attention.
+
+Everything here can be differentiated forwards (dual numbers), backwards, and backwards through either, which the
+quasi-conservative loss needs.
+
+Sources: Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models" (NeurIPS 2020); Song et al., "Score-Based
+Generative Modeling through Stochastic Differential Equations" (ICLR 2021), Appendix H; Brock, Donahue, Simonyan,
+"Large Scale GAN Training" (BigGAN, ICLR 2019); Zhang, "Making Convolutional Networks Shift-Invariant Again"
+(ICML 2019) for the FIR resampling; Tancik et al. (NeurIPS 2020) for the Fourier features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "Attention",
+    "BigGANBlock",
+    "Combine",
+    "DDPMBlock",
+    "Downsample",
+    "FIRConvDown",
+    "FIRConvUp",
+    "FIRDown",
+    "FIRUp",
+    "FourierEmbedding",
+    "PositionalEmbedding",
+    "Upsample",
+    "conv1x1",
+    "conv3x3",
+    "dense",
+    "group_norm",
+    "initialise",
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Elementary layers with DDPM's initialisation
+
+
+def initialise(layer: nn.Module, scale: float = 1.0) -> nn.Module:
+    """Uniform weights of variance scale / fan_avg and zero bias; scale 0 means 1e-10 (nearly, not exactly, zero)."""
+    nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(scale or 1e-10))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def conv3x3(in_channels: int, out_channels: int, scale: float = 1.0) -> nn.Conv2d:
+    return initialise(nn.Conv2d(in_channels, out_channels, 3, padding=1), scale)
+
+
+def conv1x1(in_channels: int, out_channels: int, scale: float = 1.0) -> nn.Conv2d:
+    return initialise(nn.Conv2d(in_channels, out_channels, 1), scale)
+
+
+def dense(in_features: int, out_features: int) -> nn.Linear:
+    return initialise(nn.Linear(in_features, out_features))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(max(channels // 4, 1), 32), channels, eps=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Embeddings of the time label
+
+
+class FourierEmbedding(nn.Module):
+    """Label σ (B,) → [sin 2πw ln σ, cos 2πw ln σ] (B, 2·size), with fixed random frequencies w ~ N(0, scale²)."""
+
+    def __init__(self, size: int, scale: float) -> None:
+        super().__init__()
+        self.out_features = 2 * size
+        self.frequencies = nn.Parameter(scale * torch.randn(size), requires_grad=False)
+
+    def forward(self, label: Tensor) -> Tensor:
+        angle = 2 * math.pi * torch.log(label)[:, None] * self.frequencies[None, :]
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class PositionalEmbedding(nn.Module):
+    """Label (B,) → sinusoids (B, size) with wavelengths from 2π to 10 000·2π (Transformer positions)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        if size < 4 or size % 2:
+            raise ValueError(f"model.nf={size}: a positional embedding needs an even width of at least 4")
+        self.out_features = size
+        half = size // 2
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32) / (half - 1))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, label: Tensor) -> Tensor:
+        angle = label[:, None] * self.frequencies[None, :]
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Resampling
+
+
+def _fir_kernel(taps: Sequence[float], gain: float = 1.0) -> Tensor:
+    """The separable kernel taps ⊗ taps, normalised to sum ``gain``, flipped so that a correlation convolves."""
+    taps_1d = torch.tensor(taps, dtype=torch.float32)
+    kernel = torch.outer(taps_1d, taps_1d)
+    return (gain * kernel / kernel.sum()).flip(0, 1)
+
+
+class FIRDown(nn.Module):
+    """Blur with a small binomial kernel, then keep every second pixel: (B, C, H, W) → (B, C, H/2, W/2).
+
+    ``margin`` extra pixels of the blurred image are kept at the border for a convolution that follows.
+    """
+
+    def __init__(self, taps: Sequence[float], *, margin: int = 0, stride: int = 2) -> None:
+        super().__init__()
+        self.register_buffer("kernel", _fir_kernel(taps), persistent=False)
+        pad = len(taps) - 2 + 2 * margin
+        self.padding = ((pad + 1) // 2, pad // 2)
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, after = self.padding
+        channels = x.shape[1]
+        x = F.pad(x, (before, after, before, after))
+        return F.conv2d(x, self.kernel.to(x.dtype).expand(channels, 1, -1, -1), stride=self.stride, groups=channels)
+
+
+class FIRUp(nn.Module):
+    """Insert zeros between pixels, then blur: (B, C, H, W) → (B, C, 2H, 2W), plus ``margin`` pixels all round."""
+
+    def __init__(self, taps: Sequence[float], *, margin: int = 0) -> None:
+        super().__init__()
+        # Gain 4 because three of four pixels are zeros. A strided transposed convolution is exactly
+        # zero-insertion followed by a convolution; it wants the unflipped kernel.
+        self.register_buffer("kernel", _fir_kernel(taps, gain=4.0).flip(0, 1), persistent=False)
+        # Leading pixels of the full convolution that the symmetric crop leaves out.
+        self.start = len(taps) - 2 - (len(taps) - 1) // 2 - margin
+        self.margin = margin
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels, height, width = x.shape[1:]
+        kernel = self.kernel.to(x.dtype).expand(channels, 1, -1, -1)
+        full = F.conv_transpose2d(x, kernel, stride=2, groups=channels)
+        end_rows = self.start + 2 * (height + self.margin) - full.shape[2]
+        end_columns = self.start + 2 * (width + self.margin) - full.shape[3]
+        # Negative amounts crop, positive ones pad: the margin may reach beyond the full convolution.
+        return F.pad(full, (-self.start, end_columns, -self.start, end_rows))
+
+
+class FIRConvDown(nn.Module):
+    """Blur, then a learned 3×3 convolution of stride 2."""
+
+    def __init__(self, in_channels: int, out_channels: int, taps: Sequence[float]) -> None:
+        super().__init__()
+        self.blur = FIRDown(taps, margin=1, stride=1)
+        self.conv = initialise(nn.Conv2d(in_channels, out_channels, 3, stride=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.blur(x))
+
+
+class FIRConvUp(nn.Module):
+    """Upsample with a blur, then a learned 3×3 convolution.
+
+    The blurred image keeps one pixel beyond its border, so that the convolution sees no zeros there and the two
+    commute, as in the source, which convolves first.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, taps: Sequence[float]) -> None:
+        super().__init__()
+        self.up = FIRUp(taps, margin=1)
+        self.conv = initialise(nn.Conv2d(in_channels, out_channels, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.up(x))
+
+
+class Downsample(nn.Module):
+    """DDPM's downsampling by 2: a 3×3 convolution of stride 2 (padded at the far border), or average pooling."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, with_conv: bool) -> None:
+        super().__init__()
+        self.conv = initialise(nn.Conv2d(in_channels, out_channels, 3, stride=2)) if with_conv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2) if self.conv is None else self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """DDPM's upsampling by 2: repeat every pixel, then an optional 3×3 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, with_conv: bool) -> None:
+        super().__init__()
+        self.conv = conv3x3(in_channels, out_channels) if with_conv else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Combine(nn.Module):
+    """Merge the input pyramid into the features: a 1×1 convolution of the pyramid, then sum or concatenation."""
+
+    def __init__(self, pyramid_channels: int, channels: int, *, concatenate: bool) -> None:
+        super().__init__()
+        self.conv = conv1x1(pyramid_channels, channels)
+        self.concatenate = concatenate
+        self.out_channels = 2 * channels if concatenate else channels
+
+    def forward(self, pyramid: Tensor, h: Tensor) -> Tensor:
+        projected = self.conv(pyramid)
+        return torch.cat([projected, h], dim=1) if self.concatenate else projected + h
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+class _ResidualBlock(nn.Module):
+    """norm, activation, (resample), conv, + noise level, norm, activation, dropout, conv; plus a shortcut."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        activation: nn.Module,
+        temb_features: int | None,
+        dropout: float,
+        init_scale: float,
+        skip_rescale: bool,
+        resample: nn.Module,
+        shortcut: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = conv3x3(in_channels, out_channels)
+        self.time = dense(temb_features, out_channels) if temb_features else None
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = conv3x3(out_channels, out_channels, init_scale)
+        self.activation = activation
+        self.resample = resample
+        self.shortcut = shortcut
+        self.rescale = 1 / math.sqrt(2) if skip_rescale else 1.0
+
+    def forward(self, x: Tensor, temb: Tensor | None) -> Tensor:
+        h = self.conv1(self.resample(self.activation(self.norm1(x))))
+        if self.time is not None:
+            h = h + self.time(self.activation(temb))[:, :, None, None]
+        h = self.conv2(self.dropout(self.activation(self.norm2(h))))
+        return self.rescale * (self.shortcut(self.resample(x)) + h)
+
+
+class DDPMBlock(_ResidualBlock):
+    """The residual block of DDPM: no resampling; a 1×1 shortcut where the number of channels changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, **options) -> None:
+        # The source initialises this shortcut, as its other channel-mixing layers, with scale 0.1.
+        shortcut = conv1x1(in_channels, out_channels, 0.1) if in_channels != out_channels else nn.Identity()
+        super().__init__(in_channels, out_channels, resample=nn.Identity(), shortcut=shortcut, **options)
+
+
+class BigGANBlock(_ResidualBlock):
+    """The residual block of BigGAN: ``resample`` is None or a module applied to both branches."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, resample: nn.Module | None = None, **options) -> None:
+        changes = in_channels != out_channels or resample is not None
+        shortcut = conv1x1(in_channels, out_channels) if changes else nn.Identity()
+        super().__init__(in_channels, out_channels, resample=resample or nn.Identity(), shortcut=shortcut, **options)
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all pixels with a residual connection, (B, C, H, W) → (B, C, H, W).
+
+    Plain matrix products and an explicit softmax: the fused kernels, and the forward-mode rule of torch's own
+    softmax, cannot be differentiated once more.
+    """
+
+    def __init__(self, channels: int, *, init_scale: float, skip_rescale: bool) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.query = conv1x1(channels, channels, 0.1)
+        self.key = conv1x1(channels, channels, 0.1)
+        self.value = conv1x1(channels, channels, 0.1)
+        self.out = conv1x1(channels, channels, init_scale)
+        self.rescale = 1 / math.sqrt(2) if skip_rescale else 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        h = self.norm(x)
+        query, key, value = (layer(h).flatten(2) for layer in (self.query, self.key, self.value))  # (B, C, HW)
+        logits = query.transpose(1, 2) @ key * channels**-0.5  # (B, HW, HW)
+        # Shifting by the maximum changes nothing but the range, so no derivative need pass through it.
+        weights = torch.exp(logits - logits.detach().amax(2, keepdim=True))
+        weights = weights / weights.sum(2, keepdim=True)
+        h = (value @ weights.to(value.dtype).transpose(1, 2)).reshape(batch, channels, height, width)
+        return self.rescale * (x + self.out(h))

@@ -1,0 +1,120 @@
+"""From a network to a score: the one place that knows time labels, the division by σ and the sign.
+
+A network h(x, label) has no scale of its own. Two parameterisations turn it into a score s(x, t) = ∇ log p_t(x),
+after Eq. 10 of Chao, Sun, Cheng, Lee (ICML 2023); both have exactly the network's parameters:
+
+* unconstrained:  s = ±h(x, t)/σ_t; in general ∂s/∂x is not symmetric and s is no gradient of anything;
+* conservative:   s = ∇ₓ(−‖h(x, t)‖²/(2σ_t)), the gradient of a scalar by construction.
+
+In the paper's notation h = x − f(x, t): the network predicts the residual h itself, as NCSN++ does, rather than f.
+
+The label is what each family's public checkpoints were trained with:
+
+=============  ==========================  =====================  ===================
+family         continuous time             discrete time          unconstrained score
+=============  ==========================  =====================  ===================
+VE             σ(t)                        N − 1 − i (σ falling)  h/σ
+VP             999·t                       i                      −h/σ
+sub-VP         999·t                       none                   −h/σ
+=============  ==========================  =====================  ===================
+
+with i the index nearest to t(N − 1); discrete models use the σ of their ladder at that index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sde_lib import SDE, expand
+
+__all__ = ["ConservativeScore", "NoiseLevel", "ScoreModel", "UnconstrainedScore"]
+
+CONTINUOUS_LABELS: dict[str, Callable[[SDE, Tensor], Tensor]] = {
+    "ve": lambda sde, t: sde.std(t),
+    "vp": lambda sde, t: 999 * t,
+    "subvp": lambda sde, t: 999 * t,
+}
+DISCRETE_LABELS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "ve": lambda index, n: n - 1 - index,
+    "vp": lambda index, n: index,
+}
+# A VE network predicts −z (score times σ), a VP network the noise z itself.
+NETWORK_SIGN = {"ve": 1.0, "vp": -1.0, "subvp": -1.0}
+
+
+class NoiseLevel(nn.Module):
+    """Maps a time t (B,) to the network's label (B,) and the scale σ (B,) of the noise.
+
+    Args:
+        sde: the forward process.
+        num_scales: None for a model of continuous time, or the number N of levels of a discrete-time one.
+    """
+
+    def __init__(self, sde: SDE, num_scales: int | None = None) -> None:
+        super().__init__()
+        self.sde = sde
+        self.num_scales = num_scales
+        if num_scales is not None:
+            if num_scales < 2:
+                raise ValueError(f"model.num_scales={num_scales}: a discrete-time model needs at least 2 levels")
+            self.register_buffer("ladder_std", sde.ladder(num_scales).std.float(), persistent=False)
+
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        if self.num_scales is None:
+            return CONTINUOUS_LABELS[self.sde.name](self.sde, t), self.sde.std(t)
+        # Rounded, not truncated: truncation maps half of the float times i/(N−1) to i − 1.
+        index = torch.round(t * (self.num_scales - 1) / self.sde.end_time).long().clamp(0, self.num_scales - 1)
+        return DISCRETE_LABELS[self.sde.name](index, self.num_scales), self.ladder_std[index]
+
+
+class ScoreModel(nn.Module):
+    """A score s(x, t): x (B, C, H, W) and t (B,) → (B, C, H, W)."""
+
+    def __init__(self, network: nn.Module, noise_level: NoiseLevel) -> None:
+        super().__init__()
+        self.network = network
+        self.noise_level = noise_level
+
+    @property
+    def sde(self) -> SDE:
+        return self.noise_level.sde
+
+    def residual(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The network's output h (B, C, H, W) and the noise's scale σ (B, 1, 1, 1)."""
+        label, std = self.noise_level(t)
+        h = self.network(x, label) if class_labels is None else self.network(x, label, class_labels)
+        return h, expand(std, x)
+
+
+class UnconstrainedScore(ScoreModel):
+    """s = ±h/σ, or with ``divide_by_sigma=False`` the network itself: s = ±h."""
+
+    def __init__(self, network: nn.Module, noise_level: NoiseLevel, *, divide_by_sigma: bool = True) -> None:
+        super().__init__(network, noise_level)
+        self.divide_by_sigma = divide_by_sigma
+        self.sign = NETWORK_SIGN[noise_level.sde.name]
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        h, std = self.residual(x, t, class_labels)
+        return self.sign * (h / std if self.divide_by_sigma else h)
+
+
+class ConservativeScore(ScoreModel):
+    """s = ∇ₓ(−‖h‖²/(2σ)): conservative by construction, at the price of a backward pass per evaluation."""
+
+    def log_density(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """The unnormalised log-density −‖h(x, t)‖²/(2σ_t), (B,) in nats."""
+        h, std = self.residual(x, t, class_labels)
+        return -(h**2 / (2 * std)).flatten(1).sum(1)
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            if not x.requires_grad:
+                x = x.clone().requires_grad_()  # unlike detach(), keeps the tangent of a dual number
+            log_density = self.log_density(x, t, class_labels)
+            (score,) = torch.autograd.grad(log_density.sum(), x, create_graph=differentiable)
+        return score

@@ -1,0 +1,201 @@
+"""Solvers of ordinary differential equations dy/dt = v(y, t) for a batch of independent samples.
+
+``rk45`` is the Dormand–Prince 5(4) pair with a step size, an error estimate and a clock of its own for every
+sample: what happens to one sample does not depend on the batch it is in, and samples that have arrived cost
+nothing more. ``scipy`` (RK45, on the host) and ``dopri5`` (torchdiffeq) integrate the whole batch as one system,
+with one step size; ``heun`` takes a fixed number of equal steps of second order.
+
+Sources: Dormand and Prince, "A family of embedded Runge-Kutta formulae" (1980); Hairer, Nørsett, Wanner,
+"Solving Ordinary Differential Equations I" (1993), Section II.4, for the control of the step size.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["SOLVERS", "Velocity", "integrate"]
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""v(y, t, rows): states y (b, D), times t (b,), and which rows of the batch they are (b,) → (b, D)."""
+
+# Nodes, stage coefficients, and error weights (5th minus 4th order) of Dormand–Prince 5(4). The last stage is
+# evaluated at the new point and serves as the first of the next step.
+_NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
+_STAGES = (
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+_ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+_ORDER = 5
+
+
+def _combine(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+    return sum(w * k for w, k in zip(weights, slopes, strict=True) if w)
+
+
+def _rms(y: Tensor) -> Tensor:
+    return y.pow(2).mean(1).sqrt()
+
+
+def _initial_step(velocity: Velocity, y: Tensor, t: Tensor, k: Tensor, rows: Tensor, span: float, rtol, atol) -> Tensor:
+    """A first step size per sample such that an Euler step changes the slope by little (Hairer et al., II.4)."""
+    scale = atol + rtol * y.abs()
+    size_y, size_k = _rms(y / scale), _rms(k / scale)
+    guess = torch.where((size_y < 1e-5) | (size_k < 1e-5), 1e-6, 0.01 * size_y / size_k).clamp(max=abs(span))
+    signed = guess if span > 0 else -guess
+    curvature = _rms((velocity(y + signed[:, None] * k, t + signed, rows) - k) / scale) / guess
+    largest = torch.maximum(size_k, curvature)
+    refined = torch.where(largest <= 1e-15, (guess * 1e-3).clamp(min=1e-6), (0.01 / largest) ** (1 / _ORDER))
+    return torch.minimum(100 * guess, refined).clamp(max=abs(span))
+
+
+def _rk45(velocity: Velocity, y: Tensor, start: float, end: float, *, rtol: float, atol: float) -> Tensor:
+    arrived = torch.empty_like(y)
+    rows = torch.arange(len(y), device=y.device)
+    t = torch.full((len(y),), start, dtype=y.dtype, device=y.device)
+    slope = velocity(y, t, rows)
+    step = _initial_step(velocity, y, t, slope, rows, end - start, rtol, atol)
+    direction = 1.0 if end > start else -1.0
+    rejected = torch.zeros_like(t, dtype=torch.bool)
+    while len(rows):
+        remaining = (end - t).abs()
+        if bool((step < 1e-12 * abs(end - start)).any()) or not bool(torch.isfinite(step).all()):
+            raise RuntimeError(
+                f"the step size of the ODE solver vanished at t={t[step.argmin()].item():.6g}: the score is not "
+                f"finite, or rtol={rtol}, atol={atol} ask for more than its precision"
+            )
+        last = step >= remaining
+        h = (direction * torch.minimum(step, remaining))[:, None]
+        slopes = [slope]
+        for node, weights in zip(_NODES, _STAGES, strict=True):
+            proposal = y + h * _combine(weights, slopes)
+            slopes.append(velocity(proposal, t + node * h[:, 0], rows))
+        error = _rms(h * _combine(_ERROR, slopes) / (atol + rtol * torch.maximum(y.abs(), proposal.abs())))
+        # A NaN compares false, so it counts as a rejection and the step shrinks until the check above.
+        accepted = error <= 1
+        factor = (0.9 * error.clamp(min=1e-10) ** (-1 / _ORDER)).nan_to_num(nan=0.2).clamp(0.2, 10.0)
+        # Right after a rejection the step does not grow.
+        step = h[:, 0].abs() * torch.where(rejected & accepted, factor.clamp(max=1.0), factor)
+        rejected = ~accepted
+        t = torch.where(accepted, t + h[:, 0], t)
+        y = torch.where(accepted[:, None], proposal, y)
+        slope = torch.where(accepted[:, None], slopes[-1], slope)
+        done = accepted & last
+        if bool(done.any()):
+            arrived[rows[done]] = y[done]
+            going = ~done
+            rows, t, y, slope, step, rejected = (a[going] for a in (rows, t, y, slope, step, rejected))
+    return arrived
+
+
+def _scipy(velocity: Velocity, y: Tensor, start: float, end: float, *, rtol: float, atol: float) -> Tensor:
+    from scipy.integrate import solve_ivp
+
+    rows = torch.arange(len(y), device=y.device)
+
+    def flat_velocity(t: float, flat) -> object:
+        state = torch.from_numpy(flat.reshape(y.shape)).to(y)
+        return velocity(state, torch.full_like(y[:, 0], t), rows).double().cpu().numpy().ravel()
+
+    solution = solve_ivp(flat_velocity, (start, end), y.double().cpu().numpy().ravel(), rtol=rtol, atol=atol)
+    if not solution.success:
+        raise RuntimeError(f"scipy's RK45 stopped: {solution.message}")
+    return torch.from_numpy(solution.y[:, -1].reshape(y.shape)).to(y)
+
+
+def _dopri5(velocity: Velocity, y: Tensor, start: float, end: float, *, rtol: float, atol: float) -> Tensor:
+    from torchdiffeq import odeint
+
+    rows = torch.arange(len(y), device=y.device)
+    times = torch.tensor([start, end], dtype=y.dtype, device=y.device)
+    # By default the last step overshoots the end and is interpolated; beyond it the velocity may not exist.
+    options = {"step_t": times[-1:]}
+    try:
+        path = odeint(
+            lambda t, state: velocity(state, t.expand(len(y)), rows),
+            y,
+            times,
+            rtol=rtol,
+            atol=atol,
+            method="dopri5",
+            options=options,
+        )
+    except AssertionError as error:
+        raise RuntimeError(f"torchdiffeq's dopri5 stopped: {error}") from error
+    return path[-1]
+
+
+def _heun(velocity: Velocity, y: Tensor, start: float, end: float, *, num_steps: int) -> Tensor:
+    rows = torch.arange(len(y), device=y.device)
+    times = torch.linspace(start, end, num_steps + 1, dtype=torch.float64).tolist()
+    for now, after in itertools.pairwise(times):
+        h = after - now
+        slope = velocity(y, torch.full_like(y[:, 0], now), rows)
+        slope_after = velocity(y + h * slope, torch.full_like(y[:, 0], after), rows)
+        y = y + 0.5 * h * (slope + slope_after)
+    return y
+
+
+_ADAPTIVE = {"rk45": _rk45, "scipy": _scipy, "dopri5": _dopri5}
+SOLVERS = (*_ADAPTIVE, "heun")
+
+
+def _finite(velocity: Velocity) -> Velocity:
+    """The same velocity, which raises RuntimeError where it is not finite."""
+
+    def checked(y: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        slope = velocity(y, t, rows)
+        if not bool(torch.isfinite(slope).all()):
+            raise RuntimeError(f"the velocity of the ODE is not finite at t={t[0].item():.6g}")
+        return slope
+
+    return checked
+
+
+def check_solver(solver: str, *, rtol: float, atol: float, num_steps: int) -> None:
+    """Raise ValueError unless ``integrate`` would accept these settings."""
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r}: allowed are {', '.join(SOLVERS)}")
+    if solver == "heun":
+        if num_steps < 1:
+            raise ValueError(f"num_steps={num_steps}: at least 1")
+    elif not (rtol > 0 and atol > 0):
+        raise ValueError(f"rtol={rtol}, atol={atol}: both must be positive")
+
+
+def integrate(
+    velocity: Velocity,
+    y: Tensor,
+    start: float,
+    end: float,
+    *,
+    solver: str = "rk45",
+    rtol: float = 1e-3,
+    atol: float = 1e-5,
+    num_steps: int = 0,
+) -> Tensor:
+    """The state (B, D) at time ``end`` of dy/dt = v(y, t) from y (B, D) at ``start``; either may be the larger.
+
+    Args:
+        velocity: see ``Velocity``; called with the rows of the batch that are still on their way.
+        y: states at ``start``. Double precision keeps the accumulated rounding below any sensible tolerance.
+        solver: 'rk45', 'scipy' or 'dopri5', controlled by rtol and atol; or 'heun' with ``num_steps`` steps.
+
+    Raises:
+        ValueError: unknown solver, non-positive tolerance, or no steps.
+        RuntimeError: the solver cannot meet the tolerance, or the velocity is not finite.
+    """
+    check_solver(solver, rtol=rtol, atol=atol, num_steps=num_steps)
+    if solver != "rk45":  # which shortens its step instead; scipy would shorten it for ever
+        velocity = _finite(velocity)
+    if solver == "heun":
+        return _heun(velocity, y, start, end, num_steps=num_steps)
+    return _ADAPTIVE[solver](velocity, y, start, end, rtol=rtol, atol=atol)

@@ -1,0 +1,356 @@
+"""Samplers: from noise to data with a score.
+
+The predictor–corrector loop walks a grid of times 1 = t_K > … > t_0 = eps. At each t a corrector may improve the
+sample with Langevin steps; a predictor then moves it to the next time. Both are small objects whose ``step``
+returns a new state and its noise-free mean. After the last step Tweedie's formula
+
+    E[x_0 | x_t] = (x_t + σ_t² s(x_t, t)) / α_t
+
+removes the noise that is left. The probability-flow ODE goes the same way without noise.
+
+One step is exact about its own grid: its size is the spacing t_{k+1} − t_k, and the discretisations use the exact
+transition kernel between the two times, which for VE is the SMLD chain and for VP the DDPM chain. With
+
+    a = α_t/α_s,   b² = Var[x_t | x_s]        (s < t)
+
+=================  ==========================  ==========================
+predictor          mean                        variance
+=================  ==========================  ==========================
+Euler–Maruyama     x − [−f x − g² s] (t − s)   g² (t − s)
+reverse diffusion  (2 − a) x + b² s            b²
+ancestral          (x + b² s)/a                b² σ_s²/σ_t²
+=================  ==========================  ==========================
+
+NFE is counted, not computed: evaluations of the network per sample.
+
+Sources: Song et al. (ICLR 2021), Appendices E to G; Ho et al. (NeurIPS 2020), Algorithm 2; Song and Ermon
+(NeurIPS 2019), Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ode import check_solver, integrate
+from randomness import Generator, normal_like
+from sde_lib import SDE, ScoreFunction, expand
+
+__all__ = [
+    "CORRECTORS",
+    "PREDICTORS",
+    "AncestralPredictor",
+    "AnnealedLangevinCorrector",
+    "CountedScore",
+    "EulerMaruyamaPredictor",
+    "LangevinCorrector",
+    "ODESampler",
+    "PCSampler",
+    "ReverseDiffusionPredictor",
+    "Samples",
+    "denoise",
+    "get_sampler",
+]
+
+
+class Samples(NamedTuple):
+    """Samples (B, ...) in the range of the training data, and network evaluations per sample."""
+
+    x: Tensor
+    nfe: float
+
+
+class CountedScore:
+    """A score that counts how many samples it has been evaluated at."""
+
+    def __init__(self, score: ScoreFunction) -> None:
+        self.score = score
+        self.evaluations = 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        self.evaluations += len(x)
+        return self.score(x, t)
+
+
+def denoise(sde: SDE, score: ScoreFunction, x: Tensor, t: Tensor) -> Tensor:
+    """Tweedie's formula: the mean of x_0 given x_t (B, ...)."""
+    std = expand(sde.std(t), x)
+    return (x + std**2 * score(x, t)) / expand(sde.mean_coefficient(t), x)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Predictors
+
+
+class Predictor(Protocol):
+    """Moves a sample from time t to an earlier time s."""
+
+    def step(self, x: Tensor, t: Tensor, s: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """The new state (B, ...) and its mean before noise was added."""
+
+
+@dataclass
+class EulerMaruyamaPredictor:
+    """The Euler–Maruyama step of the reverse SDE."""
+
+    sde: SDE
+    score: ScoreFunction
+
+    def step(self, x: Tensor, t: Tensor, s: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        reverse = self.sde.reverse(self.score)
+        mean = x - reverse.drift(x, t) * expand(t - s, x)
+        return mean + expand(reverse.diffusion(t) * (t - s).sqrt(), x) * normal_like(x, generator), mean
+
+
+@dataclass
+class ReverseDiffusionPredictor:
+    """The forward chain x_t = a x_s + b z run backwards (Song et al., 2021, Appendix E)."""
+
+    sde: SDE
+    score: ScoreFunction
+
+    def step(self, x: Tensor, t: Tensor, s: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        a, b = (expand(c, x) for c in self.sde.transition(s, t))
+        mean = (2 - a) * x + b**2 * self.score(x, t)
+        return mean + b * normal_like(x, generator), mean
+
+
+@dataclass
+class AncestralPredictor:
+    """The Gaussian x_s | x_t, x_0 with x_0 replaced by its mean given x_t; one formula for every linear SDE."""
+
+    sde: SDE
+    score: ScoreFunction
+
+    def step(self, x: Tensor, t: Tensor, s: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        a, b = (expand(c, x) for c in self.sde.transition(s, t))
+        mean = (x + b**2 * self.score(x, t)) / a
+        std = b * expand(self.sde.std(s) / self.sde.std(t), x)
+        return mean + std * normal_like(x, generator), mean
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Correctors
+
+
+class Corrector(Protocol):
+    """Improves a sample at a fixed time."""
+
+    def step(self, x: Tensor, t: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """The new state (B, ...) and its mean before noise was added."""
+
+
+@dataclass
+class LangevinCorrector:
+    """x ← x + ε s + √(2ε) z with ε = 2 (snr·√D/‖s‖)² (Song et al., 2021, Algorithms 4 and 5).
+
+    The signal-to-noise ratio is set per sample, with the norm √D of a typical z: the source averages both norms
+    over the batch, which would make a sample depend on its neighbours. The norm of one score is a reliable scale
+    only where it is a sum of many terms: for two dimensions E‖s‖⁻² is infinite.
+
+    Raises:
+        ValueError: (in ``step``) samples of fewer than 16 dimensions.
+    """
+
+    score: ScoreFunction
+    snr: float
+    num_steps: int = 1
+
+    def step(self, x: Tensor, t: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        if x[0].numel() < 16:
+            raise ValueError(
+                f"sampling.corrector='langevin' on samples of {x[0].numel()} dimensions: its step size needs at "
+                "least 16; use 'ald'"
+            )
+        mean = x
+        for _ in range(self.num_steps):
+            gradient = self.score(x, t)
+            norm = gradient.flatten(1).norm(dim=1).clamp(min=1e-30)
+            size = expand(2 * (self.snr * math.sqrt(x[0].numel()) / norm) ** 2, x)
+            mean = x + size * gradient
+            x = mean + (2 * size).sqrt() * normal_like(x, generator)
+        return x, mean
+
+
+@dataclass
+class AnnealedLangevinCorrector:
+    """x ← x + ε s + √(2ε) z with ε = 2 (snr·σ_t)²: the step sizes of annealed Langevin dynamics."""
+
+    sde: SDE
+    score: ScoreFunction
+    snr: float
+    num_steps: int = 1
+
+    def step(self, x: Tensor, t: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        mean = x
+        size = expand(2 * (self.snr * self.sde.std(t)) ** 2, x)
+        for _ in range(self.num_steps):
+            mean = x + size * self.score(x, t)
+            x = mean + (2 * size).sqrt() * normal_like(x, generator)
+        return x, mean
+
+
+PREDICTORS: dict[str, Callable[[SDE, ScoreFunction], Predictor | None]] = {
+    "euler_maruyama": EulerMaruyamaPredictor,
+    "reverse_diffusion": ReverseDiffusionPredictor,
+    "ancestral_sampling": AncestralPredictor,
+    "none": lambda sde, score: None,
+}
+CORRECTORS: dict[str, Callable[[SDE, ScoreFunction, float, int], Corrector | None]] = {
+    "langevin": lambda sde, score, snr, num_steps: LangevinCorrector(score, snr, num_steps),
+    "ald": AnnealedLangevinCorrector,
+    "none": lambda sde, score, snr, num_steps: None,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Samplers
+
+
+@dataclass(frozen=True)
+class PCSampler:
+    """Predictor–corrector sampling on ``num_steps`` equal intervals of time.
+
+    Raises:
+        ValueError: unknown predictor or corrector, none of either, or a number outside its range.
+    """
+
+    sde: SDE
+    predictor: str = "reverse_diffusion"
+    corrector: str = "langevin"
+    num_steps: int = 1000
+    snr: float = 0.16
+    corrector_steps: int = 1
+    noise_removal: bool = True
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("predictor", PREDICTORS), ("corrector", CORRECTORS)):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"sampling.{field}={getattr(self, field)!r}: allowed are {', '.join(allowed)}")
+        if self.predictor == self.corrector == "none":
+            raise ValueError("sampling.predictor='none', sampling.corrector='none': at least one must be given")
+        if self.num_steps < 1 or self.corrector_steps < 1:
+            raise ValueError(
+                f"sampling.num_steps={self.num_steps}, sampling.n_steps_each={self.corrector_steps}: at least 1 each"
+            )
+        if not self.snr > 0:
+            raise ValueError(f"sampling.snr={self.snr}: allowed are positive numbers")
+
+    @torch.no_grad()
+    def __call__(
+        self, score: ScoreFunction, like: Tensor, generator: Generator = None, *, progress: bool = False
+    ) -> Samples:
+        """Samples in the shape (B, ...), dtype and device of ``like``; with per-sample generators sample i depends
+        on its own stream alone."""
+        counted = CountedScore(score)
+        predictor = PREDICTORS[self.predictor](self.sde, counted)
+        corrector = CORRECTORS[self.corrector](self.sde, counted, self.snr, self.corrector_steps)
+        times = torch.linspace(self.sde.end_time, self.sde.sampling_eps, self.num_steps + 1, dtype=torch.float64)
+        # One row per time, on the device once, in the precision of the state.
+        times = times.to(like.dtype).to(like.device)[:, None].expand(-1, len(like))
+        x = self.sde.prior_sample(like, generator)
+        steps = tqdm(itertools.pairwise(times), total=self.num_steps, disable=not progress, leave=False, unit="step")
+        for t, s in steps:
+            if corrector is not None:
+                x, _ = corrector.step(x, t, generator)
+            if predictor is not None:
+                x, _ = predictor.step(x, t, s, generator)
+        if self.noise_removal:
+            # Only a predictor takes the sample to the last time; a corrector leaves it where it was.
+            x = denoise(self.sde, counted, x, times[-1] if predictor is not None else times[-2])
+        return Samples(x, counted.evaluations / len(like))
+
+
+@dataclass(frozen=True)
+class ODESampler:
+    """Sampling by the probability-flow ODE dx/dt = −f x − ½g² s from t = 1 to eps.
+
+    Raises:
+        ValueError: unknown solver or a setting outside its range.
+    """
+
+    sde: SDE
+    solver: str = "rk45"
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    num_steps: int = 50
+    noise_removal: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            check_solver(self.solver, rtol=self.rtol, atol=self.atol, num_steps=self.num_steps)
+        except ValueError as error:
+            raise ValueError(f"sampling.{error}") from None
+
+    @torch.no_grad()
+    def __call__(
+        self, score: ScoreFunction, like: Tensor, generator: Generator = None, *, progress: bool = False
+    ) -> Samples:
+        """Samples in the shape (B, ...), dtype and device of ``like``; the generator draws the prior alone."""
+        counted = CountedScore(score)
+        flow = self.sde.reverse(counted, probability_flow=True)
+        bar = tqdm(disable=not progress, leave=False, unit="evaluation")
+
+        def velocity(y: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+            bar.update()
+            x = y.to(like.dtype).reshape(-1, *like.shape[1:])
+            return flow.drift(x, t.to(like.dtype)).flatten(1).to(y.dtype)
+
+        prior = self.sde.prior_sample(like, generator)
+        with bar:
+            y = integrate(
+                velocity,
+                prior.flatten(1).to(_state_dtype(like)),
+                self.sde.end_time,
+                self.sde.sampling_eps,
+                solver=self.solver,
+                rtol=self.rtol,
+                atol=self.atol,
+                num_steps=self.num_steps,
+            )
+        x = y.to(like.dtype).view_as(like)
+        if self.noise_removal:
+            x = denoise(self.sde, counted, x, x.new_full((len(x),), self.sde.sampling_eps))
+        return Samples(x, counted.evaluations / len(like))
+
+
+def _state_dtype(like: Tensor) -> torch.dtype:
+    """Solvers keep their state in double precision, where the device has it."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
+def get_sampler(config, sde: SDE) -> PCSampler | ODESampler:
+    """The sampler of ``config.sampling``; ``num_steps`` 0 means ``config.model.num_scales``.
+
+    Raises:
+        ValueError: unknown method, predictor, corrector or solver, or a number outside its range.
+    """
+    sampling = config.sampling
+    num_steps = sampling.num_steps or config.model.num_scales
+    if sampling.method == "pc":
+        return PCSampler(
+            sde,
+            predictor=sampling.predictor,
+            corrector=sampling.corrector,
+            num_steps=num_steps,
+            snr=sampling.snr,
+            corrector_steps=sampling.n_steps_each,
+            noise_removal=sampling.noise_removal,
+        )
+    if sampling.method == "ode":
+        return ODESampler(
+            sde,
+            solver=sampling.solver,
+            rtol=sampling.rtol,
+            atol=sampling.atol,
+            num_steps=num_steps,
+            noise_removal=sampling.noise_removal,
+        )
+    raise ValueError(f"sampling.method={sampling.method!r}: allowed are pc, ode")

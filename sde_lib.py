@@ -1,0 +1,356 @@
+"""Stochastic differential equations that turn data into noise, and their reversal.
+
+Every forward process here is linear,
+
+    dx = −f(t) x dt + g(t) dw,    t ∈ [0, 1],
+
+so that x_t | x_0 is Gaussian with mean α(t) x_0 and standard deviation σ(t), and x_t | x_s likewise for s < t.
+A process is a *family* built on a *schedule*:
+
+========  ====================  ==========================  =====================
+family    drift rate f          diffusion g²                marginal
+========  ====================  ==========================  =====================
+VE        0                     dσ²/dt                      α = 1, σ = σ(t)
+VP        β/2                   β                           α = e^{−B/2}, σ² = 1 − e^{−B}
+sub-VP    β/2                   β (1 − e^{−2B})             α = e^{−B/2}, σ = 1 − e^{−B}
+========  ====================  ==========================  =====================
+
+with B(t) = ∫₀ᵗ β. A schedule is a small frozen object with closed forms: σ(t), d(σ²)/dt and the inverse of σ for
+VE; β(t), B(t) and the inverse of B for VP and sub-VP. A further schedule is one such class and one entry in the
+dictionary of its family at the end of this file; nothing else in the project changes.
+
+Time: VE starts at σ(0) = σ_min, that is, its t = 0 is data already blurred by σ_min, as in the source.
+
+Source: Song, Sohl-Dickstein, Kingma, Kumar, Ermon, Poole, "Score-Based Generative Modeling through Stochastic
+Differential Equations" (ICLR 2021), Sections 3.4, 4.3 and Appendices B to D.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from randomness import Generator, normal_like
+
+__all__ = [
+    "SDE",
+    "VE",
+    "VP",
+    "GeometricSigma",
+    "Ladder",
+    "LinearBeta",
+    "ReverseSDE",
+    "ScoreFunction",
+    "SubVP",
+    "expand",
+    "get_sde",
+]
+
+ScoreFunction = Callable[[Tensor, Tensor], Tensor]
+"""A score s(x, t) = ∇ log p_t(x): takes x (B, ...) and t (B,), returns (B, ...)."""
+
+
+def expand(coefficient: Tensor, x: Tensor) -> Tensor:
+    """One coefficient per sample, (B,), shaped (B, 1, ..., 1) to multiply ``x`` of shape (B, ...)."""
+    return coefficient.reshape(-1, *(1 for _ in x.shape[1:])).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Schedules
+
+
+@dataclass(frozen=True)
+class GeometricSigma:
+    """σ(t) = σ_min (σ_max/σ_min)^t, the VE schedule of Song et al. (2021), Eq. 30.
+
+    Raises:
+        ValueError: unless 0 < σ_min < σ_max.
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(
+                f"model.sigma_min={self.sigma_min}, model.sigma_max={self.sigma_max}: need 0 < sigma_min < sigma_max"
+            )
+
+    @property
+    def log_ratio(self) -> float:
+        return math.log(self.sigma_max / self.sigma_min)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.sigma_min * torch.exp(t * self.log_ratio)
+
+    def variance_rate(self, t: Tensor) -> Tensor:
+        """d(σ²)/dt."""
+        return 2 * self.log_ratio * self.sigma(t) ** 2
+
+    def time(self, sigma: Tensor) -> Tensor:
+        return torch.log(sigma / self.sigma_min) / self.log_ratio
+
+
+@dataclass(frozen=True)
+class LinearBeta:
+    """β(t) = β_min + t (β_max − β_min), the VP schedule of Song et al. (2021), Eq. 32.
+
+    Raises:
+        ValueError: unless 0 ≤ β_min < β_max.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta_min < self.beta_max < math.inf:
+            raise ValueError(
+                f"model.beta_min={self.beta_min}, model.beta_max={self.beta_max}: need 0 <= beta_min < beta_max"
+            )
+
+    def beta(self, t: Tensor) -> Tensor:
+        return self.beta_min + t * (self.beta_max - self.beta_min)
+
+    def integral(self, t: Tensor) -> Tensor:
+        """B(t) = ∫₀ᵗ β."""
+        return t * (self.beta_min + 0.5 * t * (self.beta_max - self.beta_min))
+
+    def time(self, integral: Tensor) -> Tensor:
+        """The t at which B(t) has the given value: the positive root of a quadratic, in its stable form."""
+        slope = self.beta_max - self.beta_min
+        return 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Families
+
+
+class Ladder(NamedTuple):
+    """The N noise levels of a discrete-time model, index i at time t_i = i/(N−1): x_i = mean·x_0 + std·z."""
+
+    mean_coefficient: Tensor
+    std: Tensor
+
+
+class SDE(abc.ABC):
+    """A linear forward SDE on [0, 1]. Times t are tensors (B,), states x are (B, ...); coefficients come as (B,)."""
+
+    name: ClassVar[str]
+    sampling_eps: ClassVar[float]
+    """Where sampling stops. Song et al. (2021), Appendix C: 1e-5 for VE, 1e-3 for VP and sub-VP."""
+    end_time: ClassVar[float] = 1.0
+
+    @abc.abstractmethod
+    def drift_rate(self, t: Tensor) -> Tensor:
+        """f(t) of dx = −f(t) x dt + g(t) dw."""
+
+    @abc.abstractmethod
+    def diffusion(self, t: Tensor) -> Tensor:
+        """g(t)."""
+
+    @abc.abstractmethod
+    def mean_coefficient(self, t: Tensor) -> Tensor:
+        """α(t): E[x_t | x_0] = α(t) x_0."""
+
+    @abc.abstractmethod
+    def std(self, t: Tensor) -> Tensor:
+        """σ(t): the standard deviation of x_t | x_0 in each dimension."""
+
+    @abc.abstractmethod
+    def transition_variance(self, s: Tensor, t: Tensor) -> Tensor:
+        """Variance of x_t | x_s in each dimension, s ≤ t, in a form free of cancellation."""
+
+    @abc.abstractmethod
+    def time_at_std(self, std: Tensor) -> Tensor:
+        """The t at which σ(t) has the given value: the inverse of ``std``."""
+
+    @property
+    @abc.abstractmethod
+    def prior_std(self) -> float:
+        """Standard deviation of the Gaussian from which sampling starts."""
+
+    @abc.abstractmethod
+    def ladder(self, num_scales: int) -> Ladder:
+        """The N noise levels of this family's discrete-time model (SMLD or DDPM), float64 on the CPU.
+
+        Raises:
+            ValueError: the family has no discrete-time model.
+        """
+
+    def drift(self, x: Tensor, t: Tensor) -> Tensor:
+        """−f(t) x."""
+        return -expand(self.drift_rate(t), x) * x
+
+    def marginal(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (B, ...) and standard deviation (B,) of x_t given x_0."""
+        return expand(self.mean_coefficient(t), x0) * x0, self.std(t)
+
+    def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean coefficient a and standard deviation b of the exact kernel x_t | x_s = N(a x_s, b² I), s ≤ t.
+
+        For VE this is the SMLD chain and for VP the DDPM chain with β_i = 1 − e^{−(B(t)−B(s))} (Song et al., 2021,
+        Eqs. 20 and 22), on whatever grid s and t belong to.
+        """
+        return self.mean_coefficient(t) / self.mean_coefficient(s), self.transition_variance(s, t).sqrt()
+
+    def prior_sample(self, like: Tensor, generator: Generator = None) -> Tensor:
+        """A draw from the prior N(0, prior_std² I) in the shape, dtype and device of ``like``."""
+        return self.prior_std * normal_like(like, generator)
+
+    def prior_log_prob(self, x: Tensor) -> Tensor:
+        """Log-density (B,) of the prior, in nats."""
+        flat = x.flatten(1) / self.prior_std
+        return -0.5 * (flat**2).sum(1) - flat.shape[1] * (math.log(self.prior_std) + 0.5 * math.log(2 * math.pi))
+
+    def reverse(self, score: ScoreFunction, *, probability_flow: bool = False) -> ReverseSDE:
+        """The reverse-time SDE, or the probability-flow ODE, that a score belongs to."""
+        return ReverseSDE(self, score, probability_flow)
+
+
+@dataclass(frozen=True)
+class ReverseSDE:
+    """dx = [−f x − c g² s(x, t)] dt + g dw̄ with c = 1, or with c = ½ and no noise for the probability-flow ODE.
+
+    Time still runs from 0 to 1; sampling integrates with negative dt. Song et al. (2021), Eqs. 6 and 13.
+    """
+
+    sde: SDE
+    score: ScoreFunction
+    probability_flow: bool = False
+
+    def drift(self, x: Tensor, t: Tensor) -> Tensor:
+        weight = 0.5 if self.probability_flow else 1.0
+        return self.sde.drift(x, t) - weight * expand(self.sde.diffusion(t) ** 2, x) * self.score(x, t)
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t) if self.probability_flow else self.sde.diffusion(t)
+
+
+class VE(SDE):
+    """Variance exploding: dx = √(dσ²/dt) dw."""
+
+    name = "ve"
+    sampling_eps = 1e-5
+
+    def __init__(self, schedule: GeometricSigma) -> None:
+        self.schedule = schedule
+
+    def drift_rate(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        return self.schedule.variance_rate(t).sqrt()
+
+    def mean_coefficient(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def std(self, t: Tensor) -> Tensor:
+        return self.schedule.sigma(t)
+
+    def transition_variance(self, s: Tensor, t: Tensor) -> Tensor:
+        sigma_s, sigma_t = self.schedule.sigma(s), self.schedule.sigma(t)
+        return (sigma_t - sigma_s) * (sigma_t + sigma_s)
+
+    def time_at_std(self, std: Tensor) -> Tensor:
+        return self.schedule.time(std)
+
+    @property
+    def prior_std(self) -> float:
+        return float(self.schedule.sigma(torch.tensor(self.end_time, dtype=torch.float64)))
+
+    def ladder(self, num_scales: int) -> Ladder:
+        """SMLD: σ_i = σ(t_i)."""
+        std = self.schedule.sigma(torch.linspace(0, self.end_time, num_scales, dtype=torch.float64))
+        return Ladder(torch.ones_like(std), std)
+
+
+class VP(SDE):
+    """Variance preserving: dx = −½β x dt + √β dw."""
+
+    name = "vp"
+    sampling_eps = 1e-3
+    prior_std = 1.0
+
+    def __init__(self, schedule: LinearBeta) -> None:
+        self.schedule = schedule
+
+    def drift_rate(self, t: Tensor) -> Tensor:
+        return 0.5 * self.schedule.beta(t)
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        return self.schedule.beta(t).sqrt()
+
+    def mean_coefficient(self, t: Tensor) -> Tensor:
+        return torch.exp(-0.5 * self.schedule.integral(t))
+
+    def std(self, t: Tensor) -> Tensor:
+        return (-torch.expm1(-self.schedule.integral(t))).sqrt()
+
+    def transition_variance(self, s: Tensor, t: Tensor) -> Tensor:
+        return -torch.expm1(self.schedule.integral(s) - self.schedule.integral(t))
+
+    def time_at_std(self, std: Tensor) -> Tensor:
+        return self.schedule.time(-torch.log1p(-(std**2)))
+
+    def ladder(self, num_scales: int) -> Ladder:
+        """DDPM: β_i = β(t_i)/N and ᾱ_i = Π_{j≤i} (1 − β_j) (Ho, Jain, Abbeel, 2020, Section 2)."""
+        times = torch.linspace(0, self.end_time, num_scales, dtype=torch.float64)
+        beta = self.schedule.beta(times) / num_scales
+        if beta.max() >= 1:
+            raise ValueError(
+                f"model.num_scales={num_scales}: DDPM needs every beta(t)/N below 1, so more than "
+                f"{float(beta.max()) * num_scales:g} levels"
+            )
+        mean_squared = torch.cumprod(1 - beta, 0)
+        return Ladder(mean_squared.sqrt(), (1 - mean_squared).sqrt())
+
+
+class SubVP(VP):
+    """Sub-VP: the drift of VP with less noise, dx = −½β x dt + √(β(1 − e^{−2B})) dw."""
+
+    name = "subvp"
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        return (-self.schedule.beta(t) * torch.expm1(-2 * self.schedule.integral(t))).sqrt()
+
+    def std(self, t: Tensor) -> Tensor:
+        return -torch.expm1(-self.schedule.integral(t))
+
+    def transition_variance(self, s: Tensor, t: Tensor) -> Tensor:
+        # σ(t)² − e^{−(B_t−B_s)} σ(s)² with σ = 1 − e^{−B} factors exactly.
+        integral_s, integral_t = self.schedule.integral(s), self.schedule.integral(t)
+        return torch.expm1(integral_s - integral_t) * torch.expm1(-integral_s - integral_t)
+
+    def time_at_std(self, std: Tensor) -> Tensor:
+        return self.schedule.time(-torch.log1p(-std))
+
+    def ladder(self, num_scales: int) -> Ladder:
+        raise ValueError("training.sde='subvpsde' has no discrete-time model: set training.continuous=True")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From a config
+
+SDES: dict[str, Callable[..., SDE]] = {
+    "vesde": lambda model: VE(GeometricSigma(model.sigma_min, model.sigma_max)),
+    "vpsde": lambda model: VP(LinearBeta(model.beta_min, model.beta_max)),
+    "subvpsde": lambda model: SubVP(LinearBeta(model.beta_min, model.beta_max)),
+}
+
+
+def get_sde(config) -> SDE:
+    """The SDE that ``config.training.sde`` names, with the constants of ``config.model``.
+
+    Raises:
+        ValueError: unknown name, or constants that make no schedule.
+    """
+    name = config.training.sde.lower()
+    if name not in SDES:
+        raise ValueError(f"training.sde={config.training.sde!r}: allowed are {', '.join(sorted(SDES))}")
+    return SDES[name](config.model)

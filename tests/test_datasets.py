@@ -1,0 +1,746 @@
+"""Datasets: what each loader must deliver and refuse, exact pixel round trips, and the order of training."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from PIL import Image
+
+import datasets
+from datasets import (
+    batch_indices,
+    epoch_batches,
+    get_dataset,
+    load_dataset,
+    random_flip,
+    scale,
+    to_pixels,
+    to_unit_interval,
+    unscale,
+)
+from randomness import SampleGenerators
+
+
+def refused(error: type[Exception], *fragments: str, **arguments) -> None:
+    """The loader raises this error with all fragments in a message of one line."""
+    with pytest.raises(error) as caught:
+        load_dataset(**arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+# ------------------------------------------------------------------------------------------------------------ digits
+
+
+def test_digits_split_is_fixed_stratified_and_complete():
+    from sklearn.datasets import load_digits
+
+    train, test = load_dataset("digits", image_size=8, num_channels=1)
+    assert (len(train), len(test)) == (1437, 360)
+    assert train.image_shape == test.image_shape == (1, 8, 8)
+    assert (train.num_levels, train.num_classes) == (17, 10)
+    assert (train.name, test.name) == ("digits-train", "digits-test")
+    # Pinned: any change of the split, of scikit-learn's data or of the hash shows here.
+    assert (train.fingerprint, test.fingerprint) == ("a0c4ba40d611c9a0", "bb1914cf3e6617c9")
+    # Stratified: within one image of a fifth of each class (360 of 1797).
+    counts = np.bincount(load_digits().target)
+    assert np.abs(torch.bincount(test.labels).numpy() - counts * 360 / 1797).max() < 1
+    # Disjoint and covering: together the halves are scikit-learn's rows, each once (all 1797 rows differ).
+    original = {
+        row.tobytes() + bytes([label])
+        for row, label in zip(load_digits().images.astype(np.uint8), load_digits().target, strict=True)
+    }
+    rows = []
+    for half in (train, test):
+        images, labels = half.batch(torch.arange(len(half)))
+        assert images.dtype == torch.uint8 and labels.dtype == torch.int64
+        rows += [i.numpy().tobytes() + bytes([k]) for i, k in zip(images, labels.tolist(), strict=True)]
+    assert len(rows) == len(set(rows)) == len(original) == 1797
+    assert set(rows) == original
+
+
+def test_batch_returns_the_requested_images_in_order():
+    train, _ = load_dataset("digits", image_size=8, num_channels=1)
+    images, labels = train.batch([5, 2, 5])
+    assert images.shape == (3, 1, 8, 8)
+    assert torch.equal(images[0], images[2]) and torch.equal(images[1], train.batch(torch.tensor([2]))[0][0])
+    assert labels.tolist() == [train.labels[5], train.labels[2], train.labels[5]]
+
+
+def test_factory_reads_the_config_and_ignores_case():
+    config = ml_collections.ConfigDict()
+    config.data = ml_collections.ConfigDict(
+        {"dataset": "DIGITS", "image_size": 8, "num_channels": 1, "path": "", "root": "", "download": False}
+    )
+    config.data.resize = False
+    assert get_dataset(config)[0].fingerprint == "a0c4ba40d611c9a0"
+    config.data.image_size = 16
+    with pytest.raises(ValueError, match=r"config.data.image_size=16.*8x8.*--config.data.resize=True"):
+        get_dataset(config)
+    config.data.resize = True
+    train, _ = get_dataset(config)
+    assert train.image_shape == (1, 16, 16) and train.images.max() <= 16
+
+
+def test_wrong_requests_are_refused():
+    refused(ValueError, "'cifar11'", "digits, npz", name="cifar11", image_size=8, num_channels=1)
+    refused(ValueError, "config.data.num_channels=2", name="digits", image_size=8, num_channels=2)
+    refused(ValueError, "config.data.num_channels=3", "1-channel", name="digits", image_size=8, num_channels=3)
+    refused(ValueError, "config.data.image_size=0", name="digits", image_size=0, num_channels=1)
+    refused(ValueError, "config.data.path=a.npz", "digits", name="digits", image_size=8, num_channels=1, path="a.npz")
+    refused(ValueError, "config.data.path is not set", name="npz", image_size=8, num_channels=1, path="")
+    refused(ValueError, "config.data.path is not set", name="folder", image_size=8, num_channels=1)
+
+
+def test_slow_imports_wait_until_needed():
+    code = "import sys, datasets; print([m for m in ('torchvision', 'sklearn', 'scipy') if m in sys.modules])"
+    root = Path(datasets.__file__).parent
+    answer = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
+
+
+# --------------------------------------------------------------------------------------------------------------- npz
+
+
+def arrays(channels: int | None = None, size: int = 6) -> dict[str, np.ndarray]:
+    """Genuinely random images: 12 for training, 5 for testing, classes 0 … 3."""
+    random = np.random.default_rng(0)
+    shape = (size, size) if channels is None else (size, size, channels)
+    return {
+        "train_images": random.integers(0, 256, (12, *shape), dtype=np.uint8),
+        "train_labels": np.arange(12, dtype=np.uint8) % 3,
+        "test_images": random.integers(0, 256, (5, *shape), dtype=np.uint8),
+        "test_labels": np.array([0, 1, 2, 3, 0], dtype=np.int32),
+    }
+
+
+@pytest.mark.parametrize("channels", [None, 1, 3])
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_round_trip(tmp_path, channels, labelled, save):
+    data = {k: v for k, v in arrays(channels).items() if labelled or k.endswith("images")}
+    save(tmp_path / "mine.npz", **data)
+    halves = load_dataset("npz", image_size=6, num_channels=channels or 1, path=tmp_path / "mine.npz")
+    for half, split in zip(("train", "test"), halves, strict=True):
+        images, labels = split.batch(torch.arange(len(split)))
+        assert np.array_equal(
+            images.permute(0, 2, 3, 1).numpy(), data[f"{half}_images"].reshape(-1, 6, 6, channels or 1)
+        )
+        assert labels.dtype == torch.int64
+        assert labels.tolist() == (data[f"{half}_labels"].tolist() if labelled else [0] * len(split))
+        assert split.num_classes == (4 if labelled else None)  # the classes of both halves together
+        assert split.num_levels == 256 and split.name == f"mine-{half}"
+
+
+def test_npz_fingerprint_follows_contents_not_name(tmp_path):
+    data = arrays()
+
+    def fingerprint(name: str) -> str:
+        np.savez(tmp_path / name, **data)
+        return load_dataset("npz", image_size=6, num_channels=1, path=tmp_path / name)[0].fingerprint
+
+    first = fingerprint("a.npz")
+    assert fingerprint("b.npz") == first
+    data["train_images"][7, 2, 3] ^= 1
+    second = fingerprint("a.npz")
+    data["train_labels"][0] = 2
+    assert len({first, second, fingerprint("a.npz")}) == 3
+
+
+def test_npz_resize_crops_to_the_centre_and_averages(tmp_path):
+    data = arrays()
+    stripes = np.zeros((5, 16, 20), dtype=np.uint8)
+    stripes[:, :, 2:18:2] = 255  # in the central square alternate columns are white
+    stripes[:, :, [0, 1, 18, 19]] = 255
+    data["test_images"] = stripes
+    np.savez(tmp_path / "a.npz", **data)
+    _, test = load_dataset("npz", image_size=4, num_channels=1, path=tmp_path / "a.npz", resize=True)
+    images, _ = test.batch([0, 4])
+    # An aliasing filter would return 0 or 255; the widened one sees the mean, 127.5, up to the edges of the square.
+    assert images.shape == (2, 1, 4, 4)
+    assert (images.double() - 127.5).abs().max() < 20
+
+
+def corrupted(**changes) -> dict[str, np.ndarray]:
+    return {k: v for k, v in {**arrays(), **changes}.items() if v is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"test_images": None}, ["lacks test_images", "train_images"]),
+        ({"train_images": None, "test_images": None}, ["lacks train_images, test_images"]),
+        ({"test_labels": None}, ["lacks test_labels"]),
+        ({"train_images": arrays()["train_images"] / np.float32(255)}, ["train_images", "float32", "uint8"]),
+        (
+            {"train_images": arrays(size=7)["train_images"]},
+            ["config.data.image_size=6", "a-train", "7x7", "resize=True"],
+        ),
+        ({"test_images": arrays(channels=3)["test_images"]}, ["config.data.num_channels=1", "a-test", "3-channel"]),
+        ({"train_images": np.zeros((12, 3, 6, 6), np.uint8)}, ["train_images", "(12, 3, 6, 6)", "C = 1 or 3"]),
+        ({"train_images": np.zeros((12, 36), np.uint8)}, ["train_images", "(12, 36)"]),
+        ({"train_images": np.zeros((0, 6, 6), np.uint8), "train_labels": np.zeros(0, int)}, ["a-train", "no images"]),
+        ({"train_labels": np.zeros(11, int)}, ["a-train", "12 images", "(11,)"]),
+        ({"train_labels": np.zeros((12, 1), int)}, ["a-train", "(12, 1)"]),
+        ({"train_labels": np.zeros(12)}, ["train_labels", "float64", "integers"]),
+        ({"train_labels": np.arange(-1, 11)}, ["train_labels", "-1", "count from 0"]),
+    ],
+)
+def test_npz_contents_that_do_not_fit(tmp_path, changes, fragments):
+    np.savez(tmp_path / "a.npz", **corrupted(**changes))
+    refused(ValueError, *fragments, name="npz", image_size=6, num_channels=1, path=tmp_path / "a.npz")
+
+
+def test_npz_never_unpickles(tmp_path):
+    """An array of objects is a pickle; one that would leave a trace when loaded must not be."""
+    trace = tmp_path / "executed"
+    trap = np.empty((12,), dtype=object)
+    trap[:] = Trap(trace)
+    np.savez(tmp_path / "a.npz", **corrupted(train_images=trap))
+    refused(ValueError, "a.npz", "allow_pickle", name="npz", image_size=6, num_channels=1, path=tmp_path / "a.npz")
+    (tmp_path / "b.npz").write_bytes(pickle.dumps(Trap(trace)))
+    refused(ValueError, "b.npz", name="npz", image_size=6, num_channels=1, path=tmp_path / "b.npz")
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Trap(trace)))
+    assert trace.exists()  # the trap works
+
+
+class Trap:
+    """Creates a file when unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def test_npz_files_that_are_damaged_or_absent(tmp_path):
+    def wants(error, name, *fragments):
+        refused(error, str(tmp_path / name), *fragments, name="npz", image_size=6, num_channels=1, path=tmp_path / name)
+
+    np.savez(tmp_path / "whole.npz", **arrays())
+    whole = (tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "short.npz").write_bytes(whole[: len(whole) // 2])
+    wants(ValueError, "short.npz", "config.data.path")
+    with zipfile.ZipFile(tmp_path / "whole.npz") as archive:
+        start = archive.getinfo("test_images.npy").header_offset
+    flipped = bytearray(whole)
+    flipped[start + 250] ^= 255  # one pixel: only the checksum of the archive can tell
+    (tmp_path / "flipped.npz").write_bytes(flipped)
+    wants(ValueError, "flipped.npz", "CRC")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    wants(ValueError, "empty.npz")
+    (tmp_path / "text.npz").write_text("not an archive")
+    wants(ValueError, "text.npz")
+    with (tmp_path / "single.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    wants(ValueError, "single.npz", "single array")
+    wants(FileNotFoundError, "absent.npz", "is not a file")
+    wants(FileNotFoundError, "", "is not a file")
+
+
+# ------------------------------------------------------------------------------------------------------------ folder
+
+
+def save(path: Path, pixels: np.ndarray, **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def grey(value: int, height: int = 8, width: int = 8) -> np.ndarray:
+    return np.full((height, width), value, dtype=np.uint8)
+
+
+def test_folder_with_halves_and_classes(tmp_path):
+    """Lossless formats come back exactly; classes are the union over both halves, in alphabetical order."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    save(tmp_path / "train/owl/b.png", pixels[0])
+    save(tmp_path / "train/cat/deep/er/A.BMP", pixels[1])
+    save(tmp_path / "test/dog/c.webp", pixels[2], lossless=True)
+    save(tmp_path / "test/owl/d.png", pixels[3])
+    (tmp_path / "train/owl/notes.txt").write_text("not an image")
+    (tmp_path / "train/owl/._b.png").write_text("what macOS leaves")
+    (tmp_path / "train/.cache").mkdir()
+    save(tmp_path / "train/.cache/e.png", pixels[0])
+    save(tmp_path / "other/f.png", pixels[0])
+    train, test = load_dataset("folder", image_size=8, num_channels=3, path=tmp_path)
+    assert (train.name, test.name) == (f"{tmp_path.name}-train", f"{tmp_path.name}-test")
+    assert train.image_shape == (3, 8, 8) and train.num_levels == 256 and train.num_classes == test.num_classes == 3
+    images, labels = train.batch([1, 0])  # sorted by name: cat/deep/er/A.BMP, owl/b.png
+    assert labels.tolist() == [2, 0] and images.dtype == torch.uint8
+    assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), pixels[[0, 1]])
+    images, labels = test.batch(torch.arange(2))
+    assert labels.tolist() == [1, 2]
+    assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), pixels[[2, 3]])
+    assert train.batch([])[0].shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("names", [["train/a/1.png", "test/a/2.png"], ["train/a/1.png", "train/b/3.png", "test/2.png"]])
+def test_folder_without_classes(tmp_path, names):
+    """One subfolder, or images beside the subfolders, make no classes."""
+    for name in names:
+        save(tmp_path / name, grey(7))
+    for half in load_dataset("folder", image_size=8, num_channels=1, path=tmp_path):
+        assert half.num_classes is None and half.batch(range(len(half)))[1].tolist() == [0] * len(half)
+
+
+def test_folder_hold_out(tmp_path):
+    """The held-out tenth depends on the names alone, and more images do not move the others."""
+    names = [f"{k % 3}/{k:03d}.png" for k in range(400)]
+    for name in names[:300]:
+        save(tmp_path / "a" / name, grey(int(name[2:5]) % 256))
+
+    def halves(folder: str) -> tuple[set[str], set[str]]:
+        train, test = load_dataset("folder", image_size=8, num_channels=1, path=tmp_path / folder)
+        assert train.num_classes == test.num_classes == 3
+        for half in (train, test):
+            images, labels = half.batch(range(len(half)))
+            assert labels.tolist() == [int(file[0]) for file in half.files]
+            assert images[:, 0, 0, 0].tolist() == [int(file[2:5]) % 256 for file in half.files]
+        assert len(train) + len(test) == len({*train.files, *test.files})
+        return set(train.files), set(test.files)
+
+    train, test = halves("a")
+    assert train | test == set(names[:300])
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert halves("b") == (train, test)
+    for name in names[300:]:
+        save(tmp_path / "b" / name, grey(int(name[2:5]) % 256))
+    more_train, more_test = halves("b")
+    assert train < more_train and test < more_test
+    # Binomial with n = 400, p = 0.1: 40 ± 6; four standard errors.
+    assert abs(len(more_test) - 40) < 24
+
+
+def test_folder_channels_are_converted(tmp_path):
+    red = np.zeros((8, 8, 3), dtype=np.uint8)
+    red[..., 0] = 200
+    save(tmp_path / "train/red.png", red)
+    save(tmp_path / "test/grey.png", grey(90))
+    train, test = load_dataset("folder", image_size=8, num_channels=1, path=tmp_path)
+    assert train.batch([0])[0].unique().tolist() == [round(0.299 * 200)]  # ITU-R 601 luma
+    assert test.batch([0])[0].unique().tolist() == [90]
+    train, test = load_dataset("folder", image_size=8, num_channels=3, path=tmp_path)
+    assert train.batch([0])[0][0, :, 0, 0].tolist() == [200, 0, 0]
+    assert test.batch([0])[0][0, :, 0, 0].tolist() == [90, 90, 90]
+
+
+def test_folder_resize(tmp_path):
+    """Cut to the central square, without aliasing, after turning as the camera says."""
+    wide = np.zeros((10, 20, 3), dtype=np.uint8)
+    wide[..., 2] = 255
+    wide[:, 5:15] = [255, 0, 0]
+    save(tmp_path / "train/a.png", wide)
+    save(tmp_path / "train/b.png", wide.transpose(1, 0, 2).copy())
+    checks = np.indices((32, 32)).sum(0).astype(np.uint8) % 2 * 255
+    save(tmp_path / "train/c.png", checks)
+    turned = grey(0, 16, 16)
+    turned[:, :8] = 255  # white on the left as stored; orientation 6 means a quarter turn clockwise: white on top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / "test/d.png", turned, exif=exif)
+    refused(
+        ValueError,
+        str(tmp_path / "train/a.png"),
+        "20x10",
+        "8x8",
+        "--config.data.resize=True",
+        name="folder",
+        image_size=8,
+        num_channels=3,
+        path=tmp_path,
+    )
+    train, test = load_dataset("folder", image_size=8, num_channels=3, path=tmp_path, resize=True)
+    images, _ = train.batch([0, 1, 2])
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
+    assert torch.equal(images[0], red) and torch.equal(images[1], red)
+    assert (images[2].double() - 127.5).abs().max() < 10
+    upright = test.batch([0])[0][0, 0]
+    assert upright[0].eq(255).all() and upright[7].eq(0).all()
+
+
+def test_folder_unreadable_images(tmp_path):
+    request = {"name": "folder", "image_size": 8, "num_channels": 1, "path": tmp_path}
+    save(tmp_path / "train/a.png", grey(1))
+    save(tmp_path / "test/b.png", grey(1))
+    bad = tmp_path / "test/c.jpg"
+    bad.write_text("not an image")
+    refused(ValueError, str(bad), "cannot read", **request)
+    bad.unlink()
+    save(tmp_path / "test/d.png", np.full((8, 8), 1000, dtype=np.uint16))
+    refused(ValueError, "d.png", "8 bits", **request)
+    (tmp_path / "test/d.png").unlink()
+    # The header of this one is whole, so that only decoding can tell.
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)).save(buffer, "png")
+    (tmp_path / "test/e.png").write_bytes(buffer.getvalue()[:-40])
+    _, test = load_dataset(**request)
+    assert test.batch([0])[0].shape == (1, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"cannot read the image .*e\.png"):
+        test.batch([0, 1])
+
+
+def test_folder_layouts_that_are_refused(tmp_path):
+    request = {"name": "folder", "image_size": 8, "num_channels": 1, "path": tmp_path}
+    refused(FileNotFoundError, "absent", "not a folder", **{**request, "path": tmp_path / "absent"})
+    refused(ValueError, str(tmp_path), ".png", **request)
+    save(tmp_path / "train/a.png", grey(1))
+    refused(ValueError, "train/", "test/", **request)
+    (tmp_path / "test").mkdir()
+    refused(ValueError, str(tmp_path / "test"), "no image", **request)
+    refused(ValueError, "holds 1 images", "train/ and test/", **{**request, "path": tmp_path / "train"})
+
+
+def test_folder_fingerprint(tmp_path):
+    save(tmp_path / "train/a.png", grey(1))
+    save(tmp_path / "test/b.png", grey(1))
+
+    def fingerprint(size: int = 8) -> str:
+        return load_dataset("folder", image_size=size, num_channels=1, path=tmp_path, resize=True)[0].fingerprint
+
+    seen = [fingerprint()]
+    assert fingerprint() == seen[0]
+    seen.append(fingerprint(4))
+    os.utime(tmp_path / "train/a.png", ns=(0, 10**9))
+    seen.append(fingerprint())
+    (tmp_path / "train/a.png").rename(tmp_path / "train/c.png")
+    seen.append(fingerprint())
+    assert len(set(seen)) == 4
+
+
+# ------------------------------------------------------------------------------------------------------- torchvision
+
+
+NATIVE = {"mnist": (28, 1), "cifar10": (32, 3), "cifar100": (32, 3), "svhn": (32, 3), "celeba": (64, 3)}
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_missing_torchvision_set(tmp_path, name):
+    size, channels = NATIVE[name]
+    refused(
+        FileNotFoundError,
+        f"config.data.root={tmp_path}",
+        name,
+        "--config.data.download=True",
+        name=name.upper(),
+        image_size=size,
+        num_channels=channels,
+        root=tmp_path,
+    )
+    assert not list(tmp_path.iterdir())  # nothing is fetched unasked
+    refused(ValueError, "config.data.root is not set", name, name=name, image_size=size, num_channels=channels, root="")
+
+
+def test_download_is_passed_on_and_its_failure_reported(tmp_path, monkeypatch):
+    import torchvision
+
+    def offline(self):
+        raise RuntimeError("no network\nat all")
+
+    monkeypatch.setattr(torchvision.datasets.SVHN, "download", offline)
+    refused(
+        FileNotFoundError,
+        f"config.data.root={tmp_path}",
+        "could not be fetched",
+        "no network",
+        name="svhn",
+        image_size=32,
+        num_channels=3,
+        root=tmp_path,
+        download=True,
+    )
+
+
+def test_mnist_from_idx_files(tmp_path):
+    """Files in the published format: magic number, sizes as big-endian integers, bytes."""
+    random = np.random.default_rng(0)
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    written = {}
+    for half, prefix, count in (("train", "train", 20), ("test", "t10k", 7)):
+        images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = random.integers(0, 10, count, dtype=np.uint8)
+        header = struct.pack(">IIII", 0x803, count, 28, 28)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, count) + labels.tobytes())
+        written[half] = images, labels
+    halves = load_dataset("MNIST", image_size=28, num_channels=1, root=tmp_path)
+    for split, (images, labels) in zip(halves, written.values(), strict=True):
+        got, got_labels = split.batch(torch.arange(len(split)))
+        assert np.array_equal(got[:, 0].numpy(), images) and got_labels.tolist() == labels.tolist()
+        assert split.num_classes == 10 and split.num_levels == 256
+    refused(
+        ValueError,
+        "config.data.image_size=32",
+        "28x28",
+        "resize=True",
+        name="mnist",
+        image_size=32,
+        num_channels=1,
+        root=tmp_path,
+    )
+    refused(ValueError, "config.data.num_channels=3", name="mnist", image_size=28, num_channels=3, root=tmp_path)
+    train, _ = load_dataset("mnist", image_size=32, num_channels=1, root=tmp_path, resize=True)
+    assert train.batch([3])[0].shape == (1, 1, 32, 32)
+    (raw / "t10k-images-idx3-ubyte").write_bytes(header + images.tobytes()[:-1])
+    refused(FileNotFoundError, "mnist (test)", name="mnist", image_size=28, num_channels=1, root=tmp_path)
+
+
+@pytest.mark.parametrize("num_classes", [10, 100])
+def test_cifar_from_batches_with_the_right_checksum_only(tmp_path, monkeypatch, num_classes):
+    import torchvision
+
+    cls = {10: torchvision.datasets.CIFAR10, 100: torchvision.datasets.CIFAR100}[num_classes]
+    folder = tmp_path / cls.base_folder
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    expected = {}
+    for half in ("train_list", "test_list"):
+        published = getattr(cls, half)
+        expected[half] = [], []
+        for file, _ in published:
+            pixels = random.integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
+            labels = random.integers(0, num_classes, 4).tolist()
+            batch = {"data": pixels.reshape(4, -1), "labels" if num_classes == 10 else "fine_labels": labels}
+            (folder / file).write_bytes(pickle.dumps(batch))
+            expected[half][0].append(pixels)
+            expected[half][1].extend(labels)
+        monkeypatch.setattr(cls, half, [[file, md5(folder / file)] for file, _ in published])
+    meta = folder / cls.meta["filename"]
+    meta.write_bytes(pickle.dumps({cls.meta["key"]: ["name"]}))
+    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": md5(meta)})
+    request = {"name": f"CIFAR{num_classes}", "image_size": 32, "num_channels": 3, "root": tmp_path}
+    for split, (pixels, labels) in zip(load_dataset(**request), expected.values(), strict=True):
+        got, got_labels = split.batch(torch.arange(len(split)))
+        assert np.array_equal(got.numpy(), np.concatenate(pixels)) and got_labels.tolist() == labels
+        assert split.num_classes == num_classes
+
+    # A file of another content is not unpickled: the trap must not spring.
+    trace = tmp_path / "executed"
+    for file in (cls.train_list[0][0], cls.meta["filename"]):
+        original = (folder / file).read_bytes()
+        (folder / file).write_bytes(pickle.dumps(Trap(trace)))
+        refused(FileNotFoundError, f"config.data.root={tmp_path}", f"cifar{num_classes}", **request)
+        (folder / file).write_bytes(original)
+    assert not trace.exists()
+
+
+def test_svhn_from_mat_files(tmp_path, monkeypatch):
+    import torchvision
+
+    random = np.random.default_rng(0)
+    written = {}
+    published = dict(torchvision.datasets.SVHN.split_list)
+    for half, count in (("train", 6), ("test", 3)):
+        images = random.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
+        labels = np.array([10, 1, 9, 2, 10, 3])[:count]  # the files call the digit 0 "10"
+        path = tmp_path / f"{half}_32x32.mat"
+        scipy.io.savemat(path, {"X": images.transpose(2, 3, 1, 0), "y": labels[:, None]})
+        published[half] = [published[half][0], path.name, md5(path)]
+        written[half] = images, labels % 10
+    request = {"name": "svhn", "image_size": 32, "num_channels": 3, "root": tmp_path}
+    refused(FileNotFoundError, "svhn", **request)  # not the published files
+    monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", published)
+    for split, (images, labels) in zip(load_dataset(**request), written.values(), strict=True):
+        got, got_labels = split.batch(torch.arange(len(split)))
+        assert np.array_equal(got.numpy(), images) and got_labels.tolist() == labels.tolist()
+
+
+def test_celeba_is_cropped_to_the_central_140_pixels(tmp_path, monkeypatch):
+    import torchvision
+
+    base = tmp_path / "celeba"
+    names = [f"{k:06d}.jpg" for k in range(1, 7)]
+    halves = [0, 0, 0, 1, 2, 2]  # train, validation, test
+    lists = {
+        "list_eval_partition.txt": [f"{n} {h}" for n, h in zip(names, halves, strict=True)],
+        "identity_CelebA.txt": [f"{n} 1" for n in names],
+        "list_attr_celeba.txt": ["6", "Smiling Young", *(f"{n}  1 -1" for n in names)],
+        "list_bbox_celeba.txt": ["6", "image_id x_1 y_1 width height", *(f"{n} 1 2 3 4" for n in names)],
+        "list_landmarks_align_celeba.txt": ["6", "lefteye_x lefteye_y", *(f"{n} 1 2" for n in names)],
+    }
+    base.mkdir()
+    for file, lines in lists.items():
+        (base / file).write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(torchvision.datasets.CelebA, "file_list", [("", md5(base / file), file) for file in lists])
+    for k, name in enumerate(names):
+        face = np.full((218, 178, 3), 255, dtype=np.uint8)
+        face[39 : 39 + 140, 19 : 19 + 140] = 20 * k  # ⌊(218 − 140)/2⌋ = 39, ⌊(178 − 140)/2⌋ = 19
+        # Stored without loss under the published names, so that the border of the crop is sharp.
+        save(base / "img_align_celeba" / name, face, format="png")
+    train, test = load_dataset("CELEBA", image_size=64, num_channels=3, root=tmp_path)
+    assert (len(train), len(test)) == (3, 2)
+    assert train.num_classes is None and train.image_shape == (3, 64, 64)
+    for split, values in ((train, [0, 20, 40]), (test, [80, 100])):
+        images, labels = split.batch(torch.arange(len(split)))
+        assert torch.equal(images, torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 64, 64))
+        assert not labels.any()
+    (base / "img_align_celeba" / names[4]).unlink()
+    refused(FileNotFoundError, names[4], name="celeba", image_size=64, num_channels=3, root=tmp_path)
+    refused(ValueError, "config.data.num_channels=1", name="celeba", image_size=64, num_channels=1, root=tmp_path)
+
+
+# -------------------------------------------------------------------------------------------- levels and model values
+
+
+@pytest.mark.parametrize("num_levels", [2, 17, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_levels_survive_the_round_trip(num_levels, dtype):
+    """Every level, with noise from everywhere in [0, 1) including both ends."""
+    levels = torch.arange(num_levels, dtype=torch.uint8)[:, None]
+    x = to_unit_interval(levels, num_levels)
+    assert x.dtype == torch.float32 and x[0] == 0 and x[-1] == 1
+    assert torch.allclose(x.double() * (num_levels - 1), levels.double(), rtol=0, atol=1e-4)
+    assert torch.equal(to_pixels(x, num_levels, dequantized=False), levels)
+    below_one = torch.nextafter(torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype))
+    noise = torch.rand(num_levels, 1000, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    noise[:, 0], noise[:, 1], noise[:, 2] = 0, below_one, torch.finfo(dtype).tiny
+    x = to_unit_interval(levels.expand_as(noise), num_levels, dequantization=noise)
+    assert x.dtype == dtype
+    # Ten roundings of (k + u)/L, computed in float64.
+    exact = (levels.double() + noise.double()) / num_levels
+    assert (x - exact).abs().max() < 10 * torch.finfo(dtype).eps
+    assert torch.equal(to_pixels(x, num_levels, dequantized=True), levels.expand_as(noise))
+    for centered in (False, True):
+        assert torch.equal(to_pixels(unscale(scale(x, centered), centered), num_levels, True), levels.expand_as(noise))
+
+
+def test_pixels_are_clipped_and_cells_have_the_right_widths():
+    outside = torch.tensor([-0.4, 0.0, 1.0, 1.7])
+    for dequantized in (False, True):
+        assert to_pixels(outside, 17, dequantized).tolist() == [0, 0, 16, 16]
+        assert to_pixels(outside, 256, dequantized).dtype == torch.uint8
+    x = (torch.arange(16 * 17 * 10) + 0.5) / (16 * 17 * 10)  # an even covering of [0, 1]
+    assert torch.bincount(to_pixels(x, 17, True).long()).tolist() == [160] * 17  # cells of equal width
+    assert torch.bincount(to_pixels(x, 17, False).long()).tolist() == [85] + [170] * 15 + [85]  # nearest of 0, 1/16, …
+
+
+def test_scale():
+    x = torch.tensor([0.0, 0.25, 1.0])
+    assert scale(x, True).tolist() == [-1.0, -0.5, 1.0]
+    assert torch.equal(scale(x, False), x)
+    assert torch.equal(unscale(scale(x, True), True), x) and torch.equal(unscale(x, False), x)
+
+
+def test_random_flip_mirrors_about_half_the_images():
+    images = torch.arange(4000 * 2 * 3 * 5).reshape(4000, 2, 3, 5)
+    flipped = random_flip(images, torch.Generator().manual_seed(0))
+    same = (flipped == images).flatten(1).all(1)
+    mirrored = (flipped == torch.from_numpy(images.numpy()[..., ::-1].copy())).flatten(1).all(1)
+    assert (same ^ mirrored).all()
+    # Binomial with n = 4000, p = ½: standard error 0.0079; four of them.
+    assert abs(mirrored.double().mean() - 0.5) < 4 * 0.5 / 4000**0.5
+    assert flipped.dtype == images.dtype
+
+
+def test_random_flip_belongs_to_the_sample():
+    images = torch.randint(0, 256, (64, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    together = random_flip(images, SampleGenerators((0, "flip"), range(64)))
+    apart = [
+        random_flip(images[i : i + 7], SampleGenerators((0, "flip"), range(i, min(i + 7, 64)))) for i in range(0, 64, 7)
+    ]
+    assert torch.equal(together, torch.cat(apart)) and not torch.equal(together, images)
+
+
+# -------------------------------------------------------------------------------------------------------------- order
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(10, 3), (10, 5), (10, 10), (7, 20), (1, 4), (5, 5)])
+def test_every_epoch_is_a_permutation(size, batch_size):
+    steps = 4 * size  # batch_size whole epochs and more
+    order = torch.cat([batch_indices(0, n, batch_size, size) for n in range(steps)])
+    assert order.shape == (steps * batch_size,) and order.dtype == torch.int64
+    epochs = order.reshape(-1, size)
+    assert torch.equal(epochs.sort(1).values, torch.arange(size).expand_as(epochs))
+    if size > 4:
+        assert len({tuple(epoch.tolist()) for epoch in epochs}) > 1  # a fresh one each time
+
+
+def test_any_step_is_available_without_replay():
+    forward = [batch_indices(3, n, 6, 25) for n in range(40)]
+    datasets._permutation.cache_clear()
+    assert torch.equal(batch_indices(3, 29, 6, 25), forward[29])
+    for n in torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist():
+        assert torch.equal(batch_indices(3, n, 6, 25), forward[n])
+    assert not all(torch.equal(batch_indices(4, n, 6, 25), forward[n]) for n in range(4))
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
+def test_processes_share_the_single_process_batch(num_processes):
+    for step in range(12):
+        whole = batch_indices(1, step, 24, 17)
+        shares = [
+            batch_indices(1, step, 24, 17, process_index=r, num_processes=num_processes) for r in range(num_processes)
+        ]
+        assert {len(share) for share in shares} == {24 // num_processes}
+        assert torch.equal(torch.cat(shares), whole)
+
+
+def test_batches_are_copies():
+    first = batch_indices(0, 0, 9, 9)
+    kept = first.clone()
+    first.zero_()
+    assert torch.equal(batch_indices(0, 0, 9, 9), kept)
+
+
+def test_first_image_is_uniform_over_seeds():
+    counts = torch.bincount(torch.cat([batch_indices(seed, 0, 1, 4) for seed in range(4000)]), minlength=4)
+    # Each a binomial with n = 4000, p = ¼: standard error √(n p (1 − p)) = 27.4; four of them.
+    assert (counts - 1000).abs().max() < 4 * 27.4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "config.training.batch_size=0"),
+        ({"size": 0}, "of 0 images"),
+        ({"step": -1}, "step -1"),
+        ({"batch_size": 9, "num_processes": 2}, "config.training.batch_size=9.*2 processes"),
+        ({"process_index": 2, "num_processes": 2}, "process 2"),
+    ],
+)
+def test_impossible_batches(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        batch_indices(**{"seed": 0, "step": 0, "batch_size": 8, "size": 10, **arguments})
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 360])
+@pytest.mark.parametrize("batch_size", [1, 7, 128, 1000])
+@pytest.mark.parametrize("num_processes", [1, 2, 5])
+def test_evaluation_covers_the_whole_set_once(size, batch_size, num_processes):
+    shares = [epoch_batches(size, batch_size, r, num_processes) for r in range(num_processes)]
+    order = [i for share in shares for batch in share for i in batch.tolist()]
+    assert order == list(range(size))
+    lengths = [sum(len(batch) for batch in share) for share in shares]
+    assert max(lengths) - min(lengths) <= 1
+    for share, length in zip(shares, lengths, strict=True):
+        assert len(share) == -(-length // batch_size)  # none empty, none small but the last
+        assert all(len(batch) == batch_size for batch in share[:-1])
+
+
+def test_impossible_evaluation_batches():
+    with pytest.raises(ValueError, match=r"config.eval.batch_size=0"):
+        epoch_batches(10, 0)
+    with pytest.raises(ValueError, match="process 1"):
+        epoch_batches(10, 2, 1, 1)

@@ -1,0 +1,561 @@
+"""Sample quality metrics against closed forms, brute force and torch-fidelity; the classifier; the caches."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from scipy.spatial.distance import cdist
+from sklearn.datasets import load_digits
+from sklearn.metrics.pairwise import polynomial_kernel
+from sklearn.model_selection import train_test_split
+
+import evaluation
+from evaluation import (
+    Features,
+    dataset_features,
+    density_coverage,
+    extract_features,
+    fid,
+    frechet_distance,
+    inception_score,
+    kid,
+    polynomial_mmd2,
+    precision_recall,
+    sample_quality,
+    train_classifier,
+)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def covariance(seed: int, dimension: int, rank: int) -> np.ndarray:
+    factor = normal(seed, dimension, rank)
+    return factor @ factor.T
+
+
+# ---------------------------------------------------------------------------------------------------- Fréchet distance
+
+
+def test_frechet_distance_of_commuting_gaussians():
+    # In a common eigenbasis the distance is Σ (√λ₁ − √λ₂)² + ‖Δμ‖².
+    basis = np.linalg.qr(normal(0, 5, 5))[0]
+    spectrum1, spectrum2 = np.array([4.0, 1.0, 0.25, 9.0, 0.0]), np.array([1.0, 1.0, 4.0, 0.0, 0.0])
+    mean1, mean2 = normal(1, 2, 5)
+    expected = np.sum((np.sqrt(spectrum1) - np.sqrt(spectrum2)) ** 2) + np.sum((mean1 - mean2) ** 2)
+    distance = frechet_distance(mean1, (basis * spectrum1) @ basis.T, mean2, (basis * spectrum2) @ basis.T)
+    assert distance == pytest.approx(expected, rel=1e-12)
+
+
+def test_frechet_distance_of_general_gaussians():
+    mean1, mean2 = normal(0, 2, 6)
+    cov1, cov2 = covariance(1, 6, 6), covariance(2, 6, 6)
+    assert not np.allclose(cov1 @ cov2, cov2 @ cov1)
+    root = scipy.linalg.sqrtm(cov1)
+    cross = scipy.linalg.sqrtm(root @ cov2 @ root)
+    expected = np.sum((mean1 - mean2) ** 2) + np.trace(cov1 + cov2 - 2 * cross)
+    assert frechet_distance(mean1, cov1, mean2, cov2) == pytest.approx(expected, rel=1e-11)
+    assert frechet_distance(mean2, cov2, mean1, cov1) == pytest.approx(expected, rel=1e-11)
+
+
+def test_frechet_distance_of_singular_covariances():
+    # Rank one, C = aaᵀ and bbᵀ: the optimal coupling maps a to ±b, so the distance is |a|² + |b|² − 2|aᵀb|.
+    a, b = normal(0, 2, 40)
+    zero = np.zeros(40)
+    expected = a @ a + b @ b - 2 * abs(a @ b)
+    assert frechet_distance(zero, np.outer(a, a), zero, np.outer(b, b)) == pytest.approx(expected, rel=1e-12)
+    point_mass = np.zeros((40, 40))
+    assert frechet_distance(a, point_mass, b, point_mass) == pytest.approx(np.sum((a - b) ** 2), rel=1e-12)
+    # Orthogonal supports: nothing overlaps, down to rounding and not to its square root.
+    basis = np.linalg.qr(normal(4, 40, 40))[0]
+    cov1, cov2 = basis[:, :20] @ basis[:, :20].T, basis[:, 20:] @ basis[:, 20:].T
+    assert frechet_distance(zero, cov1, zero, cov2) == pytest.approx(40, rel=1e-12)
+    # Equal, far from full rank: zero to rounding of the trace, not to its square root.
+    cov = covariance(3, 40, 5)
+    assert frechet_distance(a, cov, a, cov) < 1e-12 * np.trace(cov)
+
+
+def test_fid_is_the_distance_of_the_fitted_gaussians():
+    x, y = normal(0, 300, 7).astype(np.float32), (1.5 * normal(1, 200, 7) + 0.3).astype(np.float32)
+    x64, y64 = x.astype(float), y.astype(float)
+    expected = frechet_distance(x64.mean(0), np.cov(x64, rowvar=False), y64.mean(0), np.cov(y64, rowvar=False))
+    assert fid(x, y) == pytest.approx(expected, rel=1e-11)
+    assert fid(x, x[::-1]) < 1e-12
+    # Fewer images than dimensions.
+    assert fid(normal(2, 5, 30), normal(2, 5, 30)) < 1e-12
+
+
+def test_fid_accumulates_in_blocks():
+    x = normal(0, 50, 3) + 100
+    mean, cov = evaluation._mean_and_covariance(x, block=7)
+    np.testing.assert_allclose(mean, x.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(cov, np.cov(x, rowvar=False), rtol=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------------------- KID
+
+
+def test_mmd2_equals_brute_force():
+    x, y = normal(0, 30, 5), normal(1, 20, 5) + 0.5
+    kernel = {"degree": 3, "gamma": 1 / 5, "coef0": 1}
+
+    def off_diagonal(a: np.ndarray) -> float:
+        return polynomial_kernel(a, **kernel)[~np.eye(len(a), dtype=bool)].mean()
+
+    expected = off_diagonal(x) + off_diagonal(y) - 2 * polynomial_kernel(x, y, **kernel).mean()
+    assert polynomial_mmd2(x, y) == pytest.approx(expected, rel=1e-12)
+
+
+def test_kid_is_unbiased_for_equal_distributions():
+    values = [kid(normal(2 * i, 40, 4), normal(2 * i + 1, 60, 4), num_subsets=10, seed=i)[0] for i in range(300)]
+    standard_error = np.std(values, ddof=1) / np.sqrt(len(values))
+    assert abs(np.mean(values)) < 4 * standard_error
+    # The biased estimator would be off by the mean diagonal excess, many standard errors.
+    assert standard_error < 0.02
+
+
+def test_kid_of_shifted_normals_has_the_expected_value_and_error():
+    # E k(x, y) for x ~ N(0, 1), y ~ N(m, 1) in one dimension: E(xy + 1)³ = 1 + 3E(xy)² + 3E(xy) + E(xy)³.
+    shift = 1.0
+    second = 1 + shift**2
+    cross = 1 + 3 * second
+    within_x = 1 + 3
+    within_y = 1 + 3 * shift**2 + 3 * second**2 + (shift**3 + 3 * shift) ** 2
+    expected = within_x + within_y - 2 * cross
+    draws = [kid(normal(2 * i, 200, 1), normal(2 * i + 1, 200, 1) + shift, num_subsets=40, seed=i) for i in range(200)]
+    values, errors = np.array(draws).T
+    spread = values.std(ddof=1)
+    assert abs(values.mean() - expected) < 4 * spread / np.sqrt(len(values))
+    # The spread itself is known to about 1/√400 = 5 % (heavier tails: somewhat more).
+    assert np.sqrt(np.mean(errors**2)) == pytest.approx(spread, rel=0.25)
+
+
+def test_kid_shrinks_its_subsets_and_is_reproducible():
+    x, y = normal(0, 30, 3), normal(1, 9, 3)
+    assert kid(x, y, seed=0) == kid(x, y, subset_size=4, seed=0)
+    assert kid(x, y, seed=0) != kid(x, y, subset_size=3, seed=0)
+    assert kid(x, y, seed=0) != kid(x, y, seed=1)
+    assert kid(x, y, seed=0)[1] > 0
+
+
+# ----------------------------------------------------------------------------------------------------- inception score
+
+
+@pytest.mark.parametrize("splits", [1, 5])
+def test_inception_score_of_uniform_and_of_certain_predictions(splits):
+    assert inception_score(np.full((100, 10), 3.0), splits) == (
+        pytest.approx(1, abs=1e-12),
+        pytest.approx(0, abs=1e-12),
+    )
+    one_hot = np.tile(1000 * np.eye(10), (10, 1))
+    assert inception_score(one_hot, splits) == (pytest.approx(10, rel=1e-12), pytest.approx(0, abs=1e-12))
+    # A class of probability exp(−2000) everywhere, zero in floating point, must not spoil the rest.
+    impossible = np.concatenate([one_hot, np.full((100, 1), -1000.0)], axis=1)
+    assert inception_score(impossible, splits)[0] == pytest.approx(10, rel=1e-12)
+
+
+def test_inception_score_of_two_predictions():
+    # Rows (p, 1 − p) and (1 − p, p): KL to the uniform marginal is log 2 − entropy, for both.
+    p = 0.9
+    entropy = -(p * np.log(p) + (1 - p) * np.log(1 - p))
+    logits = np.log([[p, 1 - p], [1 - p, p]])
+    assert inception_score(logits, 1) == (pytest.approx(2 * np.exp(-entropy), rel=1e-12), 0.0)
+    # Each row alone is its own marginal.
+    assert inception_score(logits, 2)[0] == pytest.approx(1, rel=1e-12)
+
+
+# --------------------------------------------------------------------------------- precision, recall, density, coverage
+
+
+def test_precision_and_recall_of_separated_modes():
+    modes = 100 * np.eye(4)
+    real = np.concatenate([m + 0.1 * normal(i, 25, 4) for i, m in enumerate(modes)])
+    # Tightly around the middles of two of the four modes.
+    half = np.concatenate([m + 0.001 * normal(10 + i, 50, 4) for i, m in enumerate(modes[:2])])
+    precision, recall = precision_recall(real, half)
+    assert (precision, recall) == (1.0, 0.0)  # the narrow modes reach no real sample
+    half = np.concatenate([real[:50], real[:50] + 1e-3])
+    assert precision_recall(real, half, k=3) == (1.0, 0.5)
+    assert precision_recall(half, real, k=3) == (0.5, 1.0)
+    density, coverage = density_coverage(real, half, k=3)
+    assert coverage == 0.5
+    assert density > 1
+    far = real + 1e4
+    assert precision_recall(real, far) == (0.0, 0.0)
+    assert density_coverage(real, far) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("block", [7, 1000])
+def test_neighbourhood_metrics_equal_brute_force(k, block):
+    real, generated = normal(0, 60, 3) + 5, 1.3 * normal(1, 45, 3) + 5.3
+
+    def radii(a: np.ndarray) -> np.ndarray:
+        return np.sort(cdist(a, a), axis=1)[:, k]
+
+    distances = cdist(real, generated)
+    in_real_ball = distances <= radii(real)[:, None]
+    precision, recall = precision_recall(real, generated, k=k, block=block)
+    assert precision == pytest.approx(in_real_ball.any(0).mean(), abs=1e-12)
+    assert recall == pytest.approx((distances <= radii(generated)).any(1).mean(), abs=1e-12)
+    assert 0 < precision < 1 and 0 < recall < 1
+    density, coverage = density_coverage(real, generated, k=k, block=block)
+    assert density == pytest.approx(in_real_ball.sum() / (k * len(generated)), abs=1e-12)
+    assert coverage == pytest.approx(in_real_ball.any(1).mean(), abs=1e-12)
+
+
+@pytest.mark.parametrize("block", [16, 512])
+def test_copies_of_the_data_lie_exactly_on_its_balls(block):
+    # Every real ball holds its centre and k neighbours, the last on its boundary: rounding must not lose that one.
+    real = (normal(0, 200, 50) + 1000).astype(np.float32)
+    assert precision_recall(real, real[::-1].copy(), k=4, block=block) == (1.0, 1.0)
+    assert density_coverage(real, real[::-1].copy(), k=4, block=block) == (5 / 4, 1.0)
+    # Collapsed to one point: balls of radius zero contain that point, and nothing else.
+    collapsed = np.repeat(real[:1], 30, axis=0)
+    assert precision_recall(real, collapsed, k=4, block=block) == (1.0, 1 / 200)
+    assert precision_recall(collapsed, collapsed, k=4, block=block) == (1.0, 1.0)
+
+
+def test_density_and_coverage_of_equal_distributions():
+    # The points of both sets are exchangeable. A real point stays uncovered when its k nearest among all others are
+    # real, so the expected coverage is 1 − (N−1)⋯(N−k) / ((2N−1)⋯(2N−k)); the expected density is 1. The standard
+    # errors are those of the repetitions.
+    covered = 1 - (299 * 298 * 297) / (599 * 598 * 597)
+    draws = [density_coverage(normal(2 * i, 300, 3), normal(2 * i + 1, 300, 3), k=3) for i in range(10)]
+    means, errors = np.mean(draws, axis=0), np.std(draws, axis=0, ddof=1) / np.sqrt(10)
+    assert abs(means[0] - 1) < 4 * errors[0]
+    assert abs(means[1] - covered) < 4 * errors[1]
+    assert errors[0] < 0.05 and errors[1] < 0.02
+
+
+# ------------------------------------------------------------------------------------------------------ torch-fidelity
+
+
+def test_metrics_agree_with_torch_fidelity():
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
+
+    real, generated = normal(0, 400, 16), 1.1 * normal(1, 300, 16) + 0.2
+    statistics = [metric_fid.fid_features_to_statistics(torch.from_numpy(a)) for a in (real, generated)]
+    theirs = metric_fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert fid(real, generated) == pytest.approx(theirs, rel=1e-9)
+
+    logits = 3 * normal(2, 203, 10)
+    theirs = metric_isc.isc_features_to_metric(torch.from_numpy(logits), splits=10, shuffle=False)
+    assert inception_score(logits, 10) == pytest.approx(tuple(theirs.values()), rel=1e-12)
+
+    # Subsets of the whole set, permuted: the complete estimator.
+    theirs = metric_kid.kid_features_to_metric(
+        torch.from_numpy(real[:300]), torch.from_numpy(generated), kid_subsets=1, kid_subset_size=300, verbose=False
+    )
+    complete = theirs["kernel_inception_distance_mean"]
+    assert polynomial_mmd2(real[:300], generated) == pytest.approx(complete, rel=1e-9)
+    mean, standard_error = kid(real[:300], generated, num_subsets=200, seed=0)
+    assert abs(mean - complete) < standard_error
+
+    theirs = metric_prc.prc_features_to_metric(
+        torch.from_numpy(generated), torch.from_numpy(real), prc_neighborhood=3, verbose=False
+    )
+    assert precision_recall(real, generated, k=3) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-7)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_unusable_features_are_refused():
+    good = normal(0, 10, 3)
+    with pytest.raises(ValueError, match="finite, but 1 of 10 rows"):
+        fid(good, np.where(np.arange(30).reshape(10, 3) == 4, np.nan, good))
+    with pytest.raises(ValueError, match="dimensions differ, 3 and 2"):
+        kid(good, good[:, :2], seed=0)
+    with pytest.raises(ValueError, match="at least 2 images in each set, not 1"):
+        fid(good, good[:1])
+    with pytest.raises(ValueError, match="at least 4 images in each set, not 3"):
+        precision_recall(good, good[:3], k=3)
+    with pytest.raises(ValueError, match="k must be at least 1, not 0"):
+        density_coverage(good, good, k=0)
+    with pytest.raises(ValueError, match="at least 4 images in each set, not 3"):
+        kid(good[:3], good, seed=0)
+    with pytest.raises(ValueError, match="num_subsets and subset_size of at least 2, not 1 and 5"):
+        kid(good, good, num_subsets=1, subset_size=5, seed=0)
+    with pytest.raises(ValueError, match="splits must be between 1 and the 10 images, not 11"):
+        inception_score(good, 11)
+    with pytest.raises(ValueError, match=r"shape \(N, dimension\), not \(3,\)"):
+        inception_score(good[0], 1)
+    with pytest.raises(ValueError, match="shapes"):
+        frechet_distance(good[0], np.eye(3), good[0], np.eye(2))
+    with pytest.raises(ValueError, match="finite"):
+        frechet_distance(good[0], np.eye(3), good[0], np.full((3, 3), np.inf))
+    with pytest.raises(ValueError, match="10 rows of pool but 9 of logits"):
+        Features(good, good[:9])
+    with pytest.raises(ValueError, match="logits must be finite"):
+        Features(good, np.full((10, 2), np.inf))
+
+
+# ------------------------------------------------------------------------------------------ sample quality, all in one
+
+
+def test_sample_quality_collects_the_metrics():
+    real = Features(normal(0, 80, 6), normal(1, 80, 5))
+    generated = Features(1.2 * normal(2, 70, 6), 3 * normal(3, 70, 5))
+    quality = sample_quality(real, generated, seed=4, k=2)
+    assert quality["fid"] == fid(real.pool, generated.pool)
+    assert (quality["kid"], quality["kid_se"]) == kid(real.pool, generated.pool, seed=4)
+    assert (quality["inception_score"], quality["inception_score_std"]) == inception_score(generated.logits, 1)
+    assert (quality["precision"], quality["recall"]) == precision_recall(real.pool, generated.pool, k=2)
+    assert (quality["density"], quality["coverage"]) == density_coverage(real.pool, generated.pool, k=2)
+    assert len(quality) == 9
+    json.dumps(quality)  # plain numbers
+
+
+def test_ten_splits_from_five_thousand_images_on():
+    real = Features(normal(0, 10, 2), normal(1, 10, 4))
+    pool, logits = normal(2, 5000, 2), 2 * normal(3, 5000, 4)
+    assert sample_quality(real, Features(pool, logits), seed=0)["inception_score_std"] > 0
+    assert sample_quality(real, Features(pool[:-1], logits[:-1]), seed=0)["inception_score_std"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- classifier
+
+
+class Images:
+    """A data split in memory."""
+
+    def __init__(self, name: str, images: np.ndarray, labels: np.ndarray, num_levels: int, num_classes: int | None):
+        self.name, self.fingerprint = name, f"{name}-{len(images)}"
+        self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels).long()
+        self.image_shape = tuple(images.shape[1:])
+        self.num_levels, self.num_classes = num_levels, num_classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.images[indices], self.labels[indices]
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Images, Images]:
+    images, labels = load_digits(return_X_y=True)
+    images = images.astype(np.uint8).reshape(-1, 1, 8, 8)
+    train_x, test_x, train_y, test_y = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
+    return Images("digits train", train_x, train_y, 17, 10), Images("digits test", test_x, test_y, 17, 10)
+
+
+@pytest.fixture(scope="module")
+def small(digits) -> tuple[Images, Images]:
+    """A hundred images: what is trained on them is poor, and quick."""
+    train, test = digits
+    return (
+        Images("small/train", train.images[:100].numpy(), train.labels[:100].numpy(), 17, 10),
+        Images("small/test", test.images[:50].numpy(), test.labels[:50].numpy(), 17, 10),
+    )
+
+
+def train_quietly(splits, folder, seed=0):
+    return train_classifier(*splits, seed=seed, cache_dir=folder, device="cpu", progress=False)
+
+
+def test_classifier_recognises_digits(digits, tmp_path):
+    train, test = digits
+    extractor = train_quietly(digits, tmp_path)
+    assert extractor.test_accuracy >= 0.97
+    pool, logits = extractor(test.images)
+    assert pool.shape == (360, 64) and logits.shape == (360, 10) and not logits.requires_grad
+    assert (logits.argmax(1) == test.labels).double().mean() == pytest.approx(extractor.test_accuracy)
+
+    # The features order sets as the eye does: test digits, noisy digits, noise.
+    def features(images: torch.Tensor) -> Features:
+        return extract_features(extractor, images.split(100), len(images))
+
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 17, test.images.shape, generator=generator)
+    noisy = (0.6 * test.images + 0.4 * noise).round()
+    real = features(train.images)
+    scores = [sample_quality(real, features(x.to(torch.uint8)), seed=0) for x in (test.images, noisy, noise)]
+    assert scores[0]["fid"] < scores[1]["fid"] < scores[2]["fid"]
+    assert abs(scores[0]["kid"]) < 5 * scores[0]["kid_se"]
+    assert scores[1]["kid"] > 5 * scores[1]["kid_se"]
+    assert scores[0]["inception_score"] > 8
+    assert scores[0]["precision"] > 0.8 > 0.2 > scores[2]["precision"]
+
+
+@pytest.fixture(scope="module")
+def trained(small, tmp_path_factory):
+    """The extractor trained on the small set, and the folder that holds its files."""
+    folder = tmp_path_factory.mktemp("classifier")
+    return train_quietly(small, folder), folder
+
+
+def test_training_is_deterministic_and_leaves_the_global_random_state(small, trained, tmp_path):
+    first, _ = trained
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    second = train_quietly(small, tmp_path)
+    assert torch.equal(before, torch.get_rng_state())
+    other = train_quietly(small, tmp_path, seed=1)
+    for name, value in first.network.state_dict().items():
+        assert torch.equal(value, second.network.state_dict()[name])
+    assert first.key == second.key != other.key
+    assert not torch.equal(first.network.head.weight, other.network.head.weight)
+
+
+def test_classifier_is_read_from_its_cache(small, trained, monkeypatch):
+    first, folder = trained
+    weights, record = sorted(folder.iterdir(), key=lambda p: p.suffix, reverse=True)
+    assert (weights.suffix, record.suffix) == (".pt", ".json")
+    assert json.loads(record.read_text())["test_accuracy"] == first.test_accuracy
+
+    def fail(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(evaluation, "_fit", fail)
+    again = train_quietly(small, folder)
+    assert again.key == first.key and again.test_accuracy == first.test_accuracy
+    images = small[1].images
+    for a, b in zip(first(images), again(images), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(AssertionError, match="trained again"):
+        train_quietly(small, folder, seed=5)
+    relabelled = Images("small/train", small[0].images.numpy(), small[0].labels.numpy(), 17, 10)
+    relabelled.fingerprint = "other"
+    with pytest.raises(AssertionError, match="trained again"):
+        train_quietly((relabelled, small[1]), folder)
+
+
+@pytest.mark.parametrize("damage", ["truncated weights", "other weights", "no record", "empty record"])
+def test_damaged_classifier_is_trained_anew(damage, small, trained, tmp_path, caplog):
+    first, folder = trained
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    weights = next(tmp_path.glob("*.pt"))
+    record = weights.with_suffix(".json")
+    if damage == "truncated weights":
+        os.truncate(weights, 1000)
+    elif damage == "other weights":
+        torch.save({name: value + 1 for name, value in first.network.state_dict().items()}, weights)
+    elif damage == "no record":
+        record.unlink()
+    else:
+        record.write_text("")
+    with caplog.at_level(logging.WARNING):
+        again = train_quietly(small, tmp_path)
+    assert "trained anew" in caplog.text
+    assert again.key == first.key
+    caplog.clear()
+    train_quietly(small, tmp_path)
+    assert not caplog.records  # the repaired pair is good
+    assert len(list(tmp_path.iterdir())) == 2  # nothing temporary is left
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 4, 4), (2, 9, 21)])
+def test_classifier_adapts_to_the_image_size(shape):
+    network = evaluation._initial_classifier(shape, 7, seed=0)
+    grids = []
+    network.stages[-1].register_forward_hook(lambda module, inputs, output: grids.append(output.shape[2:]))
+    pool, logits = network(torch.zeros(2, *shape))
+    assert pool.shape == (2, 64) and logits.shape == (2, 7)
+    assert max(grids[0]) in (3, 4)
+
+
+def test_shifts_stay_within_an_eighth():
+    image = torch.zeros(1, 1, 16, 16)
+    image[..., 8, 8] = 1
+    shifted = evaluation._shifted(image.repeat(500, 1, 1, 1), torch.Generator().manual_seed(0))
+    positions = {tuple(p) for p in shifted.nonzero()[:, 2:].tolist()}
+    assert positions == {(row, column) for row in range(6, 11) for column in range(6, 11)}
+    assert torch.equal(shifted.sum((1, 2, 3)), torch.ones(500))
+
+
+def test_classifier_refuses_what_it_cannot_use(small, trained, tmp_path):
+    train, test = small
+    extractor, _ = trained
+    unlabelled = Images("faces", train.images.numpy(), train.labels.numpy(), 17, None)
+    with pytest.raises(ValueError, match="'faces' has no labels"):
+        train_quietly((unlabelled, test), tmp_path)
+    with pytest.raises(ValueError, match="in training but"):
+        train_quietly((train, Images("t", test.images.numpy(), test.labels.numpy(), 256, 10)), tmp_path)
+    with pytest.raises(ValueError, match=r"uint8 of shape \(B, 1, 8, 8\), not torch.float32"):
+        extractor(test.images.float())
+    with pytest.raises(ValueError, match=r"not torch.uint8 of shape \(50, 1, 8, 7\)"):
+        extractor(test.images[..., :7])
+    with pytest.raises(ValueError, match="pixels must be 0 … 16, but one is 17"):
+        extractor(test.images + 1)
+
+
+# --------------------------------------------------------------------------------------------------- cached statistics
+
+
+class MeanAndSpread:
+    """Two features that are simple to check, and a count of the images seen."""
+
+    name = "moments"
+
+    def __init__(self, key: str = "moments-1") -> None:
+        self.key, self.seen = key, 0
+
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seen += len(images)
+        x = images.double().flatten(1)
+        return torch.stack([x.mean(1), x.std(1)], 1), x[:, :3]
+
+
+def test_dataset_features_cover_the_whole_split_and_are_cached(small, tmp_path):
+    split, extractor = small[0], MeanAndSpread()
+    features = dataset_features(split, extractor, cache_dir=tmp_path, batch_size=33)
+    assert extractor.seen == len(features) == 100
+    assert features.pool.dtype == features.logits.dtype == np.float32
+    np.testing.assert_allclose(features.pool[:, 0], split.images.double().mean((1, 2, 3)), rtol=1e-6)
+    again = dataset_features(split, extractor, cache_dir=tmp_path, batch_size=7)
+    assert extractor.seen == 100
+    assert np.array_equal(features.pool, again.pool) and np.array_equal(features.logits, again.logits)
+    # Another extractor, or other data under the same name, is another file.
+    dataset_features(split, MeanAndSpread("moments-2"), cache_dir=tmp_path, batch_size=50)
+    changed = Images(split.name, split.images.numpy() // 2, split.labels.numpy(), 17, 10)
+    changed.fingerprint = "changed"
+    halved = dataset_features(changed, extractor, cache_dir=tmp_path, batch_size=50)
+    assert extractor.seen == 200 and halved.pool[:, 0].max() < features.pool[:, 0].max()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped bytes", "other key", "too few", "not an archive"])
+def test_damaged_statistics_are_computed_anew(damage, small, tmp_path, caplog):
+    split, extractor = small[0], MeanAndSpread()
+    features = dataset_features(split, extractor, cache_dir=tmp_path, batch_size=50)
+    (path,) = tmp_path.iterdir()
+    with np.load(path) as archive:
+        stored = dict(archive)
+    if damage == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    elif damage == "flipped bytes":
+        content = bytearray(path.read_bytes())
+        where = content.find(features.pool.tobytes()) + 100
+        content[where] ^= 0xFF
+        path.write_bytes(content)
+    elif damage == "other key":
+        np.savez(path, **{**stored, "key": str(stored["key"]).replace("moments-1", "moments-2")})
+    elif damage == "too few":
+        np.savez(path, **{**stored, "pool": stored["pool"][:10], "logits": stored["logits"][:10]})
+    else:
+        path.write_text("nothing")
+    with caplog.at_level(logging.WARNING):
+        again = dataset_features(split, extractor, cache_dir=tmp_path, batch_size=50)
+    assert "computed anew" in caplog.text and str(path) in caplog.text
+    assert extractor.seen == 200
+    assert np.array_equal(features.pool, again.pool)
+    dataset_features(split, extractor, cache_dir=tmp_path, batch_size=50)
+    assert extractor.seen == 200 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_extract_features_counts_the_images():
+    images = torch.zeros(10, 1, 2, 2, dtype=torch.uint8)
+    assert len(extract_features(MeanAndSpread(), images.split(4), 10)) == 10
+    with pytest.raises(ValueError, match=r"features of 11 images were asked for .* hold 10"):
+        extract_features(MeanAndSpread(), images.split(4), 11)
