@@ -9,7 +9,7 @@ gradient of some log-density, exactly if J = Jᵀ. The asymmetry is measured by
 averaged over samples. NAsym is 0 for a conservative field, ½ for a random matrix and 1 for an antisymmetric one.
 
 For probes v with E[vvᵀ] = I (here ±1 with equal probability) two unbiased estimators of Asym use one
-Jacobian-vector and one vector-Jacobian product each:
+Jacobian-vector and one vector-Jacobian product each, both taken from a single evaluation of the score:
 
 * ``trace``, Eq. 9 of the paper:  ‖Jᵀv‖² − (Jᵀv)·(Jv). It may be negative, and at small NAsym its variance is
   dominated by the symmetric part of J.
@@ -27,7 +27,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from randomness import Generator, rademacher_like
@@ -40,7 +39,7 @@ __all__ = [
     "asymmetry",
     "circulation",
     "jacobian",
-    "jvp",
+    "jvp_and_vjp",
     "vjp",
 ]
 
@@ -62,21 +61,27 @@ class Asymmetry(NamedTuple):
         return self.asym / (2 * self.jacobian_norm_squared)
 
 
-def jvp(score: ScoreFunction, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """s(x, t) and Jv, both (B, ...), in one forward-mode pass; differentiable if gradients are enabled."""
-    with forward_ad.dual_level():
-        output = forward_ad.unpack_dual(score(forward_ad.make_dual(x, v), t))
-        # A field that does not depend on x (or only through operations of zero derivative) has no tangent.
-        tangent = torch.zeros_like(output.primal) if output.tangent is None else output.tangent
-        return output.primal, tangent
-
-
-def vjp(score_value: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = False) -> Tensor:
+def vjp(value: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = False) -> Tensor:
     """Jᵀv (B, ...) by one backward pass through an already computed score; the graph is kept."""
     (product,) = torch.autograd.grad(
-        score_value, x, v, create_graph=create_graph, retain_graph=True, materialize_grads=True
+        value, x, v, create_graph=create_graph, retain_graph=True, materialize_grads=True
     )
     return product
+
+
+def jvp_and_vjp(value: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+    """Jv and Jᵀv, both (B, ...), of an already computed score.
+
+    Jᵀu is linear in u, so differentiating it once more, with respect to u in direction v, gives Jv. Measured
+    faster than a forward-mode pass (docs/benchmarks.md): the evaluation of the score and the backward pass are
+    shared by both products, and the evaluation by any number of probes.
+    """
+    u = v.detach().clone().requires_grad_()
+    jtv = vjp(value, x, u, create_graph=True)
+    if not jtv.requires_grad:  # J vanishes identically
+        return torch.zeros_like(value), jtv
+    (jv,) = torch.autograd.grad(jtv, u, v, create_graph=create_graph, retain_graph=True, materialize_grads=True)
+    return jv, jtv
 
 
 def jacobian(score: ScoreFunction, x: Tensor, t: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
@@ -132,16 +137,17 @@ def asymmetry(
         x = _requiring_grad(x)
         asym, norm = 0.0, 0.0
         with torch.enable_grad():
+            value = score(x, t)
             for _ in range(probes):
                 v = rademacher_like(x, generator)
-                # One forward-mode pass gives the score too; the backward pass runs through its graph.
-                value, jv = jvp(score, x, t, v)
-                jtv = vjp(value, x, v, create_graph=create_graph)
+                jv, jtv = jvp_and_vjp(value, x, v, create_graph=create_graph)
                 norm_estimate = (jtv**2).flatten(1).sum(1)
                 if estimator == "trace":
                     asym_estimate = norm_estimate - (jtv * jv).flatten(1).sum(1)
                 else:
                     asym_estimate = 0.5 * ((jv - jtv) ** 2).flatten(1).sum(1)
+                if not create_graph:
+                    asym_estimate, norm_estimate = asym_estimate.detach(), norm_estimate.detach()
                 asym, norm = asym + asym_estimate / probes, norm + norm_estimate / probes
         result = Asymmetry(value, asym, norm)
     return result if create_graph else Asymmetry(*(part.detach() for part in result))

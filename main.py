@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from absl import app, flags
@@ -40,13 +41,28 @@ def main(argv: list[str]) -> None:
                 print(f"{name:24} {value:.6g}" if isinstance(value, float) else f"{name:24} {value}")
         else:
             print(run_lib.sample(FLAGS.config, FLAGS.workdir, runtime, FLAGS.checkpoint))
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        logging.debug("", exc_info=True)
+    except (run_lib.InvalidRun, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except run_lib.Interrupted as interruption:
         print(interruption, file=sys.stderr)
         sys.exit(128 + interruption.signal_number)
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parse, or exit with one line that names the flag: absl and ml_collections answer some mistakes with a
+    traceback."""
+    config_file = next((a.split("=", 1)[1].split(":")[0] for a in argv if a.startswith("--config=")), None)
+    if config_file is not None and not os.path.isfile(config_file):
+        sys.exit(f"error: --config={config_file}: no such file")
+    try:
+        return FLAGS(argv)
+    except flags.Error as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        sys.exit(f"error: {lines[-1].removeprefix('ValueError: ') if 'Traceback' in str(error) else lines[0]}")
+    except (AttributeError, KeyError) as error:
+        overrides = ", ".join(a.split("=")[0] for a in argv if a.startswith("--config."))
+        sys.exit(f"error: {overrides}: the config has no field {error}")
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

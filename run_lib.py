@@ -57,7 +57,7 @@ from randomness import Generator, SampleGenerators, normal_like, seed_from, unif
 from sampling import get_sampler
 from sde_lib import SDE, expand, get_sde
 
-__all__ = ["Interrupted", "Runtime", "evaluate", "sample", "train"]
+__all__ = ["Interrupted", "InvalidRun", "Runtime", "evaluate", "sample", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,10 @@ _FREE_FIELDS = (
 )
 
 
+class InvalidRun(ValueError):
+    """The config, data, checkpoint or working directory cannot be used; raised before any work."""
+
+
 class Interrupted(Exception):
     """A signal asked the run to stop; a checkpoint has been written."""
 
@@ -94,7 +98,7 @@ class Runtime:
     """Where and how to compute; none of it changes what is computed beyond rounding.
 
     Raises:
-        ValueError: unknown or unavailable device or precision, or a number outside its range.
+        InvalidRun: unknown or unavailable device or precision, or a number outside its range.
     """
 
     device: str = "auto"
@@ -105,14 +109,14 @@ class Runtime:
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
-            raise ValueError(f"--device={self.device}: allowed are {', '.join(DEVICES)}")
+            raise InvalidRun(f"--device={self.device}: allowed are {', '.join(DEVICES)}")
         available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
         if not available.get(self.device, lambda: True)():
-            raise ValueError(f"--device={self.device}: no such device on this machine")
+            raise InvalidRun(f"--device={self.device}: no such device on this machine")
         if self.precision not in PRECISIONS:
-            raise ValueError(f"--precision={self.precision}: allowed are {', '.join(PRECISIONS)}")
+            raise InvalidRun(f"--precision={self.precision}: allowed are {', '.join(PRECISIONS)}")
         if self.accumulation_steps < 1:
-            raise ValueError(f"--accumulation_steps={self.accumulation_steps}: at least 1")
+            raise InvalidRun(f"--accumulation_steps={self.accumulation_steps}: at least 1")
 
     def accelerator(self) -> Accelerator:
         if self.device in ("cpu", "mps"):
@@ -125,6 +129,15 @@ class Runtime:
         return Accelerator(
             mixed_precision=PRECISIONS[self.precision], gradient_accumulation_steps=self.accumulation_steps
         )
+
+
+@contextlib.contextmanager
+def _checked() -> Iterator[None]:
+    """Errors of preparation become InvalidRun, so that a caller can tell bad input from a defect."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise InvalidRun(str(error)) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -320,12 +333,13 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
     """Train until ``config.training.n_iters`` steps are done, resuming from the newest checkpoint in ``workdir``.
 
     Raises:
-        ValueError, FileNotFoundError: bad config, data, checkpoint or working directory, before any work.
+        InvalidRun: bad config, data, checkpoint or working directory.
         FloatingPointError: the loss is not finite; the last checkpoint is good.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
-    run = _Run(config, workdir, runtime)
-    _Training(run).loop()
+    with _checked():
+        training = _Training(_Run(config, workdir, runtime))
+    training.loop()
 
 
 class _Training:
@@ -629,10 +643,11 @@ def evaluate(
         checkpoint: one of ours or of score_sde_pytorch; None: the newest in ``workdir``.
 
     Raises:
-        ValueError, FileNotFoundError: bad config, data, checkpoint or working directory, before any work.
+        InvalidRun: bad config, data, checkpoint or working directory.
     """
-    run = _Run(config, workdir, runtime)
-    step = _load_for_evaluation(run, checkpoint)
+    with _checked():
+        run = _Run(config, workdir, runtime)
+        step = _load_for_evaluation(run, checkpoint)
     enabled = config.eval
     metrics: dict = {"checkpoint_step": step, "sampler": _sampler_name(config)}
     names = "nll_bits_per_dim nll_bits_per_dim_se nfe_likelihood asym asym_se nasym nasym_se fid kid kid_se "
@@ -657,10 +672,11 @@ def sample(
     """Draw ``config.eval.num_samples`` samples from a checkpoint; return the folder with samples.npz and grid.png.
 
     Raises:
-        ValueError, FileNotFoundError: bad config, data, checkpoint or working directory, before any work.
+        InvalidRun: bad config, data, checkpoint or working directory.
     """
-    run = _Run(config, workdir, runtime)
-    step = _load_for_evaluation(run, checkpoint)
+    with _checked():
+        run = _Run(config, workdir, runtime)
+        step = _load_for_evaluation(run, checkpoint)
     arrays = _sample_stage(run)
     folder = run.workdir / "samples" / f"step_{step:08d}"
     if run.accelerator.is_main_process:
@@ -753,7 +769,8 @@ def _read_arrays(path: Path, key: str) -> dict[str, np.ndarray] | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here because numpy leaves a damaged file open.
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {field: file[field] for field in file.files}
     except Exception as error:  # numpy and zipfile raise half a dozen unrelated types on damaged files
         logger.warning("%s is damaged (%s) and is computed again", path, error)

@@ -1,7 +1,7 @@
 """The parts of the U-Net: embeddings of the noise level, resampling, residual blocks, attention.
 
-Everything here can be differentiated forwards (dual numbers), backwards, and backwards through either, which the
-quasi-conservative loss needs.
+Everything here can be differentiated three times, as the quasi-conservative loss needs: for both Jacobian products
+and once more for the parameters.
 
 Sources: Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models" (NeurIPS 2020); Song et al., "Score-Based
 Generative Modeling through Stochastic Differential Equations" (ICLR 2021), Appendix H; Brock, Donahue, Simonyan,
@@ -279,8 +279,7 @@ class BigGANBlock(_ResidualBlock):
 class Attention(nn.Module):
     """Single-head self-attention over all pixels with a residual connection, (B, C, H, W) → (B, C, H, W).
 
-    Plain matrix products and an explicit softmax: the fused kernels, and the forward-mode rule of torch's own
-    softmax, cannot be differentiated once more.
+    Plain matrix products and softmax: the fused attention kernels cannot be differentiated twice.
     """
 
     def __init__(self, channels: int, *, init_scale: float, skip_rescale: bool) -> None:
@@ -297,8 +296,6 @@ class Attention(nn.Module):
         h = self.norm(x)
         query, key, value = (layer(h).flatten(2) for layer in (self.query, self.key, self.value))  # (B, C, HW)
         logits = query.transpose(1, 2) @ key * channels**-0.5  # (B, HW, HW)
-        # Shifting by the maximum changes nothing but the range, so no derivative need pass through it.
-        weights = torch.exp(logits - logits.detach().amax(2, keepdim=True))
-        weights = weights / weights.sum(2, keepdim=True)
+        weights = torch.softmax(logits, dim=2)
         h = (value @ weights.to(value.dtype).transpose(1, 2)).reshape(batch, channels, height, width)
         return self.rescale * (x + self.out(h))

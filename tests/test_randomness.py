@@ -91,7 +91,7 @@ def test_moments_within_four_standard_errors():
     assert abs((z**4).mean() - 3) < 4 * (96 / n) ** 0.5
     assert abs(u.mean() - 1 / 2) < 4 * (1 / 12 / n) ** 0.5
     assert abs((u**2).mean() - 1 / 3) < 4 * (4 / 45 / n) ** 0.5
-    assert 0 <= u.min() and u.max() < 1
+    assert u.min() >= 0 and u.max() < 1
     assert set(v.unique().tolist()) == {-1.0, 1.0}
     assert abs(v.mean()) < 4 * (1 / n) ** 0.5
 
