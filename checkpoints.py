@@ -13,7 +13,6 @@ The second half reads the checkpoints of score_sde_pytorch and of the QCSBM code
 from __future__ import annotations
 
 import logging
-import os
 import random
 import zipfile
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from atomic_write import write_atomically
 from models import layers
 from models.unet import UNet
 
@@ -49,22 +49,7 @@ class CheckpointError(ValueError):
 
 def write_checkpoint(path: Path, state: dict) -> None:
     """Write ``state`` (tensors, numbers, strings, lists, dicts) to ``path``: wholly, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    # The rename itself must survive a power cut as well.
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    write_atomically(path, lambda file: torch.save(state, file))
 
 
 def read_checkpoint(path: str | Path) -> dict:

@@ -26,13 +26,12 @@ import json
 import logging
 import os
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -41,6 +40,7 @@ from scipy.special import log_softmax, logsumexp
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from atomic_write import write_atomically
 from datasets import Split
 from randomness import seed_from, uniform
 
@@ -155,7 +155,7 @@ def dataset_features(
 
     batches = (dataset.batch(indices)[0] for indices in torch.arange(len(dataset)).split(batch_size))
     features = extract_features(extractor, batches, len(dataset), progress=progress)
-    _write_atomically(
+    write_atomically(
         path, lambda file: np.savez(file, key=_canonical(key), pool=features.pool, logits=features.logits)
     )
     return features
@@ -599,8 +599,8 @@ def train_classifier(
             "test_accuracy": _accuracy(network, test, device),
         }
         state = {name: value.cpu() for name, value in network.state_dict().items()}
-        _write_atomically(weights_path, lambda file: torch.save(state, file))
-        _write_atomically(record_path, lambda file: file.write(json.dumps(record, indent=2).encode()))
+        write_atomically(weights_path, lambda file: torch.save(state, file))
+        write_atomically(record_path, lambda file: file.write(json.dumps(record, indent=2).encode()))
         logger.info("trained %s: test accuracy %.4f", weights_path.stem, record["test_accuracy"])
     return ClassifierFeatures(
         network,
@@ -713,17 +713,3 @@ def _weights_digest(state: Mapping[str, Tensor]) -> str:
 
 def _file_stem(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name)
-
-
-def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Readers see the old file or the whole new one, also when several processes write or one is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)

@@ -132,5 +132,10 @@ def get_likelihood(config, sde: SDE) -> LikelihoodEvaluator:
     """
     settings = config.likelihood
     return LikelihoodEvaluator(
-        sde, divergence=settings.divergence, solver=settings.solver, rtol=settings.rtol, atol=settings.atol
+        sde,
+        divergence=settings.divergence,
+        solver=settings.solver,
+        rtol=settings.rtol,
+        atol=settings.atol,
+        num_steps=settings.num_steps,
     )

@@ -34,8 +34,8 @@ class Objective(nn.Module):
     gradient accumulation see one forward and one backward.
 
     Args:
-        score_model: the model being trained.
-        continuous: times uniform on [1e-5, 1]; otherwise uniform on the model's ladder of noise levels.
+        score_model: the model being trained. Times are uniform on [1e-5, 1], or on the ladder of noise levels of a
+            discrete-time model.
         likelihood_weighting: weight g² instead of σ² (continuous time only).
         reduce_mean: mean over dimensions, instead of half the sum.
         qc_weight: λ_QC; 0 trains an ordinary (U or C) model.
@@ -51,7 +51,6 @@ class Objective(nn.Module):
         self,
         score_model: ScoreModel,
         *,
-        continuous: bool = True,
         likelihood_weighting: bool = False,
         reduce_mean: bool = False,
         qc_weight: float = 0.0,
@@ -68,11 +67,12 @@ class Objective(nn.Module):
             raise ValueError(f"training.qc_interval={qc_interval}: at least 1")
         if qc_estimator not in ESTIMATORS:
             raise ValueError(f"training.qc_estimator={qc_estimator!r}: allowed are {', '.join(ESTIMATORS)}")
-        if likelihood_weighting and not continuous:
+        num_scales = score_model.noise_level.num_scales
+        if likelihood_weighting and num_scales is not None:
             raise ValueError("training.likelihood_weighting=True: needs training.continuous=True")
         self.score_model = score_model
         self.sde = score_model.sde
-        self.ladder = None if continuous else self.sde.ladder(score_model.noise_level.num_scales)
+        self.ladder = None if num_scales is None else self.sde.ladder(num_scales)
         self.likelihood_weighting = likelihood_weighting
         self.reduce_mean = reduce_mean
         self.qc_weight = qc_weight
@@ -151,7 +151,6 @@ def get_objective(config, score_model: ScoreModel) -> Objective:
     training = config.training
     return Objective(
         score_model,
-        continuous=training.continuous,
         likelihood_weighting=training.likelihood_weighting,
         reduce_mean=training.reduce_mean,
         qc_weight=training.qc_weight,

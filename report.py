@@ -33,10 +33,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from atomic_write import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -907,7 +910,7 @@ def _training_figure(runs: Sequence[Run]) -> tuple[Figure | None, list[str]]:
     reduced = {run.config["training"].get("reduce_mean") for run in runs}
     if len(reduced) > 1:
         notes.append("The losses are not on one scale: the runs differ in config.training.reduce_mean.")
-    scale = {(True,): " per dimension", (False,): " (½ sum over dimensions)"}.get(tuple(reduced), "")
+    scale = {(True,): " per dim.", (False,): " (½ sum)"}.get(tuple(reduced), "")
     faint = {"alpha": min(0.3, 0.6 / len(runs)), "linewidth": 0.5, "zorder": 1}
     for axes, key in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
         spanned: list[np.ndarray] = []
@@ -958,12 +961,6 @@ _FIGURES: tuple[tuple[str, str, Callable[..., tuple[Figure | None, list[str]]], 
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def _write(file: Path, content: bytes) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)
-
-
 def _write_figures(runs: Sequence[Run], output: Path) -> list[str]:
     """Draws every figure and returns its section of the report; of one that cannot be drawn, no older file stays."""
     import matplotlib
@@ -976,9 +973,7 @@ def _write_figures(runs: Sequence[Run], output: Path) -> list[str]:
                 (output / file_name).unlink(missing_ok=True)
                 lines = [f"`{file_name}` was not drawn.", *notes]
             else:
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format="png")
-                _write(output / file_name, buffer.getvalue())
+                write_atomically(output / file_name, partial(figure.savefig, format="png"))
                 lines = [f"![{heading}]({file_name})", "", caption, *notes]
             sections.append("\n".join([f"## {heading}", "", *lines]))
     return sections
@@ -1002,8 +997,8 @@ def write_report(paths: Sequence[Path], output: Path | None = None, baseline: st
         raise ValueError(f"--output={output} is a file; a folder is needed")
     output.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join([text, *_write_figures(runs, output)]) + "\n"
-    _write(output / "report.csv", _csv_text(runs).encode())
-    _write(output / "report.md", text.encode())
+    for name, content in (("report.csv", _csv_text(runs)), ("report.md", text)):
+        write_atomically(output / name, lambda file, content=content: file.write(content.encode()))
     return text
 
 

@@ -20,7 +20,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import signal
 import subprocess
 import time
@@ -39,6 +38,7 @@ from tqdm import tqdm
 
 import datasets
 import evaluation
+from atomic_write import write_atomically
 from checkpoints import (
     CheckpointError,
     CheckpointStore,
@@ -66,7 +66,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 GRID_IMAGES = 64
 
 # A run may be continued with other values of these; any other difference makes it another experiment.
-_FREE_FIELDS = (
+_FREE_IN_TRAINING = (
     "label",
     "eval.",
     "sampling.",
@@ -78,6 +78,12 @@ _FREE_FIELDS = (
     "training.eval_freq",
     "training.snapshot_",
     "training.keep_checkpoints",
+)
+# An evaluation need not repeat how the model was trained.
+_FREE_IN_EVALUATION = (
+    *_FREE_IN_TRAINING,
+    "optim.",
+    *(f"training.{name}" for name in ("batch_size", "init_from", "likelihood_weighting", "qc_", "reduce_mean")),
 )
 
 
@@ -119,15 +125,11 @@ class Runtime:
             raise InvalidRun(f"--accumulation_steps={self.accumulation_steps}: at least 1")
 
     def accelerator(self) -> Accelerator:
-        if self.device in ("cpu", "mps"):
-            # accelerate prefers CUDA, then MPS; both must be asked not to.
-            return Accelerator(
-                cpu=self.device == "cpu",
-                mixed_precision=PRECISIONS[self.precision],
-                gradient_accumulation_steps=self.accumulation_steps,
-            )
+        # Left to itself accelerate takes CUDA, or else MPS, where there is one.
         return Accelerator(
-            mixed_precision=PRECISIONS[self.precision], gradient_accumulation_steps=self.accumulation_steps
+            cpu=self.device == "cpu",
+            mixed_precision=PRECISIONS[self.precision],
+            gradient_accumulation_steps=self.accumulation_steps,
         )
 
 
@@ -151,7 +153,9 @@ class _Run:
         ValueError, FileNotFoundError: whatever is wrong with config, data or working directory.
     """
 
-    def __init__(self, config: ConfigDict, workdir: str | Path, runtime: Runtime) -> None:
+    def __init__(
+        self, config: ConfigDict, workdir: str | Path, runtime: Runtime, *, free_fields: tuple[str, ...]
+    ) -> None:
         self.config = config
         self.workdir = Path(workdir)
         self.runtime = runtime
@@ -167,7 +171,7 @@ class _Run:
         self._check_batch_size()
         with self.main_process_first():
             self.train_data, self.test_data = datasets.get_dataset(config)
-            self._check_workdir()
+            self._check_workdir(free_fields)
         self.store = CheckpointStore(
             self.workdir / "checkpoints",
             keep=config.training.keep_checkpoints,
@@ -212,7 +216,7 @@ class _Run:
                 f"process(es) × {self.runtime.accumulation_steps} accumulation step(s)"
             )
 
-    def _check_workdir(self) -> None:
+    def _check_workdir(self, free_fields: tuple[str, ...]) -> None:
         path = self.workdir / "config.json"
         if not path.exists():
             return
@@ -224,7 +228,7 @@ class _Run:
         different = [
             f"{name} was {stored.get(name)!r}, is {given.get(name)!r}"
             for name in sorted(stored.keys() | given.keys())
-            if stored.get(name) != given.get(name) and not name.startswith(_FREE_FIELDS)
+            if stored.get(name) != given.get(name) and not name.startswith(free_fields)
         ]
         if different:
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
@@ -232,7 +236,6 @@ class _Run:
 
     def write_config(self) -> None:
         if self.accelerator.is_main_process:
-            self.workdir.mkdir(parents=True, exist_ok=True)
             _write_text(self.workdir / "config.json", self.config.to_json(indent=1, sort_keys=True) + "\n")
 
     def restore_weights(self, state: dict, source: object) -> None:
@@ -282,16 +285,11 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _write_arrays(path: Path, **arrays) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.tmp{os.getpid()}.npz")
-    np.savez_compressed(temporary, **arrays)
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 def _code_version() -> str:
@@ -319,10 +317,7 @@ def save_image_grid(path: Path, images: np.ndarray, num_levels: int) -> None:
     picture = Image.fromarray(canvas.round().astype(np.uint8).squeeze())
     enlarge = max(1, 64 // height)  # tiny images would be unreadable pixel for pixel
     picture = picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.tmp{os.getpid()}.png")
-    picture.save(temporary)
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: picture.save(file, format="png"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -338,7 +333,7 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
     with _checked():
-        training = _Training(_Run(config, workdir, runtime))
+        training = _Training(_Run(config, workdir, runtime, free_fields=_FREE_IN_TRAINING))
     training.loop()
 
 
@@ -358,6 +353,7 @@ class _Training:
             betas=(optim.beta1, 0.999),
             eps=optim.eps,
             weight_decay=optim.weight_decay,
+            fused=True,
         )
         # Streams of dropout; everything else is keyed by step and sample.
         set_seed(seed_from(self.config.seed, "dropout", self.accelerator.process_index))
@@ -366,7 +362,6 @@ class _Training:
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.test_objective = Objective(
             run.ema.model,
-            continuous=self.config.training.continuous,
             likelihood_weighting=self.config.training.likelihood_weighting,
             reduce_mean=self.config.training.reduce_mean,
         )
@@ -448,13 +443,17 @@ class _Training:
         return self.run.train_data.batch(indices)[0]
 
     def _batches(self) -> Iterator[Tensor]:
-        """The images of this and all later steps, read one step ahead in a thread."""
-        last = self.config.training.n_iters - 1
+        """The images of this and all later steps; files are decoded one step ahead in a thread."""
+        steps = range(self.step, self.config.training.n_iters)
+        if isinstance(self.run.train_data, datasets.TensorSplit):
+            # Already in memory: a thread would bring OpenMP workers of its own, which cost more than they save.
+            yield from map(self._images, steps)
+            return
         with ThreadPoolExecutor(1) as reader:
-            upcoming = reader.submit(self._images, self.step)
-            for step in range(self.step, last + 1):
+            upcoming = reader.submit(self._images, steps[0])
+            for step in steps:
                 images = upcoming.result()
-                if step < last:
+                if step < steps[-1]:
                     upcoming = reader.submit(self._images, step + 1)
                 yield images
 
@@ -646,7 +645,7 @@ def evaluate(
         InvalidRun: bad config, data, checkpoint or working directory.
     """
     with _checked():
-        run = _Run(config, workdir, runtime)
+        run = _Run(config, workdir, runtime, free_fields=_FREE_IN_EVALUATION)
         step = _load_for_evaluation(run, checkpoint)
     enabled = config.eval
     metrics: dict = {"checkpoint_step": step, "sampler": _sampler_name(config)}
@@ -654,7 +653,8 @@ def evaluate(
     names += "inception_score inception_score_std precision recall density coverage nfe_sampling num_samples "
     names += "features feature_test_accuracy"
     metrics.update(dict.fromkeys(names.split()))
-    run.write_config()
+    if not (run.workdir / "config.json").exists():  # a checkpoint from elsewhere
+        run.write_config()
     if enabled.enable_bpd:
         metrics.update(_evaluate_nll(run))
     if enabled.enable_asymmetry:
@@ -675,7 +675,7 @@ def sample(
         InvalidRun: bad config, data, checkpoint or working directory.
     """
     with _checked():
-        run = _Run(config, workdir, runtime)
+        run = _Run(config, workdir, runtime, free_fields=_FREE_IN_EVALUATION)
         step = _load_for_evaluation(run, checkpoint)
     arrays = _sample_stage(run)
     folder = run.workdir / "samples" / f"step_{step:08d}"

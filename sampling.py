@@ -152,8 +152,9 @@ class LangevinCorrector:
     """x ← x + ε s + √(2ε) z with ε = 2 (snr·√D/‖s‖)² (Song et al., 2021, Algorithms 4 and 5).
 
     The signal-to-noise ratio is set per sample, with the norm √D of a typical z: the source averages both norms
-    over the batch, which would make a sample depend on its neighbours. The norm of one score is a reliable scale
-    only where it is a sum of many terms: for two dimensions E‖s‖⁻² is infinite.
+    over the batch, which would make a sample depend on its neighbours. The price is a bias: a step size that varies
+    as ‖s‖⁻² has the stationary density p‖s‖², whose variance is (D + 2)/D times that of a Gaussian p. That is 0.07 %
+    for CIFAR-10, 3 % for 8×8 digits, and no sampler at all in a few dimensions; ``ald`` has no such bias.
 
     Raises:
         ValueError: (in ``step``) samples of fewer than 16 dimensions.

@@ -96,7 +96,8 @@ def base_config() -> ConfigDict:
 
     config.likelihood = ConfigDict()
     config.likelihood.divergence = "rademacher"  # rademacher, gaussian, exact
-    config.likelihood.solver = "rk45"
+    config.likelihood.solver = "rk45"  # rk45, scipy, dopri5, heun
+    config.likelihood.num_steps = 200  # of heun
     config.likelihood.rtol = 1e-3
     config.likelihood.atol = 1e-5
 

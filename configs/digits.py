@@ -11,7 +11,7 @@ from configs.defaults import base_config, choose
 
 MODELS = {
     "u": {},
-    "c": {"model.parameterization": "conservative", "training.n_iters": 1600},
+    "c": {"model.parameterization": "conservative", "training.n_iters": 1200},
     "qc": {"training.qc_weight": 1e-2, "training.qc_interval": 2},
 }
 
@@ -24,7 +24,7 @@ def get_config(model="u"):
     config.model.update(nf=16, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0, sigma_max=10.0)
     config.optim.update(lr=1e-3, warmup=200)
     config.training.update(
-        batch_size=128, n_iters=4000, eval_freq=250, snapshot_freq=1000, snapshot_freq_for_preemption=250
+        batch_size=128, n_iters=2600, eval_freq=200, snapshot_freq=600, snapshot_freq_for_preemption=200
     )
     config.sampling.num_steps = 100
     config.eval.update(batch_size=360, num_samples=1000, asym_levels=20, asym_images=36, asym_probes=0)

@@ -223,7 +223,7 @@ def test_a_likelihood_does_not_depend_on_its_batch(divergence):
         torch.testing.assert_close(in_batches(size), in_batches(8), rtol=0, atol=1e-9)
 
 
-def test_single_precision_data_in_double_precision_steps():
+def test_single_precision_data_in_double_precision_steps(monkeypatch):
     gaussian = gaussian_2d(SDES["vp"])
     x = gaussian.sample(5, torch.Generator().manual_seed(0))
 
@@ -231,6 +231,12 @@ def test_single_precision_data_in_double_precision_steps():
         assert y.dtype == t.dtype == torch.float32
         return gaussian.score(y.double(), t.double()).float()
 
+    def checked_integrate(velocity, y: Tensor, *args, **settings):
+        assert y.dtype == torch.float64
+        return integrate(velocity, y, *args, **settings)
+
+    integrate = likelihood.integrate
+    monkeypatch.setattr(likelihood, "integrate", checked_integrate)
     double = evaluator("vp", rtol=1e-4, atol=1e-4)(gaussian.score, x)
     single = evaluator("vp", rtol=1e-4, atol=1e-4)(single_precision_score, x.float())
     assert single.latent.dtype == torch.float32
@@ -241,14 +247,14 @@ def test_single_precision_data_in_double_precision_steps():
 
 
 def likelihood_config(**fields) -> ConfigDict:
-    defaults = dict(divergence="gaussian", solver="scipy", rtol=1e-2, atol=1e-4)
+    defaults = dict(divergence="gaussian", solver="scipy", rtol=1e-2, atol=1e-4, num_steps=50)
     return ConfigDict(dict(likelihood=defaults | fields))
 
 
 def test_evaluator_from_a_config():
     built = get_likelihood(likelihood_config(), SDES["vp"])
     assert built.divergence == "gaussian" and built.sde is SDES["vp"] and built.eps == 1e-5
-    assert built.settings == dict(solver="scipy", rtol=1e-2, atol=1e-4, num_steps=0)
+    assert built.settings == dict(solver="scipy", rtol=1e-2, atol=1e-4, num_steps=50)
 
 
 @pytest.mark.parametrize(

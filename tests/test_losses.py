@@ -195,7 +195,7 @@ def test_class_labels_reach_the_network():
 def test_ddpm_loss_is_the_textbooks(levels):
     # Ho et al. (2020), Eq. 14: ‖ε − ε_θ(√ᾱ x_0 + √(1 − ᾱ) ε, i)‖², index i uniform, here halved.
     score, x0 = model("vp", levels), data(40)
-    loss = Objective(score, continuous=False)(x0, seeded())["loss"]
+    loss = Objective(score)(x0, seeded())["loss"]
     noisy, label, _ = score.network.inputs[-1]
     u, epsilon, _ = draws(x0)
     index = (u * levels).long()
@@ -212,7 +212,7 @@ def test_ddpm_loss_is_the_textbooks(levels):
 def test_smld_loss_is_the_textbooks(levels):
     # Song & Ermon (2019), Eqs. 5 and 6: ½ σ² ‖s(x̃, σ) + (x̃ − x)/σ²‖², the levels numbered from the largest σ.
     score, x0 = model("ve", levels), data(40)
-    loss = Objective(score, continuous=False)(x0, seeded())["loss"]
+    loss = Objective(score)(x0, seeded())["loss"]
     noisy, label, _ = score.network.inputs[-1]
     u, z, _ = draws(x0)
     sigmas = 20.0 * (0.02 / 20.0) ** (torch.arange(levels, dtype=torch.float64) / (levels - 1))
@@ -234,7 +234,7 @@ def test_every_level_is_drawn_equally_often(dtype, monkeypatch):
     numbers = (torch.arange(1000, dtype=torch.float64) / 1000).to(dtype)
     numbers[-1] = torch.nextafter(torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype))
     monkeypatch.setattr(losses, "uniform", lambda shape, generator, **kwargs: numbers)
-    Objective(score, continuous=False)(torch.zeros(1000, 1, 2, 2, dtype=dtype))
+    Objective(score)(torch.zeros(1000, 1, 2, 2, dtype=dtype))
     assert torch.equal(score.network.inputs[-1][1].bincount(), torch.full((levels,), 100))
 
 
@@ -341,7 +341,7 @@ def test_every_field_of_the_config_is_passed_on(fields):
 def test_discrete_objective_from_a_config():
     x0 = data()
     discrete = get_objective(training_config(continuous=False), model("ve", 25))(x0, seeded())
-    assert torch.equal(discrete["loss"], Objective(model("ve", 25), continuous=False)(x0, seeded())["loss"])
+    assert torch.equal(discrete["loss"], Objective(model("ve", 25))(x0, seeded())["loss"])
 
 
 @pytest.mark.parametrize(

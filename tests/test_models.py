@@ -212,13 +212,13 @@ def test_unet_can_be_differentiated_three_times(options, small_unet):
     generator = torch.Generator().manual_seed(2)
     directions = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
     slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
-    h, values = 1e-6, []
+    h, values = 1e-7, []
     for sign in (1, -2):
         with torch.no_grad():
             for parameter, direction in zip(parameters, directions, strict=True):
                 parameter += sign * h * direction
         values.append(loss().detach())
-    torch.testing.assert_close((values[0] - values[1]) / (2 * h), slope.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close((values[0] - values[1]) / (2 * h), slope.detach(), rtol=1e-6, atol=0)
 
 
 def test_samples_of_a_batch_do_not_meet(small_unet):

@@ -78,13 +78,16 @@ def without_times(logged: list[dict]) -> list[dict]:
 
 
 @pytest.fixture(autouse=True)
-def quiet_tensorboard_and_accelerate():
-    # accelerate keeps its state for the life of the process; every run here starts afresh.
+def forget_accelerator():
+    """accelerate keeps its settings for the life of the process; every test here starts afresh."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    yield
+    def forget() -> None:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+    forget()
+    return forget
 
 
 def command(workdir: Path, mode: str, *extra: str) -> list[str]:
@@ -162,6 +165,19 @@ def test_accumulation_gives_the_same_training(tmp_path):
     for name in one:
         if name.startswith("model"):
             torch.testing.assert_close(four[name], one[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_mixed_precision_trains_alike(tmp_path, forget_accelerator):
+    """bfloat16 keeps 8 bits: the losses of the first steps agree to a few per cent, the QC term included."""
+    config = tiny_config("qc", model__dropout=0.0, training__log_freq=1, training__qc_interval=1)
+    run_lib.train(config, tmp_path / "fp32", CPU)
+    forget_accelerator()
+    run_lib.train(config, tmp_path / "bf16", run_lib.Runtime(device="cpu", precision="bf16"))
+    for full, mixed in zip(rows(tmp_path / "fp32"), rows(tmp_path / "bf16"), strict=True):
+        for name in {"dsm", "qc"} & full.keys():
+            assert mixed[name] == pytest.approx(full[name], rel=0.1), (name, full["step"])
+    full, mixed = weights(tmp_path / "fp32", 12), weights(tmp_path / "bf16", 12)
+    assert any(not torch.equal(full[name], mixed[name]) for name in full)
 
 
 def test_qc_continues_a_u_run(tmp_path):

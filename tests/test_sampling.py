@@ -437,7 +437,7 @@ def test_a_sample_does_not_depend_on_its_batch(family, name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_samples_keep_shape_and_precision(name):
+def test_samples_keep_shape_and_precision(name, monkeypatch):
     sde = SDES["ve"]
     asked = []
 
@@ -446,6 +446,12 @@ def test_samples_keep_shape_and_precision(name):
         asked.append((x.shape[1:], x.dtype, t.dtype, t.shape == x.shape[:1]))
         return -x / (1 + sde.std(t)[:, None, None, None] ** 2)
 
+    def checked_integrate(velocity, y: Tensor, *args, **settings):
+        assert y.dtype == torch.float64  # the state of an ODE, whatever the precision of the score
+        return integrate(velocity, y, *args, **settings)
+
+    integrate = sampling.integrate
+    monkeypatch.setattr(sampling, "integrate", checked_integrate)
     x = SAMPLERS[name](sde)(score, torch.zeros(2, 3, 4, 4)).x
     assert x.shape == (2, 3, 4, 4) and x.dtype == torch.float32 and not x.requires_grad
     assert set(asked) == {((3, 4, 4), torch.float32, torch.float32, True)}
