@@ -21,7 +21,7 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
-# U, from its checkpoint at step 1800 QC, and C, on the bundled digits. The U model itself goes on to step 2600, which
+# U, from its checkpoint at step 1800 QC, and C, on the bundled digits. The U model itself goes on to step 2500, which
 # makes it the control of QC. Every command resumes, or does nothing where its work is done.
 DEMO := runs/digits
 RUN := $(BIN)/python main.py --cache_dir=$(DEMO)/cache

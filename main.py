@@ -37,8 +37,9 @@ def main(argv: list[str]) -> None:
             run_lib.train(FLAGS.config, FLAGS.workdir, runtime)
         elif FLAGS.mode == "eval":
             metrics = run_lib.evaluate(FLAGS.config, FLAGS.workdir, runtime, FLAGS.checkpoint)
-            for name, value in sorted(metrics.items()):
-                print(f"{name:24} {value:.6g}" if isinstance(value, float) else f"{name:24} {value}")
+            if os.environ.get("RANK", "0") == "0":
+                for name, value in sorted(metrics.items()):
+                    print(f"{name:24} {value:.6g}" if isinstance(value, float) else f"{name:24} {value}")
         else:
             print(run_lib.sample(FLAGS.config, FLAGS.workdir, runtime, FLAGS.checkpoint))
     except (run_lib.InvalidRun, FloatingPointError) as error:

@@ -11,8 +11,8 @@ from configs.defaults import base_config, choose
 
 MODELS = {
     "u": {},
-    "c": {"model.parameterization": "conservative", "training.n_iters": 1200},
-    "qc": {"training.qc_weight": 1e-2, "training.qc_interval": 2},
+    "c": {"model.parameterization": "conservative", "training.n_iters": 800},
+    "qc": {"training.qc_weight": 4e-2},
 }
 
 
@@ -24,8 +24,8 @@ def get_config(model="u"):
     config.model.update(nf=16, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0, sigma_max=10.0)
     config.optim.update(lr=1e-3, warmup=200)
     config.training.update(
-        batch_size=128, n_iters=2600, eval_freq=200, snapshot_freq=600, snapshot_freq_for_preemption=200
+        batch_size=128, n_iters=2500, eval_freq=200, snapshot_freq=600, snapshot_freq_for_preemption=200
     )
-    config.sampling.num_steps = 100
-    config.eval.update(batch_size=360, num_samples=1000, asym_levels=20, asym_images=36, asym_probes=0)
+    config.sampling.num_steps = 64
+    config.eval.update(batch_size=360, num_samples=1000, asym_levels=20, asym_images=24, asym_probes=0)
     return choose(config, model, MODELS)
