@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install test test-slow demo clean
+.PHONY: install test demo clean
 
 # The stamp is renewed when the requirements change.
 install: $(VENV)/.installed
@@ -16,10 +16,7 @@ $(VENV)/.installed: requirements.txt
 
 test: install
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not slow" -n 2
-
-test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2
 
 # U, from its checkpoint at step 1800 QC, and C, on the bundled digits. The U model itself goes on to step 2500, which
 # makes it the control of QC. Every command resumes, or does nothing where its work is done.

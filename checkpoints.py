@@ -108,6 +108,8 @@ class CheckpointStore:
     def save(self, state: dict, step: int) -> Path:
         """Write the state of ``step`` and delete what is no longer kept."""
         path = self.path(step)
+        for abandoned in self.directory.glob(".step_*.pt.*"):  # by a process killed while it wrote
+            abandoned.unlink()
         write_checkpoint(path, state)
         for old in self.steps()[: -self.keep]:
             if not (self.milestone_every and old % self.milestone_every == 0):
@@ -239,6 +241,8 @@ def load_score_sde_checkpoint(path: str | Path, network: UNet, ema: bool) -> int
     """
     checkpoint = read_checkpoint(path)
     missing = [key for key in ("model", "ema", "step") if key not in checkpoint]
+    if not missing:
+        missing = [f"ema.{key}" for key in ("shadow_params", "num_updates") if key not in checkpoint["ema"]]
     if missing:
         raise CheckpointError(f"{path} is not a score_sde_pytorch checkpoint: it has no {', '.join(missing)}")
     weights = {

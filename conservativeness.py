@@ -74,9 +74,9 @@ def vjp(value: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = False) -> T
 def jvp_and_vjp(value: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
     """Jv and Jᵀv, both (B, ...), of an already computed score.
 
-    Jᵀu is linear in u, so differentiating it once more, with respect to u in direction v, gives Jv. Measured
-    faster than a forward-mode pass (docs/benchmarks.md): the evaluation of the score and the backward pass are
-    shared by both products, and the evaluation by any number of probes.
+    Jᵀu is linear in u, so differentiating it once more, with respect to u in direction v, gives Jv. The evaluation of
+    the score and the backward pass are shared by both products, and the evaluation by any number of probes. (A
+    forward-mode pass would need an evaluation of its own, and its rule for softmax cannot be differentiated again.)
     """
     u = v.detach().clone().requires_grad_()
     jtv = vjp(value, x, u, create_graph=True)

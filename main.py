@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -47,14 +48,18 @@ def main(argv: list[str]) -> None:
     except run_lib.Interrupted as interruption:
         print(interruption, file=sys.stderr)
         sys.exit(128 + interruption.signal_number)
+    except KeyboardInterrupt:  # in evaluation, which keeps every finished batch as it goes
+        sys.exit("stopped; the same command resumes")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse, or exit with one line that names the flag: absl and ml_collections answer some mistakes with a
     traceback."""
-    config_file = next((a.split("=", 1)[1].split(":")[0] for a in argv if a.startswith("--config=")), None)
-    if config_file is not None and not os.path.isfile(config_file):
-        sys.exit(f"error: --config={config_file}: no such file")
+    given = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
+    given += [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
+    for config_file in (value.split(":")[0] for value in given):
+        if not os.path.isfile(config_file):
+            sys.exit(f"error: --config={config_file}: no such file")
     try:
         return FLAGS(argv)
     except flags.Error as error:

@@ -103,9 +103,9 @@ def _scipy(velocity: Velocity, y: Tensor, start: float, end: float, *, rtol: flo
 
     def flat_velocity(t: float, flat) -> object:
         state = torch.from_numpy(flat.reshape(y.shape)).to(y)
-        return velocity(state, torch.full_like(y[:, 0], t), rows).double().cpu().numpy().ravel()
+        return velocity(state, torch.full_like(y[:, 0], t), rows).cpu().double().numpy().ravel()
 
-    solution = solve_ivp(flat_velocity, (start, end), y.double().cpu().numpy().ravel(), rtol=rtol, atol=atol)
+    solution = solve_ivp(flat_velocity, (start, end), y.cpu().double().numpy().ravel(), rtol=rtol, atol=atol)
     if not solution.success:
         raise RuntimeError(f"scipy's RK45 stopped: {solution.message}")
     return torch.from_numpy(solution.y[:, -1].reshape(y.shape)).to(y)
@@ -117,7 +117,7 @@ def _dopri5(velocity: Velocity, y: Tensor, start: float, end: float, *, rtol: fl
     rows = torch.arange(len(y), device=y.device)
     times = torch.tensor([start, end], dtype=y.dtype, device=y.device)
     # By default the last step overshoots the end and is interpolated; beyond it the velocity may not exist.
-    options = {"step_t": times[-1:]}
+    options = {"step_t": times[-1:], "dtype": y.dtype}
     try:
         path = odeint(
             lambda t, state: velocity(state, t.expand(len(y)), rows),

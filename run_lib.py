@@ -9,8 +9,9 @@ A run lives in a working directory W:
     W/samples/               grids of samples made while training, or asked for
     W/eval/                  metrics.json, and the per-image results it was computed from
 
-Everything random is keyed by (seed, purpose, step or index), so a run that was interrupted continues to the very
-same result, and an evaluation depends neither on its batch size nor on the number of processes.
+Everything random but dropout is keyed by (seed, purpose, step or index), and dropout's streams are in the checkpoint,
+so a run that was interrupted continues to the very same result. An evaluation depends neither on the number of
+processes nor, unless a solver that treats the batch as one system is chosen (scipy, dopri5), on the batch size.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from ml_collections import ConfigDict
 from torch import Tensor
 from tqdm import tqdm
@@ -64,6 +67,9 @@ logger = logging.getLogger(__name__)
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DEVICES = ("auto", "cpu", "cuda", "mps")
 GRID_IMAGES = 64
+# Part of the key of every stored evaluation: to be raised when a fix changes what sampling, likelihood or asymmetry
+# compute.
+_EVALUATION_VERSION = 1
 
 # A run may be continued with other values of these; any other difference makes it another experiment.
 _FREE_IN_TRAINING = (
@@ -71,6 +77,7 @@ _FREE_IN_TRAINING = (
     "eval.",
     "sampling.",
     "likelihood.",
+    "data.path",
     "data.root",
     "data.download",
     "training.n_iters",
@@ -101,7 +108,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how to compute; none of it changes what is computed beyond rounding.
+    """Where and how to compute; without dropout none of it changes what is computed beyond rounding.
 
     Raises:
         InvalidRun: unknown or unavailable device or precision, or a number outside its range.
@@ -130,6 +137,8 @@ class Runtime:
             cpu=self.device == "cpu",
             mixed_precision=PRECISIONS[self.precision],
             gradient_accumulation_steps=self.accumulation_steps,
+            # While the main process trains the feature classifier or draws samples the others wait.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         )
 
 
@@ -138,7 +147,7 @@ def _checked() -> Iterator[None]:
     """Errors of preparation become InvalidRun, so that a caller can tell bad input from a defect."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise InvalidRun(str(error)) from error
 
 
@@ -217,6 +226,8 @@ class _Run:
             )
 
     def _check_workdir(self, free_fields: tuple[str, ...]) -> None:
+        if self.workdir.exists() and not self.workdir.is_dir():
+            raise ValueError(f"--workdir={self.workdir}: is a file, not a folder")
         path = self.workdir / "config.json"
         if not path.exists():
             return
@@ -266,6 +277,8 @@ def _check_numbers(config: ConfigDict) -> None:
         raise ValueError(f"optim.lr={config.optim.lr}: allowed are positive numbers")
     if config.optim.optimizer != "Adam":
         raise ValueError(f"optim.optimizer={config.optim.optimizer!r}: allowed is Adam")
+    if config.model.get("num_classes", 0):
+        raise ValueError(f"model.num_classes={config.model.num_classes}: runs are unconditional, leave it out")
     dimension = config.data.num_channels * config.data.image_size**2
     if config.eval.asym_probes == 0 and dimension > EXACT_MAX_DIMENSION:
         raise ValueError(
@@ -358,7 +371,11 @@ class _Training:
         # Streams of dropout; everything else is keyed by step and sample.
         set_seed(seed_from(self.config.seed, "dropout", self.accelerator.process_index))
         self.optimizer = optimizer
+        settings = [{**group, "params": None} for group in optimizer.param_groups]
         self._restore()
+        # A loaded state brings the settings of the run it came from; those of this config hold.
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group.update({name: value for name, value in own.items() if name != "params"})
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.test_objective = Objective(
             run.ema.model,
@@ -375,6 +392,8 @@ class _Training:
             self.run.restore_weights(state, self.run.store.path(state["step"]))
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.sums = state["step"], state["sums"]
+            if state["data"] != self.run.train_data.fingerprint:
+                logger.warning("the training data are not, or not known to be, those of %s", self.run.workdir)
             states = state["rng"]
             if self.accelerator.process_index < len(states):
                 restore_rng_state(states[self.accelerator.process_index])
@@ -396,6 +415,7 @@ class _Training:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
         else:
+            _refuse_public_conservative(self.config, path)
             network, average = self.run.score_model.network, self.run.ema.model.network
             self.step = load_score_sde_checkpoint(path, network, ema=False)
             load_score_sde_checkpoint(path, average, ema=True)
@@ -417,6 +437,7 @@ class _Training:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "sums": self.sums,
+                "data": self.run.train_data.fingerprint,
                 "rng": rng,
                 "config": self.config.to_json(),
                 "code_version": _code_version(),
@@ -502,6 +523,7 @@ class _Training:
     def _train_step(self, images: Tensor) -> None:
         config, accelerator = self.config, self.accelerator
         self.objective.train()
+        # step + 1: the source's step/warmup makes the first step one of size zero.
         warmup = min((self.step + 1) / config.optim.warmup, 1.0) if config.optim.warmup else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = config.optim.lr * warmup
@@ -530,14 +552,17 @@ class _Training:
         self.step += 1
 
     def _check_finite(self) -> None:
-        """A loss that was not finite in any step since the last row leaves its mark in the sum."""
+        """A loss or gradient that was not finite in any step since the last row leaves its mark in the sum."""
         self.sums = {name: [float(total), count] for name, (total, count) in self.sums.items()}
-        total = self.sums.get("loss", (0.0, 0))[0]
-        if not math.isfinite(total):
-            raise FloatingPointError(
-                f"the loss is not finite at or before step {self.step}; the last checkpoint in "
-                f"{self.run.store.directory} is good. Try a smaller optim.lr or training.qc_weight, or --precision=fp32"
-            )
+        # With a gradient scaler (fp16) infinite gradients are part of the search for the scale, and skipped.
+        checked = ("loss",) if self.accelerator.scaler is not None else ("loss", "grad_norm")
+        for name in checked:
+            if name in self.sums and not math.isfinite(self.sums[name][0]):
+                raise FloatingPointError(
+                    f"{name} is not finite at or before step {self.step}; the last checkpoint in "
+                    f"{self.run.store.directory} is good. Try a smaller optim.lr or training.qc_weight, or "
+                    "--precision=fp32"
+                )
 
     def _means(self) -> dict[str, float]:
         """The mean over processes and over the steps since the last row of every logged quantity."""
@@ -556,7 +581,7 @@ class _Training:
         same times and noise."""
         count = min(self.config.eval.batch_size, len(self.run.test_data))
         generator = SampleGenerators((self.config.seed, "test loss"), range(count))
-        images, _ = self.run.test_data.batch(range(count))
+        images, _ = self.run.test_data.batch(_spread(torch.arange(count), count, len(self.run.test_data)))
         x0 = self.run.to_model(images, generator, dequantize=self.config.data.uniform_dequantization)
         return float(self.test_objective(x0.to(self.run.device), generator)["dsm"])
 
@@ -589,7 +614,8 @@ class _Training:
         """The signal that any process has received, or 0; all processes agree."""
         if self.accelerator.num_processes == 1:
             return self.signal_number
-        return max(gather_object([self.signal_number]))
+        # Asking every process costs a synchronisation, so it is not done at every step.
+        return 0 if self.step % 10 else max(gather_object([self.signal_number]))
 
 
 class _MetricsLog:
@@ -647,6 +673,7 @@ def evaluate(
     with _checked():
         run = _Run(config, workdir, runtime, free_fields=_FREE_IN_EVALUATION)
         step = _load_for_evaluation(run, checkpoint)
+        _check_evaluation(run)
     enabled = config.eval
     metrics: dict = {"checkpoint_step": step, "sampler": _sampler_name(config)}
     names = "nll_bits_per_dim nll_bits_per_dim_se nfe_likelihood asym asym_se nasym nasym_se fid kid kid_se "
@@ -685,6 +712,18 @@ def sample(
     return folder
 
 
+def _check_evaluation(run: _Run) -> None:
+    """What would otherwise fail only after hours of sampling."""
+    settings = run.config.eval
+    if settings.enable_sampling and run.train_data.num_classes is None:
+        raise ValueError(
+            f"data.dataset={run.config.data.dataset!r}: it has no labels to train the feature classifier of FID on; "
+            "use --config.eval.enable_sampling=False, and --mode=sample for samples"
+        )
+    if settings.enable_sampling and settings.num_samples < 4:
+        raise ValueError(f"eval.num_samples={settings.num_samples}: FID and its relatives need at least 4")
+
+
 def _load_for_evaluation(run: _Run, checkpoint: str | Path | None) -> int:
     """Put the averaged weights of a checkpoint into ``run.ema``; return its step."""
     if checkpoint is None:
@@ -698,9 +737,18 @@ def _load_for_evaluation(run: _Run, checkpoint: str | Path | None) -> int:
         load_state_dict_strictly(run.ema.model, state["ema"]["model"], source)
         step = state["step"]
     else:
+        _refuse_public_conservative(run.config, source)
         step = load_score_sde_checkpoint(source, run.ema.model.network, ema=True)
     run.ema.model.to(run.device)
     return step
+
+
+def _refuse_public_conservative(config: ConfigDict, source: object) -> None:
+    if config.model.parameterization == "conservative":
+        raise CheckpointError(
+            f"{source} is in the public format, whose conservative models are ∇(−‖h/σ‖²/(2σ)) and not Eq. 10: "
+            "model.parameterization must be unconstrained"
+        )
 
 
 def _sampler_name(config: ConfigDict) -> str:
@@ -725,15 +773,18 @@ def _stage(
     for parameter_name, tensor in sorted(run.ema.model.state_dict().items()):
         weights.update(parameter_name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     identity = {
+        "version": _EVALUATION_VERSION,
         "stage": name,
         "size": size,
         "seed": run.config.seed,
         "weights": weights.hexdigest(),
-        "training_sde": run.config.training.sde,
+        "training": {name: run.config.training[name] for name in ("sde", "continuous")},
         "model": json.loads(run.config.model.to_json()),
         "precision": run.runtime.precision,
         **settings,
     }
+    if {"scipy", "dopri5"} & {run.config.sampling.solver, run.config.likelihood.solver}:
+        identity["batch_size"] = run.config.eval.batch_size  # these integrate a batch as one system
     key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
     folder = run.workdir / "eval"
     result = _read_arrays(folder / f"{name}.npz", key)
@@ -757,9 +808,7 @@ def _stage(
     result = {field: np.concatenate([part[field] for part in collected]) for field in collected[0]}
     if run.accelerator.is_main_process:
         _write_arrays(folder / f"{name}.npz", key=key, **result)
-        for path in parts.glob("*.npz"):
-            path.unlink()
-        parts.rmdir()
+        shutil.rmtree(parts)
     run.accelerator.wait_for_everyone()
     return result
 
@@ -776,6 +825,11 @@ def _read_arrays(path: Path, key: str) -> dict[str, np.ndarray] | None:
         logger.warning("%s is damaged (%s) and is computed again", path, error)
         return None
     return arrays if str(arrays.pop("key", "")) == key else None
+
+
+def _spread(positions: Tensor, count: int, size: int) -> Tensor:
+    """Indices of ``count`` evenly spaced items of ``size``: data sets are often sorted by class."""
+    return positions * size // count
 
 
 def _mean_and_se(values: np.ndarray) -> tuple[float, float]:
@@ -812,7 +866,7 @@ def _evaluate_asymmetry(run: _Run) -> dict:
     times = torch.arange(1, levels + 1) / levels * run.sde.end_time
 
     def compute(items: Tensor) -> dict[str, np.ndarray]:
-        indices, level = items // levels, items % levels
+        indices, level = _spread(items // levels, images_per_level, len(data)), items % levels
         generator = SampleGenerators((run.config.seed, "asymmetry"), items.tolist())
         images = data.batch(indices)[0]
         x0 = run.to_model(images, generator, dequantize=run.config.data.uniform_dequantization).to(run.device)
@@ -882,7 +936,9 @@ def _evaluate_samples(run: _Run) -> dict:
         real = evaluation.dataset_features(run.train_data, extractor, cache_dir=cache, batch_size=batch_size)
         images = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2)
         generated = evaluation.extract_features(extractor, images.split(batch_size), len(images))
-        metrics.update(evaluation.sample_quality(real, generated, seed=config.seed, device=run.device))
+        # The distances between features are in double precision, which MPS does not have.
+        device = "cpu" if run.device.type == "mps" else run.device
+        metrics.update(evaluation.sample_quality(real, generated, seed=config.seed, device=device))
         metrics.update(features=extractor.name, feature_test_accuracy=extractor.test_accuracy)
     run.accelerator.wait_for_everyone()
     return metrics

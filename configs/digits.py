@@ -26,6 +26,6 @@ def get_config(model="u"):
     config.training.update(
         batch_size=128, n_iters=2500, eval_freq=200, snapshot_freq=600, snapshot_freq_for_preemption=200
     )
-    config.sampling.num_steps = 64
+    config.sampling.num_steps = 100
     config.eval.update(batch_size=360, num_samples=1000, asym_levels=20, asym_images=24, asym_probes=0)
     return choose(config, model, MODELS)

@@ -75,6 +75,9 @@ def create_score_model(config, sde: SDE) -> ScoreModel:
         raise ValueError(f"model.scale_by_sigma=True: only for VE; a {sde.name} network is divided by σ by its score")
     if sde.name == "ve" and model.parameterization == "conservative" and not model.scale_by_sigma:
         raise ValueError("model.scale_by_sigma=False: a conservative model always divides by σ (Eq. 10)")
+    if sde.name == "ve" and not config.training.continuous and model.embedding_type.lower() == "fourier":
+        # The label of the largest σ is index 0, and the Fourier embedding is of its logarithm.
+        raise ValueError("training.continuous=False: a discrete-time VE model needs model.embedding_type='positional'")
     noise_level = NoiseLevel(sde, None if config.training.continuous else model.num_scales)
     network = create_network(config)
     if model.parameterization == "conservative":

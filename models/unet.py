@@ -243,6 +243,9 @@ class UNet(nn.Module):
         for field, allowed in _CHOICES.items():
             if chosen[field] not in allowed:
                 raise ValueError(f"model.{field}={given[field]!r}: allowed are {', '.join(allowed)}")
+        widths = (nf, *ch_mult)
+        if not all(isinstance(width, int) and width > 0 for width in widths):
+            raise ValueError(f"model.nf={nf!r}, model.ch_mult={ch_mult!r}: allowed are positive integers")
         levels = len(ch_mult)
         if levels == 0 or image_size % 2 ** (levels - 1):
             raise ValueError(

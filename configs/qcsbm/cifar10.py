@@ -6,7 +6,8 @@ python main.py --config=configs/qcsbm/cifar10.py:qc --workdir=runs/cifar10/qc --
 
 NLL (bits/dim) / Asym / NAsym: C 5.91 / 0 / 0, U 3.46 / 1.88e8 / 1.90e-3, QC 3.38 / 3.49e7 / 8.41e-4.
 FID / IS by PC sampling: C 10.97 / 8.58, U 2.50 / 9.58, QC 2.48 / 9.70.
-QC continues the U model of step 600 000; the table's models have 700 000 steps.
+QC continues the U model of step 600 000; the tables' models have 700 000 steps. `qc` is Table 2's setting; Table 3's
+has --config.training.qc_probes=1 --config.training.batch_size=128.
 """
 
 from configs.defaults import base_config, choose
