@@ -67,7 +67,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"error: {lines[-1].removeprefix('ValueError: ') if 'Traceback' in str(error) else lines[0]}")
     except (AttributeError, KeyError) as error:
         overrides = ", ".join(a.split("=")[0] for a in argv if a.startswith("--config."))
-        sys.exit(f"error: {overrides}: the config has no field {error}")
+        reason = " ".join(str(error.args[0]).split())
+        sys.exit(f"error: {overrides}: the config has no field {reason}")
 
 
 if __name__ == "__main__":

@@ -132,9 +132,11 @@ class Runtime:
             raise InvalidRun(f"--accumulation_steps={self.accumulation_steps}: at least 1")
 
     def accelerator(self) -> Accelerator:
-        # Left to itself accelerate takes CUDA, or else MPS, where there is one.
+        # Left to itself accelerate takes CUDA, or else MPS. That there is neither it must be told, or several
+        # processes on CPUs would not find each other.
+        accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
         return Accelerator(
-            cpu=self.device == "cpu",
+            cpu=self.device == "cpu" or not accelerated,
             mixed_precision=PRECISIONS[self.precision],
             gradient_accumulation_steps=self.accumulation_steps,
             # While the main process trains the feature classifier or draws samples the others wait.
@@ -671,7 +673,7 @@ def evaluate(
         InvalidRun: bad config, data, checkpoint or working directory.
     """
     with _checked():
-        run = _Run(config, workdir, runtime, free_fields=_FREE_IN_EVALUATION)
+        run = _run_for_evaluation(config, workdir, runtime, checkpoint)
         step = _load_for_evaluation(run, checkpoint)
         _check_evaluation(run)
     enabled = config.eval
@@ -702,14 +704,26 @@ def sample(
         InvalidRun: bad config, data, checkpoint or working directory.
     """
     with _checked():
-        run = _Run(config, workdir, runtime, free_fields=_FREE_IN_EVALUATION)
+        run = _run_for_evaluation(config, workdir, runtime, checkpoint)
         step = _load_for_evaluation(run, checkpoint)
     arrays = _sample_stage(run)
-    folder = run.workdir / "samples" / f"step_{step:08d}"
+    sampling = config.sampling
+    how = f"pc-{sampling.predictor}-{sampling.corrector}" if sampling.method == "pc" else f"ode-{sampling.solver}"
+    if sampling.method == "pc" or sampling.solver == "heun":
+        how += f"-{sampling.num_steps or config.model.num_scales}"
+    folder = run.workdir / "samples" / f"step_{step:08d}-{how}"
     if run.accelerator.is_main_process:
         _write_arrays(folder / "samples.npz", images=arrays["images"], num_levels=run.train_data.num_levels)
         save_image_grid(folder / "grid.png", arrays["images"], run.train_data.num_levels)
     return folder
+
+
+def _run_for_evaluation(
+    config: ConfigDict, workdir: str | Path, runtime: Runtime, checkpoint: str | Path | None
+) -> _Run:
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise CheckpointError(f"--checkpoint={checkpoint}: no such file")
+    return _Run(config, workdir, runtime, free_fields=_FREE_IN_EVALUATION)
 
 
 def _check_evaluation(run: _Run) -> None:

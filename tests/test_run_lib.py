@@ -132,7 +132,7 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path):
     common += ["--config.likelihood.solver=heun", "--config.likelihood.num_steps=2"]
     for name in ("one", "two"):
         for mode in ("train", "eval"):
-            program = command(tmp_path / name, mode, *common)
+            program = [part for part in command(tmp_path / name, mode, *common) if part != "--device=cpu"]
             if name == "two":
                 launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
                 program = [sys.executable, *launcher, *program[1:]]
@@ -329,7 +329,7 @@ def test_official_checkpoint_is_sampled_with_its_averages(tmp_path):
     samples = []
     for path in (golden, tmp_path / "no_raw_weights.pth"):
         folder = run_lib.sample(config, tmp_path / path.stem, CPU, path)
-        assert folder.name == "step_00000123"
+        assert folder.name == "step_00000123-pc-reverse_diffusion-langevin-2"
         with np.load(folder / "samples.npz", allow_pickle=False) as file:
             samples.append(file["images"])
     assert np.array_equal(*samples) and samples[0].std() > 10
@@ -447,6 +447,8 @@ def test_checkpoint_of_another_architecture_is_refused(trained, tmp_path):
     checkpoint = trained / "checkpoints" / "step_00000012.pt"
     with pytest.raises(run_lib.InvalidRun, match=r"another architecture: .* more"):
         run_lib.evaluate(tiny_config(model__nf=16), tmp_path / "w", CPU, checkpoint)
+    with pytest.raises(run_lib.InvalidRun, match=r"--checkpoint=gone\.pt: no such file"):
+        run_lib.sample(tiny_config(), tmp_path / "w", CPU, "gone.pt")
     with pytest.raises(run_lib.InvalidRun, match="train first"):
         run_lib.evaluate(tiny_config(), tmp_path / "w", CPU)
 
