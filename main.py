@@ -67,7 +67,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"error: {lines[-1].removeprefix('ValueError: ') if 'Traceback' in str(error) else lines[0]}")
     except (AttributeError, KeyError) as error:
         overrides = ", ".join(a.split("=")[0] for a in argv if a.startswith("--config."))
-        reason = " ".join(str(error.args[0]).split())
+        # ml_collections puts a suggestion after the name, quoted once more for every exception it passed through.
+        reason = " ".join(str(error.args[0]).replace("\\n", " ").replace("\\'", "").strip("\"'").split())
         sys.exit(f"error: {overrides}: the config has no field {reason}")
 
 

@@ -734,7 +734,7 @@ def test_score_models_from_a_config():
     for sde, scale_by_sigma in (("ve", True), ("vp", False)):
         model = create_score_model(model_config("conservative", scale_by_sigma=scale_by_sigma), SDES[sde])
         assert type(model) is ConservativeScore
-    discrete = create_score_model(model_config(continuous=False), SDES["ve"])
+    discrete = create_score_model(model_config(continuous=False, embedding_type="positional"), SDES["ve"])
     assert discrete.noise_level.num_scales == 30
 
 
