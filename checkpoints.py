@@ -1,6 +1,6 @@
 """Checkpoints: written whole or not at all, read without trusting them, and the public format's reader.
 
-A checkpoint is one file ``checkpoints/step_XXXXXXXX.pt`` of tensors and plain values. It is written under another
+A checkpoint is one file ``checkpoints/step_00000123.pt`` of tensors and plain values. It is written under another
 name, synced to disk and renamed, so that a process killed at any moment leaves the previous file intact. It is
 read with ``weights_only=True`` after its checksums have been verified; a damaged file is reported and the one
 before it is used.

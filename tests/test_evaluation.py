@@ -530,7 +530,7 @@ def test_damaged_statistics_are_computed_anew(damage, small, tmp_path, caplog):
     split, extractor = small[0], MeanAndSpread()
     features = dataset_features(split, extractor, cache_dir=tmp_path, batch_size=50)
     (path,) = tmp_path.iterdir()
-    with np.load(path) as archive:
+    with np.load(path, allow_pickle=False) as archive:
         stored = dict(archive)
     if damage == "truncated":
         os.truncate(path, path.stat().st_size // 2)

@@ -426,7 +426,7 @@ def test_zero_curve_is_named_as_zero(digits: tuple[Path, ...]) -> None:
 
 def test_curves_and_bands_are_the_numbers_of_the_files(digits: tuple[Path, ...]) -> None:
     figure, _ = report._asymmetry_figure([report.load_run(path) for path in digits[:2]])
-    with np.load(digits[1] / "eval" / "asymmetry.npz") as arrays:
+    with np.load(digits[1] / "eval" / "asymmetry.npz", allow_pickle=False) as arrays:
         for axes, key in zip(figure.axes, ("asym", "nasym"), strict=True):
             np.testing.assert_array_equal(axes.get_lines()[1].get_xdata(), arrays["t"])
             np.testing.assert_array_equal(axes.get_lines()[1].get_ydata(), arrays[key])
