@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import sys
 
 from absl import app, flags
 from ml_collections import config_flags
+
+from command_line import parse_flags
 
 FLAGS = flags.FLAGS
 
@@ -50,26 +51,6 @@ def main(argv: list[str]) -> None:
         sys.exit(128 + interruption.signal_number)
     except KeyboardInterrupt:  # in evaluation, which keeps every finished batch as it goes
         sys.exit("stopped; the same command resumes")
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parse, or exit with one line that names the flag: absl and ml_collections answer some mistakes with a
-    traceback."""
-    given = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
-    given += [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
-    for config_file in (value.split(":")[0] for value in given):
-        if not os.path.isfile(config_file):
-            sys.exit(f"error: --config={config_file}: no such file")
-    try:
-        return FLAGS(argv)
-    except flags.Error as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        sys.exit(f"error: {lines[-1].removeprefix('ValueError: ') if 'Traceback' in str(error) else lines[0]}")
-    except (AttributeError, KeyError) as error:
-        overrides = ", ".join(a.split("=")[0] for a in argv if a.startswith("--config."))
-        # ml_collections puts a suggestion after the name, quoted once more for every exception it passed through.
-        reason = " ".join(str(error.args[0]).replace("\\n", " ").replace("\\'", "").strip("\"'").split())
-        sys.exit(f"error: {overrides}: the config has no field {reason}")
 
 
 if __name__ == "__main__":

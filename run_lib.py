@@ -52,8 +52,10 @@ from checkpoints import (
     restore_rng_state,
 )
 from conservativeness import EXACT_MAX_DIMENSION, asymmetry
+from experiment_dir import differences, flatten
 from likelihood import bits_per_dim, get_likelihood
 from losses import Objective, get_objective
+from metrics_log import MetricsLog
 from models import EMA, create_score_model
 from models.score import ScoreModel
 from randomness import Generator, SampleGenerators, normal_like, seed_from, uniform
@@ -234,18 +236,11 @@ class _Run:
         if not path.exists():
             return
         try:
-            stored = _flatten(json.loads(path.read_text()))
+            stored = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
-        given = _flatten(json.loads(self.config.to_json()))
-        different = [
-            f"{name} was {stored.get(name)!r}, is {given.get(name)!r}"
-            for name in sorted(stored.keys() | given.keys())
-            if stored.get(name) != given.get(name) and not name.startswith(free_fields)
-        ]
-        if different:
-            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-            raise ValueError(f"--workdir={self.workdir} holds another run: {'; '.join(different[:3])}{more}")
+        if different := differences(stored, json.loads(self.config.to_json()), free_fields):
+            raise ValueError(f"--workdir={self.workdir} holds another run: {different}")
 
     def write_config(self) -> None:
         if self.accelerator.is_main_process:
@@ -271,7 +266,7 @@ def _check_numbers(config: ConfigDict) -> None:
         "eval.asym_images": 0,
         "eval.asym_probes": 0,
     }
-    flat = _flatten(config.to_dict())
+    flat = flatten(config.to_dict())
     for name, bound in at_least.items():
         if flat[name] < bound:
             raise ValueError(f"{name}={flat[name]}: at least {bound}")
@@ -287,16 +282,6 @@ def _check_numbers(config: ConfigDict) -> None:
             f"eval.asym_probes=0: the exact Jacobian is for at most {EXACT_MAX_DIMENSION} dimensions, "
             f"these images have {dimension}"
         )
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -489,7 +474,7 @@ class _Training:
             logger.info("%s: trained for %d steps already", self.run.workdir, self.step)
             return
         self.run.write_config()
-        log = _MetricsLog(self.run.workdir, self.step) if accelerator.is_main_process else None
+        log = MetricsLog(self.run.workdir, self.step) if accelerator.is_main_process else None
         started = time.monotonic()
         last_row = (started, self.step)
         bar = self.run.progress(total=n_iters, initial=self.step, unit="step", desc=f"train {self.run.workdir.name}")
@@ -618,39 +603,6 @@ class _Training:
             return self.signal_number
         # Asking every process costs a synchronisation, so it is not done at every step.
         return 0 if self.step % 10 else max(gather_object([self.signal_number]))
-
-
-class _MetricsLog:
-    """``metrics.jsonl`` and TensorBoard. Rows after the step that is resumed from are dropped: they are computed
-    again."""
-
-    def __init__(self, workdir: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = workdir / "metrics.jsonl"
-        if self.path.exists():
-            kept = []
-            for line in self.path.read_text().splitlines():
-                # A process killed while writing may leave half a line at the end.
-                with contextlib.suppress(json.JSONDecodeError):
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-            _write_text(self.path, "".join(kept))
-        self.file = open(self.path, "a")  # noqa: SIM115
-        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-
-    def write(self, step: int, row: dict[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **row}) + "\n")
-        self.file.flush()
-        for name, value in row.items():
-            self.board.add_scalar(name, value, step)
-
-    def __enter__(self) -> _MetricsLog:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.file.close()
-        self.board.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------

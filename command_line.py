@@ -1,0 +1,31 @@
+"""Flags of the commands: mistakes are answered in one line that names the flag."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+
+from absl import flags
+
+__all__ = ["parse_flags"]
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parse, or exit with one line that names the flag: absl and ml_collections answer some mistakes with a
+    traceback."""
+    given = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
+    given += [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
+    for config_file in (value.split(":")[0] for value in given):
+        if not os.path.isfile(config_file):
+            sys.exit(f"error: --config={config_file}: no such file")
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        sys.exit(f"error: {lines[-1].removeprefix('ValueError: ') if 'Traceback' in str(error) else lines[0]}")
+    except (AttributeError, KeyError) as error:
+        overrides = ", ".join(a.split("=")[0] for a in argv if a.startswith("--config."))
+        # ml_collections puts a suggestion after the name, quoted once more for every exception it passed through.
+        reason = " ".join(str(error.args[0]).replace("\\n", " ").replace("\\'", "").strip("\"'").split())
+        sys.exit(f"error: {overrides}: the config has no field {reason}")

@@ -1,0 +1,75 @@
+"""A working directory belongs to one experiment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from atomic_write import write_atomically
+
+__all__ = ["claim", "differences", "flatten"]
+
+
+def claim(workdir: str | Path, experiment: str, settings: Mapping[str, object] | None = None) -> Path:
+    """Mark a folder as that of ``experiment``, in ``workdir/experiment.json``; it is made if it is not there.
+
+    ``settings`` are what decides the results; a folder keeps those it was first claimed with.
+
+    To be called once all other input has been checked, before anything is computed or written. A folder that
+    ``experiment`` itself has claimed before is left as it is.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: ``workdir`` is a file, holds a run of ``main.py``, or belongs to another experiment, or to this
+            one with other settings. Nothing is written then.
+    """
+    folder = Path(workdir)
+    marker = folder / "experiment.json"
+    if not str(workdir).strip():
+        raise ValueError("--workdir is empty: give a folder")
+    if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
+        raise ValueError(f"--workdir={workdir}: is, or lies below, a file, not a folder")
+    if (folder / "config.json").exists():
+        raise ValueError(f"--workdir={workdir}: holds a run of main.py (config.json); choose another folder")
+    if marker.exists():
+        try:
+            record = json.loads(marker.read_bytes())
+            owner, stored = record["experiment"], dict(record["settings"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{marker} is damaged: {error!r}") from None
+        if owner != experiment:
+            raise ValueError(f"--workdir={workdir}: belongs to the experiment {owner!r}, not to {experiment!r}")
+        if different := differences(stored, json.loads(json.dumps(settings or {}))):
+            raise ValueError(f"--workdir={workdir} holds results of other settings: {different}")
+        return folder
+    text = json.dumps({"experiment": experiment, "settings": settings or {}}, indent=1) + "\n"
+    write_atomically(marker, lambda file: file.write(text.encode()))
+    return folder
+
+
+def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested settings as one level of dotted names."""
+    flat: dict[str, object] = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def differences(
+    stored: Mapping[str, object], given: Mapping[str, object], free_fields: tuple[str, ...] = ()
+) -> str:
+    """In words, the first fields in which two nested settings differ; empty if they agree.
+
+    Fields whose dotted name starts with one of ``free_fields`` may differ.
+    """
+    before, after = flatten(stored), flatten(given)
+    different = [
+        f"{name} was {before.get(name)!r}, is {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name) and not name.startswith(free_fields)
+    ]
+    more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+    return "; ".join(different[:3]) + more

@@ -1,0 +1,1 @@
+"""Section 3.1: two scores of equal error, one conservative and one not."""
