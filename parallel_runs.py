@@ -1,0 +1,127 @@
+"""Independent runs side by side: one process and one torch thread each, one progress bar for all of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from multiprocessing.sharedctypes import RawArray, RawValue
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+
+__all__ = ["run_all"]
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_POLL_SECONDS = 0.2
+
+
+def run_all(
+    tasks: Sequence[Task],
+    work: Callable[[Task, Callable[[int], None]], Result],
+    *,
+    jobs: int,
+    total: int,
+    unit: str,
+    description: str,
+) -> list[Result]:
+    """``work(task, update)`` of every task, ``jobs`` at a time.
+
+    Every task runs on one torch thread, whatever ``jobs`` is, so that the results do not depend on it. With one job
+    (or one task) that happens in this process, otherwise in spawned ones. They end with this process, however it
+    ends; a task must therefore bear being killed at any moment.
+
+    Args:
+        tasks: what to do; ``str(task)`` is the task's name in messages. Picklable.
+        work: a function defined at the top level of its module; its result is picklable. It reports steps done by
+            calling ``update(steps)``.
+        jobs: how many tasks at a time, at least 1.
+        total, unit, description: of the progress bar.
+
+    Returns:
+        the results in the order of the tasks.
+
+    Raises:
+        ValueError: fewer than one job.
+        KeyboardInterrupt: Ctrl-C; all tasks are ended first.
+        concurrent.futures.process.BrokenProcessPool: a process was killed from outside, for its memory perhaps.
+        Exception: what a task raised, its message headed by the name of the task; the other tasks are ended first.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs={jobs}: at least 1")
+    with tqdm(total=total, unit=unit, desc=description, dynamic_ncols=True) as bar:
+        if min(jobs, len(tasks)) <= 1:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                return [_named(work, task, bar.update) for task in tasks]
+            finally:
+                torch.set_num_threads(threads)
+        return _run_in_processes(tasks, work, min(jobs, len(tasks)), bar)
+
+
+def _run_in_processes(tasks: Sequence[Task], work: Callable, jobs: int, bar: tqdm) -> list[Result]:
+    # One counter per task, written by one process only: there is no lock that a killed process could keep.
+    steps_done, stop = RawArray("q", len(tasks)), RawValue("b", 0)
+    pool = ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), _prepare_process, (os.getpid(), stop, steps_done)
+    )
+    try:
+        # The processes inherit the blocked signal: Ctrl-C reaches this process alone, which ends the others.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            futures = [pool.submit(_run_task, work, task, index) for index, task in enumerate(tasks)]
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        pending = set(futures)
+        while pending:
+            done, pending = wait(pending, _POLL_SECONDS, FIRST_EXCEPTION)
+            bar.update(sum(steps_done) - bar.n)
+            for future in done:
+                future.result()
+        return [future.result() for future in futures]
+    except BaseException:
+        stop.value = 1
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _named(work: Callable, task: Task, update: Callable[[int], None]) -> Result:
+    try:
+        return work(task, update)
+    except Exception as error:
+        error.args = (f"{task}: {error}",)
+        raise
+
+
+# ----------------------------------------------------------------------------------------------- in a spawned process
+
+_steps_done = None
+
+
+def _prepare_process(parent: int, stop: RawValue, steps_done: RawArray) -> None:
+    global _steps_done
+    _steps_done = steps_done
+    torch.set_num_threads(1)
+    threading.Thread(target=_exit_with_parent, args=(parent, stop), daemon=True).start()
+
+
+def _exit_with_parent(parent: int, stop: RawValue) -> None:
+    while os.getppid() == parent and not stop.value:
+        time.sleep(_POLL_SECONDS)
+    os._exit(0)
+
+
+def _run_task(work: Callable, task: Task, index: int) -> Result:
+    def update(steps: int) -> None:
+        _steps_done[index] += steps
+
+    return _named(work, task, update)
