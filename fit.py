@@ -38,7 +38,7 @@ def fit(
 
     Args:
         module: what is trained, with its weights at step 0, on its device.
-        loss: step → terms, among them ``loss``, the scalar to minimise; all of them are logged.
+        loss: step → terms, among them ``loss``, the scalar to minimise; all of them are logged, and ``grad_norm``.
         optimizer: of the module's parameters.
         directory: gets ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``.
         n_iters: steps in all; nothing is done if they have been done.
@@ -49,7 +49,7 @@ def fit(
         update: called with the number of steps just done, for a progress bar; first with those resumed from.
 
     Raises:
-        FloatingPointError: the loss is not finite; the last checkpoint is good.
+        FloatingPointError: the loss or its gradient is not finite; the last checkpoint is good.
         CheckpointError: no checkpoint can be read, or they belong to another module.
     """
     store = CheckpointStore(directory / "checkpoints", keep=1, milestone_every=0)
@@ -70,22 +70,22 @@ def fit(
             optimizer.zero_grad()
             terms = loss(step)
             terms["loss"].backward()
-            if grad_clip < math.inf:
-                nn.utils.clip_grad_norm_(module.parameters(), grad_clip)
+            grad_norm = nn.utils.clip_grad_norm_(module.parameters(), grad_clip)
             optimizer.step()
             step += 1
             update(1)
-            for name, value in terms.items():
+            for name, value in {**terms, "grad_norm": grad_norm}.items():
                 total, count = sums.get(name, (0.0, 0))
                 sums[name] = [total + value.detach(), count + 1]
             due = step == n_iters or step % save_freq == 0
             if step % log_freq == 0 or due:
                 # A value that was not finite in any step leaves its mark in the sum.
                 sums = {name: [float(total), count] for name, (total, count) in sums.items()}
-                if not math.isfinite(sums["loss"][0]):
-                    raise FloatingPointError(
-                        f"the loss is not finite at or before step {step}; try a smaller learning rate"
-                    )
+                for name in ("loss", "grad_norm"):
+                    if not math.isfinite(sums[name][0]):
+                        raise FloatingPointError(
+                            f"{name} is not finite at or before step {step}; try a smaller learning rate"
+                        )
             if step % log_freq == 0 or step == n_iters:
                 row = {name: total / count for name, (total, count) in sums.items()}
                 log.write(step, row | dict(observe() if observe is not None else {}))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from models.ema import EMA
+from models.mlp import NoiseConditionalMLP
 from models.score import ConservativeScore, NoiseLevel, ScoreModel, UnconstrainedScore
 from models.unet import UNet
 from sde_lib import SDE
@@ -42,8 +43,14 @@ def _unet(config) -> UNet:
     )
 
 
-# score_sde_pytorch's name for both NCSN++ and DDPM++, which are one network with other options.
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"ncsnpp": _unet}
+def _mlp(config) -> NoiseConditionalMLP:
+    model = config.model
+    return NoiseConditionalMLP(2, widths=tuple(model.widths), output_activation=model.output_activation)
+
+
+# ncsnpp is score_sde_pytorch's name for both NCSN++ and DDPM++, which are one network with other options; mlp is the
+# network of the 2-D examples.
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"ncsnpp": _unet, "mlp": _mlp}
 
 PARAMETERIZATIONS = ("unconstrained", "conservative")
 

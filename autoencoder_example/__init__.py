@@ -1,0 +1,1 @@
+"""Section 6: a one-layered autoencoder that becomes conservative without tied weights."""
