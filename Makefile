@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install test demo clean
+.PHONY: install test demo figures clean
 
 # The stamp is renewed when the requirements change.
 install: $(VENV)/.installed
@@ -31,6 +31,15 @@ demo: install
 	$(RUN) --config=configs/digits.py:qc --workdir=$(DEMO)/qc --mode=eval
 	$(RUN) --config=configs/digits.py:c --workdir=$(DEMO)/c --mode=eval
 	$(BIN)/python report.py $(DEMO)/c $(DEMO)/u $(DEMO)/qc --output $(DEMO)
+
+# Every figure and table of the small experiments and of the demo, on one page. Resumes like the demo.
+FIGURES := runs/figures
+figures: install demo
+	$(BIN)/python -m gaussian_example.main --workdir=$(FIGURES)/gaussian_example
+	$(BIN)/python -m autoencoder_example.main --workdir=$(FIGURES)/autoencoder_example
+	$(BIN)/python -m 2d_examples.main --mode=table --workdir=$(FIGURES)/2d_examples
+	$(BIN)/python report.py $(DEMO)/c $(DEMO)/u $(DEMO)/qc --output $(FIGURES)/digits
+	$(BIN)/python figure_index.py $(FIGURES)
 
 clean:
 	rm -rf runs

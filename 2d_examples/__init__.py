@@ -1,0 +1,1 @@
+"""Section 3.2 of the QCSBM paper: unconstrained, conservative and quasi-conservative models of points in the plane."""

@@ -1,0 +1,1 @@
+"""Variants timed in turn in one process: ``python -m benchmarks.NAME`` prints a table of ratios."""
