@@ -51,6 +51,7 @@ from checkpoints import (
     read_checkpoint,
     restore_rng_state,
 )
+from configs.defaults import base_config
 from conservativeness import EXACT_MAX_DIMENSION, asymmetry
 from experiment_dir import differences, flatten
 from likelihood import bits_per_dim, get_likelihood
@@ -239,6 +240,8 @@ class _Run:
             stored = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
+        # A field that the run was stored without did not exist then; it had what is now its default.
+        stored = {**flatten(json.loads(base_config().to_json())), **flatten(stored)}
         if different := differences(stored, json.loads(self.config.to_json()), free_fields):
             raise ValueError(f"--workdir={self.workdir} holds another run: {different}")
 

@@ -13,13 +13,17 @@ transition kernel between the two times, which for VE is the SMLD chain and for 
 
     a = α_t/α_s,   b² = Var[x_t | x_s]        (s < t)
 
-=================  ==========================  ==========================
-predictor          mean                        variance
-=================  ==========================  ==========================
-Euler–Maruyama     x − [−f x − g² s] (t − s)   g² (t − s)
-reverse diffusion  (2 − a) x + b² s            b²
-ancestral          (x + b² s)/a                b² σ_s²/σ_t²
-=================  ==========================  ==========================
+====================  ===========================  ==========================
+predictor             mean                         variance
+====================  ===========================  ==========================
+Euler–Maruyama        x − [−f x − g² s] (t − s)    g² (t − s)
+reverse diffusion     (2 − a) x + b² s             b²
+ancestral             (x + b² s)/a                 b² σ_s²/σ_t²
+exponential           x/a + s ∫ e^{∫ₛᵛ f} g² dv    b²/a²
+probability flow      x − [−f x − ½g² s] (t − s)   0
+====================  ===========================  ==========================
+
+The exponential integrator is exact but for the score, which stays what it was at t; for VE it is reverse diffusion.
 
 NFE is counted, not computed: evaluations of the network per sample.
 
@@ -27,7 +31,8 @@ Langevin dynamics at one fixed time, the building block of all correctors, also 
 it, or Metropolis-adjusted (``langevin_dynamics``).
 
 Sources: Song et al. (ICLR 2021), Appendices E to G; Ho et al. (NeurIPS 2020), Algorithm 2; Song and Ermon
-(NeurIPS 2019), Algorithm 1; Roberts and Tweedie (Bernoulli, 1996), for the Metropolis adjustment.
+(NeurIPS 2019), Algorithm 1; Roberts and Tweedie (Bernoulli, 1996), for the Metropolis adjustment; Gao, Nguyen, Zhu
+(JMLR 2025), for the exponential integrator.
 """
 
 from __future__ import annotations
@@ -53,11 +58,13 @@ __all__ = [
     "AnnealedLangevinCorrector",
     "CountedScore",
     "EulerMaruyamaPredictor",
+    "ExponentialIntegratorPredictor",
     "LangevinCorrector",
     "LangevinTrajectory",
     "LogDensity",
     "ODESampler",
     "PCSampler",
+    "ProbabilityFlowPredictor",
     "ReverseDiffusionPredictor",
     "Samples",
     "denoise",
@@ -145,6 +152,31 @@ class AncestralPredictor:
         return mean + std * normal_like(x, generator), mean
 
 
+@dataclass
+class ExponentialIntegratorPredictor:
+    """The reverse SDE solved exactly with the score frozen at the start of the step (Gao, Nguyen, Zhu, 2025)."""
+
+    sde: SDE
+    score: ScoreFunction
+
+    def step(self, x: Tensor, t: Tensor, s: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        a, b = (expand(c, x) for c in self.sde.transition(s, t))
+        mean = x / a + expand(self.sde.frozen_score_weight(s, t), x) * self.score(x, t)
+        return mean + b / a * normal_like(x, generator), mean
+
+
+@dataclass
+class ProbabilityFlowPredictor:
+    """The Euler step of the probability-flow ODE, without noise."""
+
+    sde: SDE
+    score: ScoreFunction
+
+    def step(self, x: Tensor, t: Tensor, s: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        mean = x - self.sde.reverse(self.score, probability_flow=True).drift(x, t) * expand(t - s, x)
+        return mean, mean
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Correctors
 
@@ -211,6 +243,8 @@ PREDICTORS: dict[str, Callable[[SDE, ScoreFunction], Predictor | None]] = {
     "euler_maruyama": EulerMaruyamaPredictor,
     "reverse_diffusion": ReverseDiffusionPredictor,
     "ancestral_sampling": AncestralPredictor,
+    "exponential_integrator": ExponentialIntegratorPredictor,
+    "probability_flow": ProbabilityFlowPredictor,
     "none": lambda sde, score: None,
 }
 CORRECTORS: dict[str, Callable[[SDE, ScoreFunction, float, int], Corrector | None]] = {

@@ -219,7 +219,7 @@ def _nll_by_seed(rows: Sequence[Mapping]) -> Figure:
         for position, model in enumerate(order):
             axes.scatter(np.full(nll.shape[1], position), nll[position], color=COLOURS[model], s=18)
         exact = values(rows, dataset, EXACT, "nll")[0]
-        axes.axhline(exact, color="black", linestyle="--", linewidth=1, label="exact score")
+        axes.axhline(exact, color="black", linestyle="--", linewidth=1, label="exact score, seed 0")
         axes.set_xticks(range(len(order)), [NAMES[model] for model in order])
         axes.set(title=dataset, xlim=(-0.5, len(order) - 0.5))
     grid[0, 0].set_ylabel("NLL (nats per point)")

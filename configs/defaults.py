@@ -56,10 +56,13 @@ def base_config() -> ConfigDict:
     config.model = ConfigDict()
     config.model.name = "ncsnpp"
     config.model.parameterization = "unconstrained"  # unconstrained, conservative
+    # VE: geometric, constant, square_root, polynomial; VP: linear, constant, power, exponential, cosine; "": the first
+    config.model.schedule = ""
     config.model.sigma_min = 0.01
     config.model.sigma_max = 50.0
     config.model.beta_min = 0.1
-    config.model.beta_max = 20.0
+    config.model.beta_max = 20.0  # of cosine: where β is cut off; 999 in the source
+    config.model.rho = 2.0  # exponent of polynomial and power
     config.model.num_scales = 1000  # noise levels of a discrete model; steps of the samplers
     config.model.ema_rate = 0.999
     config.model.nf = 128
@@ -86,6 +89,7 @@ def base_config() -> ConfigDict:
     config.sampling.method = "pc"  # pc, ode
     config.sampling.num_steps = 0  # 0: model.num_scales
     config.sampling.noise_removal = True
+    # euler_maruyama, reverse_diffusion, ancestral_sampling, exponential_integrator, probability_flow, none
     config.sampling.predictor = "reverse_diffusion"
     config.sampling.corrector = "langevin"
     config.sampling.n_steps_each = 1

@@ -750,7 +750,7 @@ def test_network_options_from_a_config():
 @pytest.mark.parametrize(
     ("sde", "config", "message"),
     [
-        ("ve", model_config(name="unet"), "model.name='unet': allowed are ncsnpp"),
+        ("ve", model_config(name="unet"), "model.name='unet': allowed are mlp, ncsnpp"),
         ("ve", model_config("free"), "model.parameterization='free': allowed are unconstrained, conservative"),
         ("vp", model_config(), "model.scale_by_sigma=True: only for VE"),
         ("ve", model_config("conservative", scale_by_sigma=False), "model.scale_by_sigma=False: a conservative model"),

@@ -410,7 +410,7 @@ def test_every_config_builds_and_steps(path, argument):
         (dict(data__image_size=16), r"image_size=16"),
         (dict(data__num_channels=3, eval__asym_probes=1), r"num_channels=3"),
         (dict(data__dataset="npz", data__path="nothing.npz"), r"nothing\.npz"),
-        (dict(model__name="x"), r"model\.name='x': allowed are ncsnpp"),
+        (dict(model__name="x"), r"model\.name='x': allowed are mlp, ncsnpp"),
         (dict(model__parameterization="x"), r"model\.parameterization='x': allowed are"),
         (dict(model__sigma_min=20.0), r"model\.sigma_min=20\.0"),
         (dict(model__ema_rate=1.0), r"model\.ema_rate=1\.0"),
@@ -441,6 +441,18 @@ def test_bad_runtime(options):
 def test_a_workdir_of_another_run_is_refused(trained, tmp_path):
     with pytest.raises(run_lib.InvalidRun, match=r"holds another run: model\.nf was 8, is 16"):
         run_lib.train(tiny_config(model__nf=16), trained, CPU)
+
+
+def test_a_run_from_before_a_field_existed_had_its_default(trained, tmp_path):
+    folder = tmp_path / "w"
+    folder.mkdir()
+    stored = json.loads((trained / "config.json").read_text())
+    del stored["model"]["schedule"]
+    (folder / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(run_lib.InvalidRun, match=r"holds another run: model\.schedule was '', is 'constant'"):
+        run_lib.train(tiny_config(model__schedule="constant"), folder, CPU)
+    with pytest.raises(run_lib.InvalidRun, match="no checkpoint"):  # it gets as far as that
+        run_lib.evaluate(tiny_config(), folder, CPU)
 
 
 def test_checkpoint_of_another_architecture_is_refused(trained, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,45 @@ from ml_collections import ConfigDict
 from oracles import SDES, gaussian_2d
 from scipy.integrate import quad, solve_ivp
 
-from sde_lib import VE, VP, GeometricSigma, LinearBeta, SubVP, get_sde
+from configs.defaults import base_config
+from models.score import NoiseLevel
+from sde_lib import (
+    BETA_SCHEDULES,
+    SIGMA_SCHEDULES,
+    VE,
+    VP,
+    ConstantBeta,
+    ConstantDiffusionSigma,
+    CosineBeta,
+    ExponentialBeta,
+    GeometricSigma,
+    LinearBeta,
+    PolynomialSigma,
+    PowerBeta,
+    SquareRootDiffusionSigma,
+    SubVP,
+    get_sde,
+)
+
+SIGMAS = {
+    "geometric": GeometricSigma(0.02, 7.0),
+    "constant": ConstantDiffusionSigma(0.02, 7.0),
+    "square_root": SquareRootDiffusionSigma(0.02, 7.0),
+    "polynomial": PolynomialSigma(0.02, 7.0, 2.0),
+    "polynomial_7": PolynomialSigma(0.02, 7.0, 7.0),
+    "polynomial_half": PolynomialSigma(0.02, 7.0, 0.5),
+}
+BETAS = {
+    "linear": LinearBeta(0.1, 20.0),
+    "constant": ConstantBeta(0.1, 10.0),
+    "power": PowerBeta(0.1, 20.0, 2.0),
+    "power_half": PowerBeta(0.1, 20.0, 0.5),
+    "exponential": ExponentialBeta(0.1, 30.0),
+    "cosine": CosineBeta(999.0),
+    "cosine_20": CosineBeta(20.0),
+}
+every_sigma = pytest.mark.parametrize("schedule", SIGMAS.values(), ids=SIGMAS)
+every_beta = pytest.mark.parametrize("schedule", BETAS.values(), ids=BETAS)
 
 EVERY_SDE = {
     **SDES,
@@ -19,6 +59,10 @@ EVERY_SDE = {
     "vp_gentle": VP(LinearBeta(0.5, 4.0)),
     "vp_from_zero": VP(LinearBeta(0.0, 10.0)),
     "subvp_gentle": SubVP(LinearBeta(0.5, 4.0)),
+    **{f"ve_{name}": VE(schedule) for name, schedule in SIGMAS.items() if name != "geometric"},
+    **{f"vp_{name}": VP(schedule) for name, schedule in BETAS.items() if name != "linear"},
+    "subvp_power": SubVP(PowerBeta(0.1, 20.0, 2.0)),
+    "subvp_cosine": SubVP(CosineBeta(20.0)),
 }
 GRID = torch.linspace(0, 1, 41, dtype=torch.float64)
 
@@ -96,20 +140,119 @@ def test_ve_diffusion_is_the_derivative_of_the_variance():
     assert torch.equal(SDES["ve"].drift_rate(GRID), torch.zeros_like(GRID))
 
 
-def test_geometric_sigma():
-    schedule = GeometricSigma(0.01, 50.0)
-    half = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
-    expected = torch.tensor([0.01, math.sqrt(0.01 * 50), 50.0], dtype=torch.float64)
-    torch.testing.assert_close(schedule.sigma(half), expected, rtol=1e-14, atol=0)
+# ------------------------------------------------------------------------------------------------------- the schedules
 
 
-def test_linear_beta():
-    schedule = LinearBeta(0.1, 20.0)
-    ends = schedule.beta(torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
-    torch.testing.assert_close(ends, torch.tensor([0.1, 10.05, 20.0], dtype=torch.float64), rtol=1e-14, atol=0)
-    for t in (0.1, 0.7, 1.0):
-        area, _ = quad(lambda u: schedule.beta(torch.tensor(u, dtype=torch.float64)).item(), 0, t, epsabs=0)
-        assert schedule.integral(torch.tensor(t, dtype=torch.float64)).item() == pytest.approx(area, rel=1e-12)
+def double(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+TIMES = torch.cat([double(1e-5, 1e-3), GRID[1:]])
+
+
+@every_sigma
+def test_sigma_schedules(schedule):
+    torch.testing.assert_close(schedule.sigma(double(0, 1)), double(0.02, 7.0), rtol=1e-13, atol=0)
+    t = TIMES.clone().requires_grad_()
+    (rate,) = torch.autograd.grad((schedule.sigma(t) ** 2).sum(), t)
+    torch.testing.assert_close(schedule.variance_rate(TIMES), rate, rtol=1e-10, atol=0)
+    torch.testing.assert_close(schedule.time(schedule.sigma(TIMES)), TIMES, rtol=1e-9, atol=0)
+    torch.testing.assert_close(schedule.time(double(0.02, 7.0)), double(0, 1), rtol=1e-13, atol=1e-13)
+
+
+@every_beta
+def test_beta_schedules(schedule):
+    assert schedule.integral(double(0)) == 0
+    t = TIMES.clone().requires_grad_()
+    (rate,) = torch.autograd.grad(schedule.integral(t).sum(), t)
+    torch.testing.assert_close(schedule.beta(TIMES), rate, rtol=1e-10, atol=0)
+    torch.testing.assert_close(schedule.time(schedule.integral(TIMES)), TIMES, rtol=1e-9, atol=0)
+    kink = [schedule.clipping_time] if isinstance(schedule, CosineBeta) else None
+    for end in (0.1, 0.7, 1.0):
+        area, _ = quad(lambda u: schedule.beta(double(u)).item(), 0, end, epsabs=0, epsrel=1e-12, points=kink)
+        assert schedule.integral(double(end)).item() == pytest.approx(area, rel=1e-10)
+
+
+@pytest.mark.parametrize("schedule", [*SIGMAS.values(), *BETAS.values()], ids=[*SIGMAS, *BETAS])
+def test_schedules_in_single_precision(schedule):
+    value = schedule.sigma if hasattr(schedule, "sigma") else schedule.integral
+    rate = schedule.variance_rate if hasattr(schedule, "sigma") else schedule.beta
+    for function in (value, rate):
+        assert function(TIMES.float()).dtype == torch.float32
+        # Where β is the tangent near a pole, an error in t is one in β/β' ≥ 1/β_max.
+        torch.testing.assert_close(function(TIMES.float()).double(), function(TIMES), rtol=2e-4, atol=0)
+
+
+def test_sigma_schedules_are_those_of_the_paper():
+    """At t = ½, and in what distinguishes them: g constant, g ∝ √t, g ∝ (b + at)^(ρ − ½)."""
+    half, t = double(0.5), double(0.25, 1.0)
+    assert SIGMAS["geometric"].sigma(half).item() == pytest.approx(math.sqrt(0.02 * 7.0))
+    assert SIGMAS["constant"].sigma(half).item() == pytest.approx(math.sqrt((0.02**2 + 7.0**2) / 2))
+    assert SIGMAS["square_root"].sigma(half).item() == pytest.approx(math.sqrt(0.02**2 + (7.0**2 - 0.02**2) / 4))
+    assert SIGMAS["polynomial"].sigma(half).item() == pytest.approx(((math.sqrt(0.02) + math.sqrt(7.0)) / 2) ** 2)
+    g = {name: VE(schedule).diffusion(t) for name, schedule in SIGMAS.items()}
+    assert g["constant"][0] == g["constant"][1] and g["square_root"][1] / g["square_root"][0] == pytest.approx(2)
+    b, a = math.sqrt(0.02), math.sqrt(7.0) - math.sqrt(0.02)
+    assert (g["polynomial"][1] / g["polynomial"][0]).item() == pytest.approx(((b + a) / (b + a / 4)) ** 1.5)
+    # ρ = 7 on equal steps, from the largest σ: Karras et al. (2022), Eq. 5.
+    i, n = np.arange(18), 18
+    karras = (7.0 ** (1 / 7) + i / (n - 1) * (0.02 ** (1 / 7) - 7.0 ** (1 / 7))) ** 7
+    ours = SIGMAS["polynomial_7"].sigma(torch.linspace(1, 0, n, dtype=torch.float64))
+    np.testing.assert_allclose(ours.numpy(), karras, rtol=1e-12)
+
+
+def test_beta_schedules_are_those_of_the_paper():
+    for name, start, end in (("linear", 0.1, 20.0), ("power", 0.1, 20.0), ("exponential", 0.1, 30.0)):
+        torch.testing.assert_close(BETAS[name].beta(double(0, 1)), double(start, end), rtol=1e-13, atol=0)
+    half = double(0.5)
+    assert BETAS["linear"].beta(half).item() == pytest.approx(10.05)
+    assert BETAS["constant"].beta(double(0, 0.3, 1)).tolist() == pytest.approx([5.05] * 3)
+    assert BETAS["power"].beta(half).item() == pytest.approx(((math.sqrt(0.1) + math.sqrt(20.0)) / 2) ** 2)
+    assert BETAS["exponential"].beta(half).item() == pytest.approx(math.sqrt(0.1 * 30.0))
+
+
+def test_cosine_schedule_against_the_discrete_one():
+    """ᾱ(t) = cos²(½π (t+s)/(1+s))/cos²(½π s/(1+s)) below the clipping time; β_i = min(1 − ᾱ_i/ᾱ_{i−1}, 0.999)."""
+
+    def alpha_bar(t):
+        return np.cos(0.5 * np.pi * (t + 0.008) / 1.008) ** 2 / np.cos(0.5 * np.pi * 0.008 / 1.008) ** 2
+
+    t = torch.linspace(0, 0.99, 100, dtype=torch.float64)
+    np.testing.assert_allclose(VP(BETAS["cosine"]).mean_coefficient(t) ** 2, alpha_bar(t.numpy()), rtol=1e-10)
+    assert 0.99 < BETAS["cosine"].clipping_time < 1 and 0.89 < BETAS["cosine_20"].clipping_time < 0.91
+    for schedule in (BETAS["cosine"], BETAS["cosine_20"]):
+        late = torch.linspace(schedule.clipping_time, 1, 5, dtype=torch.float64)
+        assert (schedule.beta(late) == schedule.beta_max).all()
+        before = double(schedule.clipping_time * (1 - 1e-12))
+        assert schedule.beta(before).item() == pytest.approx(schedule.beta_max, rel=1e-6)  # continuous
+    n = 1000
+    beta = np.minimum(1 - alpha_bar(np.arange(1, n + 1) / n) / alpha_bar(np.arange(n) / n), 0.999)
+    ladder = VP(BETAS["cosine"]).ladder(n)
+    # An Euler chain of the same β at neighbouring times: equal to first order in 1/N away from the pole.
+    np.testing.assert_allclose(ladder.mean_coefficient[:900].numpy() ** 2, np.cumprod(1 - beta)[:900], rtol=3e-2)
+
+
+@pytest.mark.parametrize("name", SIGMAS)
+def test_network_sees_the_noise_level_of_its_schedule(name):
+    sde, t = VE(SIGMAS[name]), torch.linspace(0, 1, 11)
+    label, std = NoiseLevel(sde)(t)
+    torch.testing.assert_close(label, SIGMAS[name].sigma(t))
+    assert torch.equal(label, std)
+    label, std = NoiseLevel(sde, 11)(t)
+    assert label.tolist() == list(range(10, -1, -1))
+    torch.testing.assert_close(std, SIGMAS[name].sigma(t))
+
+
+@every_sde
+def test_weight_of_a_frozen_score(sde):
+    """∫ₛᵗ e^{∫ₛᵛ f} g² dv by quadrature; e^{∫ₛᵛ f} is the inverse of the mean coefficient of x_v | x_s."""
+    for start, end in ((0.05, 0.1), (0.3, 0.8)):
+        s, nodes = double(start), np.polynomial.legendre.leggauss(60)
+        v = torch.from_numpy(start + (end - start) * 0.5 * (1 + nodes[0]))
+        weights = torch.from_numpy(nodes[1]) * 0.5 * (end - start)
+        growth = 1 / sde.transition(s.expand_as(v), v)[0]
+        expected = (weights * growth * sde.diffusion(v) ** 2).sum()
+        torch.testing.assert_close(sde.frozen_score_weight(s, double(end))[0], expected, rtol=1e-9, atol=0)
 
 
 @every_sde
@@ -226,6 +369,43 @@ def test_sde_from_a_config():
         get_sde(config(sde="vpsd"))
 
 
+@pytest.mark.parametrize(("sde", "schedules"), [("vesde", SIGMA_SCHEDULES), ("vpsde", BETA_SCHEDULES)])
+def test_schedule_by_name(sde, schedules):
+    """Every name, through the fields of every preset; the empty name and a config without the field are the usual."""
+    config_ = base_config()
+    config_.training.sde = sde
+    default = get_sde(config_)
+    for name, schedule in schedules.items():
+        config_.model.schedule = name
+        chosen = get_sde(config_)
+        assert type(chosen) is type(default) and type(chosen.schedule) is schedule
+        for field in ("sigma_min", "sigma_max", "beta_min", "beta_max", "rho"):
+            if hasattr(chosen.schedule, field):
+                assert getattr(chosen.schedule, field) == config_.model[field]
+    first = next(iter(schedules.values()))
+    assert type(default.schedule) is first and type(get_sde(config(sde=sde)).schedule) is first
+    config_.model.update(schedule="power" if sde == "vpsde" else "polynomial", rho=5.0)
+    assert get_sde(config_).schedule.rho == 5.0
+    config_.training.sde = "subvpsde"
+    config_.model.schedule = "cosine"
+    assert get_sde(config_).name == "subvp" and isinstance(get_sde(config_).schedule, CosineBeta)
+
+
+def test_recipe(monkeypatch):
+    """The code of docs/add_your_own_sde.md runs, and what it registers fulfils what is asked of every schedule."""
+    text = (Path(__file__).parents[1] / "docs" / "add_your_own_sde.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.setitem(SIGMA_SCHEDULES, "harmonic", None)  # taken out again after the test
+    namespace: dict = {}
+    for block in blocks:
+        exec(block, namespace)
+    schedule = SIGMA_SCHEDULES["harmonic"](0.02, 7.0)
+    test_sigma_schedules(schedule)
+    test_marginals_solve_the_moment_equations(VE(schedule))
+    assert 1 / schedule.sigma(double(0.5)).item() == pytest.approx((1 / 0.02 + 1 / 7.0) / 2)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -236,6 +416,20 @@ def test_sde_from_a_config():
         (dict(sde="vpsde", beta_min=-0.1), "model.beta_min=-0.1"),
         (dict(sde="subvpsde", beta_max=0.3), "beta_min < beta_max"),
         (dict(sde="vpsde", beta_max=math.nan), "model.beta_max=nan"),
+        (dict(sde="vesde", schedule="geometrc"), "model.schedule='geometrc': allowed for vesde are geometric,"),
+        (dict(sde="vesde", schedule="linear"), "model.schedule='linear': allowed for vesde are"),
+        (dict(sde="subvpsde", schedule="geometric"), "model.schedule='geometric': allowed for subvpsde are linear"),
+        (dict(sde="vesde", schedule="polynomial"), "model.rho is missing: model.schedule='polynomial' of vesde needs"),
+        (dict(sde="vesde", schedule="constant", sigma_min=7.0), "model.sigma_min=7.0"),
+        (dict(sde="vesde", schedule="square_root", sigma_min=-1.0), "model.sigma_min=-1.0"),
+        (dict(sde="vesde", schedule="polynomial", rho=0.0), "model.rho=0.0: allowed are positive numbers"),
+        (dict(sde="vesde", schedule="polynomial", rho=2.0, sigma_max=0.01), "sigma_min < sigma_max"),
+        (dict(sde="vpsde", schedule="power", rho=-1.0), "model.rho=-1.0: allowed are positive numbers"),
+        (dict(sde="vpsde", schedule="power", rho=math.nan), "model.rho=nan: allowed are positive numbers"),
+        (dict(sde="vpsde", schedule="power", rho=2.0, beta_min=0.0), "0 < beta_min < beta_max"),
+        (dict(sde="vpsde", schedule="exponential", beta_min=0.0), "0 < beta_min < beta_max"),
+        (dict(sde="vpsde", schedule="constant", beta_min=-0.1), "model.beta_min=-0.1"),
+        (dict(sde="vpsde", schedule="cosine", beta_max=0.03), "model.beta_max=0.03: the cosine schedule needs"),
     ],
 )
 def test_schedules_that_make_no_sense(fields, message):
