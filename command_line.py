@@ -8,7 +8,7 @@ import sys
 
 from absl import flags
 
-__all__ = ["parse_flags"]
+__all__ = ["available_cores", "parse_flags"]
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -29,3 +29,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         # ml_collections puts a suggestion after the name, quoted once more for every exception it passed through.
         reason = " ".join(str(error.args[0]).replace("\\n", " ").replace("\\'", "").strip("\"'").split())
         sys.exit(f"error: {overrides}: the config has no field {reason}")
+
+
+def available_cores() -> int:
+    """How many processes to start where the user does not say: the cores that this one may use, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)

@@ -97,4 +97,5 @@ def fit(
                     "optimizer": optimizer.state_dict(),
                     "sums": sums,
                 }
+                log.sync()
                 store.save(state, step)

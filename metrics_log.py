@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,6 +42,10 @@ class MetricsLog:
         self.file.flush()
         for name, value in row.items():
             self.board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Bring every row to the disk; to be called before a checkpoint, which a resumed log is cut to."""
+        os.fsync(self.file.fileno())
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -52,7 +52,8 @@ def run_all(
         ValueError: fewer than one job.
         KeyboardInterrupt: Ctrl-C; all tasks are ended first.
         concurrent.futures.process.BrokenProcessPool: a process was killed from outside, for its memory perhaps.
-        Exception: what a task raised, its message headed by the name of the task; the other tasks are ended first.
+        Exception: what a task raised, its message headed by the name of the task (a RuntimeError if its type does not
+            take a message); the other tasks are ended first.
     """
     if jobs < 1:
         raise ValueError(f"jobs={jobs}: at least 1")
@@ -98,7 +99,10 @@ def _named(work: Callable, task: Task, update: Callable[[int], None]) -> Result:
     try:
         return work(task, update)
     except Exception as error:
-        error.args = (f"{task}: {error}",)
+        message = f"{task}: {error}"
+        error.args = (message,)
+        if str(error) != message:  # of a type that makes its text from something else
+            raise RuntimeError(message) from error
         raise
 
 

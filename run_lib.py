@@ -233,6 +233,8 @@ class _Run:
     def _check_workdir(self, free_fields: tuple[str, ...]) -> None:
         if self.workdir.exists() and not self.workdir.is_dir():
             raise ValueError(f"--workdir={self.workdir}: is a file, not a folder")
+        if (self.workdir / "experiment.json").exists():
+            raise ValueError(f"--workdir={self.workdir}: belongs to one of the examples; choose another folder")
         path = self.workdir / "config.json"
         if not path.exists():
             return

@@ -7,9 +7,11 @@ and see the same points and noise: their differences are paired.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -29,10 +31,12 @@ from randomness import normal_like, seed_from
 from sampling import get_sampler
 from sde_lib import SDE, ScoreFunction, expand, get_sde
 
-__all__ = ["LEVELS", "METRICS", "Run", "evaluate", "evaluate_score", "exact_entropy", "train"]
+__all__ = ["LEVELS", "METRICS", "VERSION", "Run", "evaluate", "evaluate_score", "exact_entropy", "train"]
 
 LEVELS = 10
 """Asym and the score error are measured at times t = k/10, k = 1 … 10."""
+VERSION = 1
+"""Part of what a stored run is known by: to be raised when a fix changes what training or evaluation compute."""
 NEIGHBOURS = 3
 """k of precision and recall."""
 
@@ -57,10 +61,16 @@ class Run:
     """
 
     def __init__(self, config: ConfigDict, workdir: Path, device: torch.device | str = "cpu") -> None:
-        _check_numbers(config)
+        _check(config)
         self.config, self.workdir, self.device = config, workdir, torch.device(device)
+        if self.device.type == "mps":
+            raise ValueError("--device=mps: the exact densities need double precision, which it does not have; use cpu")
         self.sde: SDE = get_sde(config)
         self.distribution: NoisedDistribution = get_distribution(config, self.sde)
+        try:
+            self.distribution.log_prob(torch.zeros(1, 2), torch.zeros(1))
+        except ValueError as error:
+            raise ValueError(f"model.sigma_min={config.model.sigma_min}: {error}") from None
         self.sampler = get_sampler(config, self.sde)
         self.likelihood = get_likelihood(config, self.sde)
         with torch.random.fork_rng(devices=[]):
@@ -88,8 +98,26 @@ class Run:
         load_state_dict_strictly(self.model, state["model"], store.path(state["step"]))
         return state["step"]
 
+    def evaluation(self, step: int) -> dict[str, float] | None:
+        """What ``evaluate`` wrote about the weights of ``step``; None if that is missing or damaged."""
+        folder = self.workdir / "eval"
+        try:
+            record = json.loads((folder / "metrics.json").read_bytes())
+            with open(folder / "arrays.npz", "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+                complete = len(arrays["samples"]) == self.config.data.num_test
+            good = complete and record["step"] == step and all(name in record for name in METRICS)
+        except (OSError, ValueError, LookupError, TypeError, BadZipFile):
+            return None
+        return record if good else None
 
-def _check_numbers(config: ConfigDict) -> None:
+
+def _check(config: ConfigDict) -> None:
+    """Fields that no module of its own checks."""
+    only = {"sampling.method": "ode", "training.continuous": True, "model.name": "mlp"}
+    for name, value in only.items():
+        section, field = name.split(".")
+        if config[section][field] != value:
+            raise ValueError(f"{name}={config[section][field]!r}: the examples know {value!r} only")
     at_least = {
         "data.num_train": 1,
         "data.num_test": NEIGHBOURS + 1,
@@ -97,6 +125,7 @@ def _check_numbers(config: ConfigDict) -> None:
         "training.n_iters": 1,
         "training.log_freq": 1,
         "training.save_freq": 1,
+        "sampling.num_steps": 1,
     }
     for name, bound in at_least.items():
         section, field = name.split(".")
@@ -108,9 +137,12 @@ def _check_numbers(config: ConfigDict) -> None:
         )
     if config.seed < 0:
         raise ValueError(f"seed={config.seed}: at least 0")
-    for name in ("lr", "grad_clip"):
-        if not config.optim[name] > 0:
-            raise ValueError(f"optim.{name}={config.optim[name]}: allowed are positive numbers")
+    for name in ("lr", "grad_clip", "eps"):
+        if not 0 < config.optim[name] < math.inf:
+            raise ValueError(f"optim.{name}={config.optim[name]}: allowed are positive, finite numbers")
+    for name in ("beta1", "beta2"):
+        if not 0 <= config.optim[name] < 1:
+            raise ValueError(f"optim.{name}={config.optim[name]}: allowed are numbers in [0, 1)")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -165,15 +197,17 @@ class Evaluation(NamedTuple):
     samples: np.ndarray
 
 
-def evaluate(run: Run, score: ScoreFunction, *, exact: bool = False) -> dict[str, float]:
+def evaluate(run: Run, score: ScoreFunction, *, step: int, exact: bool = False) -> dict[str, float]:
     """Measure a score on the run's test points; write W/eval/metrics.json and W/eval/arrays.npz; return the former.
+
+    ``step`` says which weights of the run the score has.
 
     If the score is the exact one, two more numbers belong to it: the ``entropy`` of the density at t = 1e-5, and its
     ``cross_entropy`` with the test points, their mean −ln p, which a perfect model with the exact prior scores. Both
     are in nats.
     """
     result = evaluate_score(run, score)
-    record = dict(result.metrics)
+    record = {"step": step, **result.metrics}
     if exact:
         points, eps = run.test_points.double(), run.likelihood.eps
         t = torch.full((len(points),), eps, dtype=torch.float64, device=run.device)
@@ -196,7 +230,7 @@ def evaluate_score(run: Run, score: ScoreFunction) -> Evaluation:
     * ``precision``, ``recall`` of as many samples as there are test points, k = 3, in the plane itself.
     """
     points = run.test_points
-    likelihood = run.likelihood(score, points)
+    likelihood = run.likelihood(score, points, run.generator("likelihood"))
     ones = torch.ones(len(points), dtype=torch.float64, device=run.device)
     change = likelihood.log_prob - run.sde.prior_log_prob(likelihood.latent.double())
     matched = change + run.distribution.log_prob(likelihood.latent.double(), ones)

@@ -8,7 +8,6 @@ python -m 2d_examples.main --mode=table --workdir=W [--seeds=5]
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from command_line import parse_flags
+from command_line import available_cores, parse_flags
 
 
 def main(argv: list[str]) -> None:
@@ -48,14 +47,13 @@ def main(argv: list[str]) -> None:
                 print(path)
             return
         run = Run(options.config, workdir, device)
-        if options.mode == "eval":
-            run.load()
+        step = run.load() if options.mode == "eval" else 0
         table.claim_run(run)
         if options.mode == "train":
             with tqdm(total=options.config.training.n_iters, unit="step", desc=f"train {workdir.name}") as bar:
                 train(run, bar.update)
         else:
-            for name, value in evaluate(run, run.model).items():
+            for name, value in evaluate(run, run.model, step=step).items():
                 print(f"{name:20} {value:.6g}")
             print(figures.draw_run(run))
     except (ValueError, FloatingPointError, OSError, BrokenProcessPool) as error:
@@ -70,7 +68,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Folder of the run, or of the table: checkpoints, logs, results, figures.")
     flags.DEFINE_enum("mode", None, ["train", "eval", "table"], "What to do.")
     flags.DEFINE_integer("seeds", 5, "Seeds 0 … N−1 of the table.")
-    flags.DEFINE_integer("jobs", os.cpu_count(), "Processes that share the runs of the table.")
+    flags.DEFINE_integer("jobs", available_cores(), "Processes that share the runs of the table, about 1 GB each.")
     flags.DEFINE_string("device", "cpu", "auto, cpu, cuda or mps; a GPU is no faster for networks as small as these.")
     flags.mark_flags_as_required(["workdir", "mode"])
 

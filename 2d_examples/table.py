@@ -23,7 +23,7 @@ from experiment_dir import claim
 from parallel_runs import run_all
 
 from .configs import DATASETS, MODELS, get_config
-from .experiment import METRICS, Run, evaluate, train
+from .experiment import METRICS, VERSION, Run, evaluate, train
 
 __all__ = ["EXACT", "REFERENCE", "claim_run", "make_table", "make_tasks", "markdown", "paired_difference", "values"]
 
@@ -81,20 +81,21 @@ class Task(NamedTuple):
 
 def claim_run(run: Run) -> None:
     """Refuse a folder that belongs to anything but this run."""
-    claim(run.workdir, "2d_examples run", json.loads(run.config.to_json()))
+    settings = {**json.loads(run.config.to_json()), "device": run.device.type, "version": VERSION}
+    claim(run.workdir, "2d_examples run", settings)
 
 
 def work(task: Task, update: Callable[[int], None]) -> dict[str, object]:
     """Train and evaluate, or take what an earlier call has finished; a row of the results."""
     run = Run(task.config, Path(task.directory), task.device)
     claim_run(run)
-    metrics_file = run.workdir / "eval" / "metrics.json"
-    if task.model != EXACT:
+    exact = task.model == EXACT
+    step = 0 if exact else task.config.training.n_iters
+    if not exact:
         train(run, update)
-    if not metrics_file.exists():
-        exact = task.model == EXACT
-        evaluate(run, run.distribution.score if exact else run.model, exact=exact)
-    metrics = json.loads(metrics_file.read_text())
+    metrics = run.evaluation(step)
+    if metrics is None:
+        metrics = evaluate(run, run.distribution.score if exact else run.model, step=step, exact=exact)
     return {"dataset": task.dataset, "model": task.model, "seed": task.seed, **metrics}
 
 
@@ -135,7 +136,7 @@ def make_table(workdir: Path, tasks: Sequence[Task], *, jobs: int) -> dict:
     """
     if jobs < 1:
         raise ValueError(f"--jobs={jobs}: at least 1")
-    claim(workdir, "2d_examples table", tasks[0].overrides)
+    claim(workdir, "2d_examples table", {**tasks[0].overrides, "device": tasks[0].device, "version": VERSION})
     total = sum(task.config.training.n_iters for task in tasks if task.model != EXACT)
     rows = run_all(tasks, work, jobs=jobs, total=total, unit="step", description="2-D examples")
     results = {"experiment": "2d_examples", "seeds": len({task.seed for task in tasks}), "rows": rows}

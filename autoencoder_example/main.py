@@ -13,7 +13,6 @@ Files: W/results.json, W/table.md, W/autoencoder.png, W/runs/ESTIMATOR/seed_K/.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -27,7 +26,7 @@ from absl import app, flags
 from torch import Tensor
 
 from atomic_write import write_atomically
-from command_line import parse_flags
+from command_line import available_cores, parse_flags
 from conservativeness import asymmetry
 from experiment_dir import claim
 from fit import fit
@@ -151,8 +150,20 @@ def train(task: Task, update: Callable[[int], None]) -> dict[str, float | int | 
 
 
 def read_curve(task: Task) -> list[dict[str, float]]:
-    """The log of a run: a row at step 0, every 200 steps and at the end."""
-    return [json.loads(line) for line in (task.directory / "metrics.jsonl").read_text().splitlines()]
+    """The log of a finished run: a row at step 0, every 200 steps and at the end.
+
+    Raises:
+        ValueError: the log has been cut short or damaged.
+    """
+    path = task.directory / "metrics.jsonl"
+    try:
+        curve = [json.loads(line) for line in path.read_text().splitlines()]
+        complete = curve[-1]["step"] == task.n_iters
+    except (OSError, ValueError, LookupError, TypeError):
+        complete = False
+    if not complete:
+        raise ValueError(f"{path} is damaged or cut short; delete {task.directory} to train this run again")
+    return curve
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -284,7 +295,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("seeds", 5, f"How many seeds: {FIRST_SEED}, the paper's, and those after it.")
     flags.DEFINE_string("estimator", "all", f"Of L_QC: {', '.join(ESTIMATORS)}, or all of them.")
     flags.DEFINE_integer("n_iters", 10_001, "Steps of every run.")
-    flags.DEFINE_integer("jobs", os.cpu_count(), "Processes that share the runs.")
+    flags.DEFINE_integer("jobs", available_cores(), "Processes that share the runs, about 1 GB each.")
     flags.DEFINE_string("device", "cpu", "auto, cpu, cuda or mps; a GPU is no faster for so small a network.")
 
 

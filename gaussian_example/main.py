@@ -536,7 +536,7 @@ def run(workdir: str | Path, epsilons: Sequence[str], figures: Sequence[str]) ->
     for name in figures:
         if name not in FIGURES:
             raise ValueError(f"--figures={name}: allowed are {', '.join(FIGURES)}")
-    folder = claim(workdir, EXPERIMENT)
+    folder = claim(workdir, EXPERIMENT, {"epsilons": [float(epsilon) for epsilon in checked]})
     results = compute(checked)
     text = tables(results)
     for name, content in (("results.json", json.dumps(results.as_json(), indent=1) + "\n"), ("tables.md", text)):
@@ -562,6 +562,8 @@ def main(argv: list[str]) -> None:
         print(run(flags.FLAGS.workdir, flags.FLAGS.epsilons, flags.FLAGS.figures))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; nothing was kept")
 
 
 if __name__ == "__main__":

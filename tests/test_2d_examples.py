@@ -73,6 +73,12 @@ def test_network_sizes():
     assert count == linear + (64 + 128) + 2 + 257  # and a β for every unit that a Swish follows
 
 
+def test_hutchinson_in_the_plane_is_seeded(tmp_path):
+    run = tiny_run(tmp_path, **{"likelihood.divergence": "rademacher"})
+    first, second = (experiment.evaluate_score(run, run.model).metrics["nll"] for _ in range(2))
+    assert first == second
+
+
 def test_unknown_activation():
     with pytest.raises(ValueError, match=r"model\.output_activation='relu'.*leaky_relu"):
         NoiseConditionalMLP(2, output_activation="relu")
@@ -113,7 +119,13 @@ def test_unknown_pairs(name):
         ({"training.qc_weight": -0.1}, r"qc_weight=-0\.1"),
         ({"training.qc_estimator": "spherical"}, r"qc_estimator='spherical'"),
         ({"likelihood.solver": "euler"}, r"likelihood\.solver='euler'"),
-        ({"sampling.method": "magic"}, r"sampling\.method='magic'"),
+        ({"sampling.method": "pc"}, r"sampling\.method='pc'.*'ode'"),
+        ({"sampling.solver": "heun", "sampling.num_steps": 0}, r"sampling\.num_steps=0"),
+        ({"training.continuous": False}, r"training\.continuous=False"),
+        ({"model.name": "ncsnpp"}, r"model\.name='ncsnpp'"),
+        ({"optim.beta1": 1.5}, r"optim\.beta1=1\.5"),
+        ({"optim.lr": math.inf}, r"optim\.lr=inf"),
+        ({"data.dataset": "spiral_2", "model.sigma_min": 0.05}, r"model\.sigma_min=0\.05.*smallest_noise=0\.1"),
     ],
 )
 def test_bad_fields_are_named(tmp_path, overrides, message):
@@ -257,10 +269,20 @@ def test_table_end_to_end(tmp_path, monkeypatch):
         assert expected in text
 
     # A second call does nothing again: finished runs are read, not computed.
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/**/*.pt")}
-    assert len(stamps) == 6
+    def stamps():
+        files = [*tmp_path.glob("runs/**/*.pt"), *tmp_path.glob("runs/**/metrics.json")]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = stamps()
+    assert len(before) == 6 + 7
     assert table.make_table(tmp_path, tasks, jobs=1) == results
-    assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/**/*.pt")}
+    assert stamps() == before
+
+    # An evaluation that is damaged, or of other weights than the last, is made again.
+    damaged, early = (tmp_path / "runs" / "gaussian_8-u" / f"seed_{seed}" / "eval" / "metrics.json" for seed in (0, 1))
+    damaged.write_text(damaged.read_text()[:40])
+    early.write_text(json.dumps({**json.loads(early.read_text()), "step": 3, "nll": 99.0}))
+    assert table.make_table(tmp_path, tasks, jobs=1) == results
     with pytest.raises(ValueError, match=r"other settings: training\.n_iters was 6, is 7"):
         other = table.make_tasks(tmp_path, seeds=2, overrides={**TINY, "training.n_iters": 7})
         table.make_table(tmp_path, other, jobs=1)

@@ -18,6 +18,7 @@ import torch
 import run_lib
 from checkpoints import read_checkpoint
 from configs.digits import get_config
+from experiment_dir import claim
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.name not in ("__init__.py", "defaults.py"))
@@ -441,6 +442,12 @@ def test_bad_runtime(options):
 def test_a_workdir_of_another_run_is_refused(trained, tmp_path):
     with pytest.raises(run_lib.InvalidRun, match=r"holds another run: model\.nf was 8, is 16"):
         run_lib.train(tiny_config(model__nf=16), trained, CPU)
+
+
+def test_a_workdir_of_an_example_is_refused(tmp_path):
+    claim(tmp_path / "w", "some example")
+    with pytest.raises(run_lib.InvalidRun, match="belongs to one of the examples"):
+        run_lib.train(tiny_config(), tmp_path / "w", CPU)
 
 
 def test_a_run_from_before_a_field_existed_had_its_default(trained, tmp_path):
