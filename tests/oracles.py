@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from distributions import Gaussian, GaussianMixture
 from sde_lib import SDE, VE, VP, GeometricSigma, LinearBeta, SubVP
@@ -28,3 +29,13 @@ def mixture_2d(sde: SDE) -> GaussianMixture:
     means = torch.tensor([[1.0, 0.5], [-0.8, 0.9], [0.1, -1.0]])
     covariances = torch.tensor([[[0.2, 0.1], [0.1, 0.3]], [[0.3, 0.0], [0.0, 0.1]], [[0.15, -0.05], [-0.05, 0.2]]])
     return GaussianMixture(sde, torch.tensor([0.5, 0.3, 0.2]), means, covariances)
+
+
+def assert_moments_match(x: Tensor, mean: Tensor, covariance: Tensor, allowance: float = 0.0) -> None:
+    """Mean and covariance of samples within four standard errors, plus an allowance in units of the variances."""
+    n, variance = len(x), covariance.diagonal()
+    mean_error = (variance / n).sqrt()
+    covariance_error = ((variance[:, None] * variance[None, :] + covariance**2) / n).sqrt()
+    assert ((x.mean(0) - mean).abs() < 4 * mean_error + allowance * variance.sqrt()).all()
+    scale = (variance[:, None] * variance[None, :]).sqrt()
+    assert ((x.T.cov() - covariance).abs() < 4 * covariance_error + allowance * scale).all()
