@@ -189,6 +189,21 @@ def test_loss_that_is_not_finite(tmp_path, step):
     assert run.steps[0] == state["step"]
 
 
+def test_finite_loss_with_a_gradient_that_is_not(tmp_path):
+    """√0 in the step of a checkpoint: the loss is 0, its gradient infinite, and the weights must not be stored."""
+    weight = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    module = nn.ParameterList([weight])
+
+    def loss(step: int) -> dict[str, torch.Tensor]:
+        return {"loss": ((0.0 if step == 3 else 1.0) * weight).sqrt().sum()}
+
+    with pytest.raises(FloatingPointError, match="grad_norm is not finite at or before step 4"):
+        fit(module, loss, torch.optim.SGD([weight], lr=0.1), tmp_path, n_iters=6, save_freq=2)
+    state = CheckpointStore(tmp_path / "checkpoints", keep=1, milestone_every=0).load_latest()
+    assert state["step"] == 2
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
 def test_checkpoints_of_another_module_are_refused(tmp_path):
     run = Regression(tmp_path)
     run.fit(n_iters=5)
