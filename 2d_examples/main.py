@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     import torch  # slow to import, which --help and a mistyped flag need not wait for
     from tqdm import tqdm
 
-    from run_lib import Runtime
+    from run_setup import Runtime
 
     from . import figures, table
     from .experiment import Run, evaluate, train

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     from torch import nn
     from tqdm import trange
 
-    from run_lib import Runtime
+    from run_setup import Runtime
 
     configs = importlib.import_module("2d_examples.configs")
     experiment = importlib.import_module("2d_examples.experiment")

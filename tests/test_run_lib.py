@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+import datasets
 import run_lib
+import run_setup
 from checkpoints import read_checkpoint
 from configs.digits import get_config
 from experiment_dir import claim
@@ -255,14 +257,14 @@ def test_evaluation_does_not_depend_on_the_batch_size(trained, tmp_path, monkeyp
 
 
 def _shorten_test_set(monkeypatch, size: int) -> None:
-    original = run_lib.datasets.get_dataset
+    original = datasets.get_dataset
 
     def shortened(config):
         train, test = original(config)
         test.images, test.labels, test.fingerprint = test.images[:size], test.labels[:size], f"short{size}"
         return train, test
 
-    monkeypatch.setattr(run_lib.datasets, "get_dataset", shortened)
+    monkeypatch.setattr(datasets, "get_dataset", shortened)
 
 
 def test_metrics_file_and_reuse(trained, tmp_path, monkeypatch):
@@ -279,7 +281,7 @@ def test_metrics_file_and_reuse(trained, tmp_path, monkeypatch):
 
     # A second evaluation computes nothing: the score is never called.
     calls = []
-    monkeypatch.setattr(run_lib._Run, "score", lambda self, x, t: calls.append(1))
+    monkeypatch.setattr(run_setup.Run, "score", lambda self, x, t: calls.append(1))
     runtime = run_lib.Runtime(device="cpu", cache_dir=str(trained / "cache"))
     assert run_lib.evaluate(tiny_config(), tmp_path / "w", runtime) == metrics
     assert not calls
@@ -370,6 +372,7 @@ def config_cases():
 @pytest.mark.parametrize("path, argument", list(config_cases()))
 def test_every_config_builds_and_steps(path, argument):
     """At reduced width every config gives a finite loss and gradient, and a sampler and likelihood."""
+    from likelihood import get_likelihood
     from losses import get_objective
     from models import create_score_model
     from sampling import get_sampler
@@ -381,7 +384,7 @@ def test_every_config_builds_and_steps(path, argument):
     sde = get_sde(config)
     objective = get_objective(config, create_score_model(config, sde))
     get_sampler(config, sde)
-    run_lib.get_likelihood(config, sde)
+    get_likelihood(config, sde)
     x0 = torch.rand(2, config.data.num_channels, config.data.image_size, config.data.image_size)
     terms = objective(x0)
     terms["loss"].backward()

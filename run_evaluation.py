@@ -1,0 +1,347 @@
+"""Evaluation and sampling of a run: every stage over all processes, every finished batch kept.
+
+An evaluation depends neither on the number of processes nor, unless a solver that treats the batch as one system is
+chosen (scipy, dopri5), on the batch size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from ml_collections import ConfigDict
+from torch import Tensor
+
+import datasets
+import evaluation
+from checkpoints import CheckpointError, load_score_sde_checkpoint, load_state_dict_strictly, read_checkpoint
+from conservativeness import asymmetry
+from likelihood import bits_per_dim
+from randomness import SampleGenerators, normal_like
+from run_setup import (
+    FREE_IN_EVALUATION,
+    Run,
+    Runtime,
+    checked,
+    save_image_grid,
+    write_arrays,
+    write_text,
+)
+from sde_lib import expand
+
+__all__ = ["draw", "evaluate", "refuse_public_conservative", "sample", "spread"]
+
+logger = logging.getLogger(__name__)
+
+# Part of the key of every stored evaluation: to be raised when a fix changes what sampling, likelihood or asymmetry
+# compute.
+_EVALUATION_VERSION = 1
+
+
+def evaluate(
+    config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), checkpoint: str | Path | None = None
+) -> dict:
+    """Evaluate the moving average of a checkpoint; write and return ``W/eval/metrics.json``.
+
+    Finished stages are kept with a key that names weights, settings and data, and reused only under that key;
+    within a stage every finished batch is kept until the stage is done.
+
+    Args:
+        config, workdir, runtime: the run.
+        checkpoint: one of ours or of score_sde_pytorch; None: the newest in ``workdir``.
+
+    Raises:
+        InvalidRun: bad config, data, checkpoint or working directory.
+    """
+    with checked():
+        run = _run_for_evaluation(config, workdir, runtime, checkpoint)
+        step = _load_for_evaluation(run, checkpoint)
+        _check_evaluation(run)
+    enabled = config.eval
+    metrics: dict = {"checkpoint_step": step, "sampler": _sampler_name(config)}
+    names = "nll_bits_per_dim nll_bits_per_dim_se nfe_likelihood asym asym_se nasym nasym_se fid kid kid_se "
+    names += "inception_score inception_score_std precision recall density coverage nfe_sampling num_samples "
+    names += "features feature_test_accuracy"
+    metrics.update(dict.fromkeys(names.split()))
+    if not (run.workdir / "config.json").exists():  # a checkpoint from elsewhere
+        run.write_config()
+    if enabled.enable_bpd:
+        metrics.update(_evaluate_nll(run))
+    if enabled.enable_asymmetry:
+        metrics.update(_evaluate_asymmetry(run))
+    if enabled.enable_sampling:
+        metrics.update(_evaluate_samples(run))
+    if run.accelerator.is_main_process:
+        write_text(run.workdir / "eval" / "metrics.json", json.dumps(metrics, indent=1, sort_keys=True) + "\n")
+    return metrics
+
+
+def sample(
+    config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), checkpoint: str | Path | None = None
+) -> Path:
+    """Draw ``config.eval.num_samples`` samples from a checkpoint; return the folder with samples.npz and grid.png.
+
+    Raises:
+        InvalidRun: bad config, data, checkpoint or working directory.
+    """
+    with checked():
+        run = _run_for_evaluation(config, workdir, runtime, checkpoint)
+        step = _load_for_evaluation(run, checkpoint)
+    arrays = _sample_stage(run)
+    sampling = config.sampling
+    how = f"pc-{sampling.predictor}-{sampling.corrector}" if sampling.method == "pc" else f"ode-{sampling.solver}"
+    if sampling.method == "pc" or sampling.solver == "heun":
+        how += f"-{sampling.num_steps or config.model.num_scales}"
+    folder = run.workdir / "samples" / f"step_{step:08d}-{how}"
+    if run.accelerator.is_main_process:
+        write_arrays(folder / "samples.npz", images=arrays["images"], num_levels=run.train_data.num_levels)
+        save_image_grid(folder / "grid.png", arrays["images"], run.train_data.num_levels)
+    return folder
+
+
+def _run_for_evaluation(
+    config: ConfigDict, workdir: str | Path, runtime: Runtime, checkpoint: str | Path | None
+) -> Run:
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise CheckpointError(f"--checkpoint={checkpoint}: no such file")
+    return Run(config, workdir, runtime, free_fields=FREE_IN_EVALUATION)
+
+
+def _check_evaluation(run: Run) -> None:
+    """What would otherwise fail only after hours of sampling."""
+    settings = run.config.eval
+    if settings.enable_sampling and run.train_data.num_classes is None:
+        raise ValueError(
+            f"data.dataset={run.config.data.dataset!r}: it has no labels to train the feature classifier of FID on; "
+            "use --config.eval.enable_sampling=False, and --mode=sample for samples"
+        )
+    if settings.enable_sampling and settings.num_samples < 4:
+        raise ValueError(f"eval.num_samples={settings.num_samples}: FID and its relatives need at least 4")
+
+
+def _load_for_evaluation(run: Run, checkpoint: str | Path | None) -> int:
+    """Put the averaged weights of a checkpoint into ``run.ema``; return its step."""
+    if checkpoint is None:
+        state = run.store.load_latest()
+        if state is None:
+            raise CheckpointError(f"no checkpoint in {run.store.directory}: train first, or give --checkpoint")
+        source: object = run.store.path(state["step"])
+    else:
+        state, source = read_checkpoint(checkpoint), checkpoint
+    if "sums" in state:
+        load_state_dict_strictly(run.ema.model, state["ema"]["model"], source)
+        step = state["step"]
+    else:
+        refuse_public_conservative(run.config, source)
+        step = load_score_sde_checkpoint(source, run.ema.model.network, ema=True)
+    run.ema.model.to(run.device)
+    return step
+
+
+def refuse_public_conservative(config: ConfigDict, source: object) -> None:
+    if config.model.parameterization == "conservative":
+        raise CheckpointError(
+            f"{source} is in the public format, whose conservative models are ∇(−‖h/σ‖²/(2σ)) and not Eq. 10: "
+            "model.parameterization must be unconstrained"
+        )
+
+
+def _sampler_name(config: ConfigDict) -> str:
+    sampling = config.sampling
+    steps = sampling.num_steps or config.model.num_scales
+    if sampling.method == "pc":
+        return f"PC, {sampling.predictor} + {sampling.corrector}, {steps} steps"
+    if sampling.solver == "heun":
+        return f"ODE, heun, {steps} steps"
+    return f"ODE, {sampling.solver}, rtol {sampling.rtol:g}, atol {sampling.atol:g}"
+
+
+def _stage(
+    run: Run, name: str, size: int, settings: dict, compute: Callable[[Tensor], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Compute per-item arrays for items 0 … size−1 in batches over all processes, keeping finished work.
+
+    ``compute`` maps indices (b,) to arrays of b rows. The result is kept in W/eval/NAME.npz; the batches on the
+    way there in W/eval/parts/.
+    """
+    weights = hashlib.blake2b(digest_size=16)
+    for parameter_name, tensor in sorted(run.ema.model.state_dict().items()):
+        weights.update(parameter_name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    identity = {
+        "version": _EVALUATION_VERSION,
+        "stage": name,
+        "size": size,
+        "seed": run.config.seed,
+        "weights": weights.hexdigest(),
+        "training": {name: run.config.training[name] for name in ("sde", "continuous")},
+        "model": json.loads(run.config.model.to_json()),
+        "precision": run.runtime.precision,
+        **settings,
+    }
+    if {"scipy", "dopri5"} & {run.config.sampling.solver, run.config.likelihood.solver}:
+        identity["batch_size"] = run.config.eval.batch_size  # these integrate a batch as one system
+    key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+    folder = run.workdir / "eval"
+    result = _read_arrays(folder / f"{name}.npz", key)
+    # All processes must take the same branch even if one cannot read the file.
+    if all(gather_object([result is not None])):
+        return result
+
+    parts = folder / "parts" / f"{name}-{key}"
+    batches = datasets.epoch_batches(
+        size, run.config.eval.batch_size, run.accelerator.process_index, run.accelerator.num_processes
+    )
+    collected = []
+    for indices in run.progress(iterable=batches, desc=f"{name} {run.workdir.name}", unit="batch"):
+        path = parts / f"{int(indices[0])}-{int(indices[-1])}.npz"
+        arrays = _read_arrays(path, key)
+        if arrays is None:
+            arrays = compute(indices)
+            write_arrays(path, key=key, **arrays)
+        collected.append(arrays)
+    collected = gather_object(collected)
+    result = {field: np.concatenate([part[field] for part in collected]) for field in collected[0]}
+    if run.accelerator.is_main_process:
+        write_arrays(folder / f"{name}.npz", key=key, **result)
+        shutil.rmtree(parts)
+    run.accelerator.wait_for_everyone()
+    return result
+
+
+def _read_arrays(path: Path, key: str) -> dict[str, np.ndarray] | None:
+    """The arrays of a file, or None if it is missing, damaged, or stored under another key."""
+    if not path.exists():
+        return None
+    try:
+        # Opened here because numpy leaves a damaged file open.
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays = {field: file[field] for field in file.files}
+    except Exception as error:  # numpy and zipfile raise half a dozen unrelated types on damaged files
+        logger.warning("%s is damaged (%s) and is computed again", path, error)
+        return None
+    return arrays if str(arrays.pop("key", "")) == key else None
+
+
+def spread(positions: Tensor, count: int, size: int) -> Tensor:
+    """Indices of ``count`` evenly spaced items of ``size``: data sets are often sorted by class."""
+    return positions * size // count
+
+
+def _mean_and_se(values: np.ndarray) -> tuple[float, float]:
+    se = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return float(values.mean()), se
+
+
+def _evaluate_nll(run: Run) -> dict:
+    """Bits per dimension of the whole, uniformly dequantised test set."""
+    data, centered = run.test_data, run.config.data.centered
+
+    def compute(indices: Tensor) -> dict[str, np.ndarray]:
+        generator = SampleGenerators((run.config.seed, "likelihood"), indices.tolist())
+        x = run.to_model(data.batch(indices)[0], generator, dequantize=True).to(run.device)
+        result = run.likelihood(run.score, x, generator)
+        bits = bits_per_dim(result.log_prob, run.dimension, num_levels=data.num_levels, centered=centered)
+        return {"nll_bits_per_dim": bits.cpu().numpy(), "nfe": np.full(len(x), result.nfe)}
+
+    settings = {"data": data.fingerprint, "centered": centered, "likelihood": run.config.likelihood.to_dict()}
+    arrays = _stage(run, "nll", len(data), settings, compute)
+    mean, se = _mean_and_se(arrays["nll_bits_per_dim"])
+    return {
+        "nll_bits_per_dim": mean,
+        "nll_bits_per_dim_se": se,
+        "nfe_likelihood": float(arrays["nfe"].mean()),
+    }
+
+
+def _evaluate_asymmetry(run: Run) -> dict:
+    """Asym and NAsym at times i/T, i = 1 … T, over test images perturbed with their own noise."""
+    settings, data = run.config.eval, run.test_data
+    levels = settings.asym_levels
+    images_per_level = min(settings.asym_images or len(data), len(data))
+    times = torch.arange(1, levels + 1) / levels * run.sde.end_time
+
+    def compute(items: Tensor) -> dict[str, np.ndarray]:
+        indices, level = spread(items // levels, images_per_level, len(data)), items % levels
+        generator = SampleGenerators((run.config.seed, "asymmetry"), items.tolist())
+        images = data.batch(indices)[0]
+        x0 = run.to_model(images, generator, dequantize=run.config.data.uniform_dequantization).to(run.device)
+        t = times[level].to(run.device)
+        mean, std = run.sde.marginal(x0, t)
+        xt = mean + expand(std, x0) * normal_like(x0, generator)
+        result = asymmetry(run.score, xt, t, probes=settings.asym_probes or None, generator=generator)
+        return {"asym": result.asym.cpu().numpy(), "nasym": result.nasym.cpu().numpy()}
+
+    identity = {
+        "data": data.fingerprint,
+        "centered": run.config.data.centered,
+        "dequantized": run.config.data.uniform_dequantization,
+        "levels": levels,
+        "probes": settings.asym_probes,
+    }
+    arrays = _stage(run, "asymmetry_items", images_per_level * levels, identity, compute)
+    metrics, curves = {}, {"t": times.numpy(), "sigma": run.sde.std(times).numpy()}
+    for name in ("asym", "nasym"):
+        values = arrays[name].astype(np.float64).reshape(images_per_level, levels)
+        # One image gives values at all levels, so images are what is independent.
+        metrics[name], metrics[f"{name}_se"] = _mean_and_se(values.mean(1))
+        curves[name] = values.mean(0)
+        curves[f"{name}_se"] = values.std(0, ddof=1) / math.sqrt(images_per_level)
+    if run.accelerator.is_main_process:
+        write_arrays(run.workdir / "eval" / "asymmetry.npz", **curves)
+    return metrics
+
+
+def draw(run: Run, indices: Sequence[int], *, progress: bool = False) -> tuple[np.ndarray, float]:
+    """Samples number ``indices`` as uint8 levels (B, H, W, C), and network evaluations per sample."""
+    generator = SampleGenerators((run.config.seed, "samples"), indices)
+    like = torch.zeros((len(indices), *run.train_data.image_shape), device=run.device)
+    samples = run.sampler(run.score, like, generator, progress=progress)
+    return run.to_pixels(samples.x).permute(0, 2, 3, 1).cpu().numpy(), samples.nfe
+
+
+def _sample_stage(run: Run) -> dict[str, np.ndarray]:
+    def compute(indices: Tensor) -> dict[str, np.ndarray]:
+        images, nfe = draw(run, indices.tolist(), progress=run.accelerator.is_main_process)
+        return {"images": images, "nfe": np.full(len(images), nfe)}
+
+    settings = {
+        "sampling": run.config.sampling.to_dict(),
+        "centered": run.config.data.centered,
+        "dequantized": run.config.data.uniform_dequantization,
+        "num_levels": run.train_data.num_levels,
+        "image_shape": run.train_data.image_shape,
+    }
+    return _stage(run, "sample_items", run.config.eval.num_samples, settings, compute)
+
+
+def _evaluate_samples(run: Run) -> dict:
+    """FID, KID, IS, precision and recall of samples against the training set."""
+    config = run.config
+    arrays = _sample_stage(run)
+    metrics: dict = {"nfe_sampling": float(arrays["nfe"].mean()), "num_samples": len(arrays["images"])}
+    if run.accelerator.is_main_process:
+        num_levels = run.train_data.num_levels
+        write_arrays(run.workdir / "eval" / "samples.npz", images=arrays["images"], num_levels=num_levels)
+        save_image_grid(run.workdir / "eval" / "samples.png", arrays["images"], num_levels)
+        cache = Path(run.runtime.cache_dir or run.workdir / "eval" / "cache")
+        extractor = evaluation.train_classifier(
+            run.train_data, run.test_data, seed=config.seed, cache_dir=cache, device=run.device
+        )
+        batch_size = config.eval.batch_size
+        real = evaluation.dataset_features(run.train_data, extractor, cache_dir=cache, batch_size=batch_size)
+        images = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2)
+        generated = evaluation.extract_features(extractor, images.split(batch_size), len(images))
+        # The distances between features are in double precision, which MPS does not have.
+        device = "cpu" if run.device.type == "mps" else run.device
+        metrics.update(evaluation.sample_quality(real, generated, seed=config.seed, device=device))
+        metrics.update(features=extractor.name, feature_test_accuracy=extractor.test_accuracy)
+    run.accelerator.wait_for_everyone()
+    return metrics

@@ -1,0 +1,300 @@
+"""What training, evaluation and sampling share: a run, built from a config and checked before any work starts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from ml_collections import ConfigDict
+from torch import Tensor
+from tqdm import tqdm
+
+import datasets
+from atomic_write import write_atomically
+from checkpoints import CheckpointStore, load_state_dict_strictly
+from configs.defaults import base_config
+from conservativeness import EXACT_MAX_DIMENSION
+from experiment_dir import differences, flatten
+from likelihood import get_likelihood
+from losses import Objective, get_objective
+from models import EMA, create_score_model
+from models.score import ScoreModel
+from randomness import Generator, uniform
+from sampling import get_sampler
+from sde_lib import SDE, get_sde
+
+__all__ = [
+    "FREE_IN_EVALUATION",
+    "FREE_IN_TRAINING",
+    "GRID_IMAGES",
+    "Interrupted",
+    "InvalidRun",
+    "Run",
+    "Runtime",
+    "checked",
+    "code_version",
+    "save_image_grid",
+    "write_arrays",
+    "write_text",
+]
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+DEVICES = ("auto", "cpu", "cuda", "mps")
+GRID_IMAGES = 64
+
+# A run may be continued with other values of these; any other difference makes it another experiment.
+FREE_IN_TRAINING = (
+    "label",
+    "eval.",
+    "sampling.",
+    "likelihood.",
+    "data.path",
+    "data.root",
+    "data.download",
+    "training.n_iters",
+    "training.log_freq",
+    "training.eval_freq",
+    "training.snapshot_",
+    "training.keep_checkpoints",
+)
+# An evaluation need not repeat how the model was trained.
+FREE_IN_EVALUATION = (
+    *FREE_IN_TRAINING,
+    "optim.",
+    *(f"training.{name}" for name in ("batch_size", "init_from", "likelihood_weighting", "qc_", "reduce_mean")),
+)
+
+
+class InvalidRun(ValueError):
+    """The config, data, checkpoint or working directory cannot be used; raised before any work."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; a checkpoint has been written."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}; the same command resumes")
+        self.signal_number = signal_number
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how to compute; without dropout none of it changes what is computed beyond rounding.
+
+    Raises:
+        InvalidRun: unknown or unavailable device or precision, or a number outside its range.
+    """
+
+    device: str = "auto"
+    precision: str = "fp32"
+    accumulation_steps: int = 1
+    cache_dir: str = ""
+    """Where evaluation keeps the feature classifier and the data's features; empty: W/eval/cache."""
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise InvalidRun(f"--device={self.device}: allowed are {', '.join(DEVICES)}")
+        available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+        if not available.get(self.device, lambda: True)():
+            raise InvalidRun(f"--device={self.device}: no such device on this machine")
+        if self.precision not in PRECISIONS:
+            raise InvalidRun(f"--precision={self.precision}: allowed are {', '.join(PRECISIONS)}")
+        if self.accumulation_steps < 1:
+            raise InvalidRun(f"--accumulation_steps={self.accumulation_steps}: at least 1")
+
+    def accelerator(self) -> Accelerator:
+        # Left to itself accelerate takes CUDA, or else MPS. That there is neither it must be told, or several
+        # processes on CPUs would not find each other.
+        accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+        return Accelerator(
+            cpu=self.device == "cpu" or not accelerated,
+            mixed_precision=PRECISIONS[self.precision],
+            gradient_accumulation_steps=self.accumulation_steps,
+            # While the main process trains the feature classifier or draws samples the others wait.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+        )
+
+
+@contextlib.contextmanager
+def checked() -> Iterator[None]:
+    """Errors of preparation become InvalidRun, so that a caller can tell bad input from a defect."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise InvalidRun(str(error)) from error
+
+
+class Run:
+    """Everything built from a config, checked before any work starts.
+
+    Raises:
+        ValueError, FileNotFoundError: whatever is wrong with config, data or working directory.
+    """
+
+    def __init__(
+        self, config: ConfigDict, workdir: str | Path, runtime: Runtime, *, free_fields: tuple[str, ...]
+    ) -> None:
+        self.config = config
+        self.workdir = Path(workdir)
+        self.runtime = runtime
+        _check_numbers(config)
+        self.sde: SDE = get_sde(config)
+        torch.manual_seed(config.seed)
+        self.score_model: ScoreModel = create_score_model(config, self.sde)
+        self.objective: Objective = get_objective(config, self.score_model)
+        self.ema = EMA(self.score_model, config.model.ema_rate)
+        self.sampler = get_sampler(config, self.sde)
+        self.likelihood = get_likelihood(config, self.sde)
+        self.accelerator = runtime.accelerator()
+        self._check_batch_size()
+        with self.main_process_first():
+            self.train_data, self.test_data = datasets.get_dataset(config)
+            self._check_workdir(free_fields)
+        self.store = CheckpointStore(
+            self.workdir / "checkpoints",
+            keep=config.training.keep_checkpoints,
+            milestone_every=config.training.snapshot_freq,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def dimension(self) -> int:
+        return math.prod(self.train_data.image_shape)
+
+    def main_process_first(self) -> contextlib.AbstractContextManager:
+        return self.accelerator.main_process_first()
+
+    def progress(self, **options) -> tqdm:
+        return tqdm(disable=not self.accelerator.is_main_process, dynamic_ncols=True, **options)
+
+    def to_model(self, images: Tensor, generator: Generator, *, dequantize: bool) -> Tensor:
+        """Pixel levels (B, C, H, W), uint8, as the model sees them."""
+        noise = uniform(images.shape, generator) if dequantize else None
+        x = datasets.to_unit_interval(images, self.train_data.num_levels, dequantization=noise)
+        return datasets.scale(x, self.config.data.centered)
+
+    def to_pixels(self, x: Tensor) -> Tensor:
+        x = datasets.unscale(x.float(), self.config.data.centered)
+        return datasets.to_pixels(x, self.train_data.num_levels, self.config.data.uniform_dequantization)
+
+    def score(self, x: Tensor, t: Tensor) -> Tensor:
+        """The score of the moving average, in the precision asked for; float32 in and out."""
+        with self.accelerator.autocast():
+            return self.ema.model(x, t).to(x.dtype)
+
+    def _check_batch_size(self) -> None:
+        batch_size = self.config.training.batch_size
+        parts = self.accelerator.num_processes * self.runtime.accumulation_steps
+        if batch_size < 1 or batch_size % parts:
+            raise ValueError(
+                f"training.batch_size={batch_size}: must be a positive multiple of {self.accelerator.num_processes} "
+                f"process(es) × {self.runtime.accumulation_steps} accumulation step(s)"
+            )
+
+    def _check_workdir(self, free_fields: tuple[str, ...]) -> None:
+        if self.workdir.exists() and not self.workdir.is_dir():
+            raise ValueError(f"--workdir={self.workdir}: is a file, not a folder")
+        if (self.workdir / "experiment.json").exists():
+            raise ValueError(f"--workdir={self.workdir}: belongs to one of the examples; choose another folder")
+        path = self.workdir / "config.json"
+        if not path.exists():
+            return
+        try:
+            stored = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+        # A field that the run was stored without did not exist then; it had what is now its default.
+        stored = {**flatten(json.loads(base_config().to_json())), **flatten(stored)}
+        if different := differences(stored, json.loads(self.config.to_json()), free_fields):
+            raise ValueError(f"--workdir={self.workdir} holds another run: {different}")
+
+    def write_config(self) -> None:
+        if self.accelerator.is_main_process:
+            write_text(self.workdir / "config.json", self.config.to_json(indent=1, sort_keys=True) + "\n")
+
+    def restore_weights(self, state: dict, source: object) -> None:
+        """Weights and moving average from one of our checkpoints."""
+        load_state_dict_strictly(self.score_model, state["model"], source)
+        self.ema.load_state_dict(state["ema"])
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    """Fields that no module of its own checks."""
+    at_least = {
+        "training.n_iters": 1,
+        "training.log_freq": 1,
+        "training.eval_freq": 1,
+        "training.snapshot_freq_for_preemption": 1,
+        "optim.warmup": 0,
+        "eval.batch_size": 1,
+        "eval.num_samples": 1,
+        "eval.asym_levels": 1,
+        "eval.asym_images": 0,
+        "eval.asym_probes": 0,
+    }
+    flat = flatten(config.to_dict())
+    for name, bound in at_least.items():
+        if flat[name] < bound:
+            raise ValueError(f"{name}={flat[name]}: at least {bound}")
+    if not config.optim.lr > 0:
+        raise ValueError(f"optim.lr={config.optim.lr}: allowed are positive numbers")
+    if config.optim.optimizer != "Adam":
+        raise ValueError(f"optim.optimizer={config.optim.optimizer!r}: allowed is Adam")
+    if config.model.get("num_classes", 0):
+        raise ValueError(f"model.num_classes={config.model.num_classes}: runs are unconditional, leave it out")
+    dimension = config.data.num_channels * config.data.image_size**2
+    if config.eval.asym_probes == 0 and dimension > EXACT_MAX_DIMENSION:
+        raise ValueError(
+            f"eval.asym_probes=0: the exact Jacobian is for at most {EXACT_MAX_DIMENSION} dimensions, "
+            f"these images have {dimension}"
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_arrays(path: Path, **arrays) -> None:
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def code_version() -> str:
+    """The commit the code is at, with a mark if files differ from it; 'unknown' outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def save_image_grid(path: Path, images: np.ndarray, num_levels: int) -> None:
+    """Write up to 64 images, uint8 levels (N, H, W, C), as one PNG in rows of eight."""
+    from PIL import Image
+
+    images = images[:GRID_IMAGES].astype(np.float32) * (255 / (num_levels - 1))
+    columns = min(8, len(images))
+    rows = math.ceil(len(images) / columns)
+    _, height, width, channels = images.shape
+    gap = 1
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255.0, np.float32)
+    for i, image in enumerate(images):
+        top, left = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    picture = Image.fromarray(canvas.round().astype(np.uint8).squeeze())
+    enlarge = max(1, 64 // height)  # tiny images would be unreadable pixel for pixel
+    picture = picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
+    write_atomically(path, lambda file: picture.save(file, format="png"))
