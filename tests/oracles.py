@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from distributions import Gaussian, GaussianMixture
-from sde_lib import SDE, VE, VP, GeometricSigma, LinearBeta, SubVP
+from schedules import GeometricSigma, LinearBeta
+from sde_lib import SDE, VE, VP, SubVP
 
 SDES: dict[str, SDE] = {
     "ve": VE(GeometricSigma(0.02, 20.0)),

@@ -13,7 +13,8 @@ from scipy import stats
 from scipy.spatial.distance import cdist
 
 from models.mlp import NoiseConditionalMLP
-from sde_lib import VE, GeometricSigma
+from schedules import GeometricSigma
+from sde_lib import VE
 
 configs = importlib.import_module("2d_examples.configs")
 experiment = importlib.import_module("2d_examples.experiment")

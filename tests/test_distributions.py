@@ -31,7 +31,8 @@ from distributions import (
     spiral_2,
 )
 from randomness import SampleGenerators
-from sde_lib import SDE, VE, VP, GeometricSigma, LinearBeta
+from schedules import GeometricSigma, LinearBeta
+from sde_lib import SDE, VE, VP
 
 PAPER = VE(GeometricSigma(0.1, 3.0))
 """The SDE of the paper's two-dimensional examples."""

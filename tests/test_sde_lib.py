@@ -15,11 +15,9 @@ from scipy.integrate import quad, solve_ivp
 
 from configs.defaults import base_config
 from models.score import NoiseLevel
-from sde_lib import (
+from schedules import (
     BETA_SCHEDULES,
     SIGMA_SCHEDULES,
-    VE,
-    VP,
     ConstantBeta,
     ConstantDiffusionSigma,
     CosineBeta,
@@ -29,9 +27,8 @@ from sde_lib import (
     PolynomialSigma,
     PowerBeta,
     SquareRootDiffusionSigma,
-    SubVP,
-    get_sde,
 )
+from sde_lib import VE, VP, SubVP, get_sde
 
 SIGMAS = {
     "geometric": GeometricSigma(0.02, 7.0),

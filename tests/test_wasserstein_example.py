@@ -22,7 +22,8 @@ import sde_lib
 from evaluation import frechet_distance
 from gaussian_law import DETERMINISTIC, STEPS, Law, diagonalise, limit_law, sampler_law, score_of, wasserstein
 from sampling import ODESampler, PCSampler
-from sde_lib import VE, VP, BetaRange, GeometricSigma, LinearBeta
+from schedules import BetaRange, GeometricSigma, LinearBeta
+from sde_lib import VE, VP
 from wasserstein_example import main as example
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -41,10 +41,7 @@ from atomic_write import write_atomically
 from command_line import parse_flags
 from experiment_dir import claim
 from gaussian_law import DETERMINISTIC, STEPS, Law, limit_law, sampler_law, wasserstein
-from sde_lib import (
-    SDE,
-    VE,
-    VP,
+from schedules import (
     ConstantBeta,
     ConstantDiffusionSigma,
     CosineBeta,
@@ -55,6 +52,7 @@ from sde_lib import (
     PowerBeta,
     SquareRootDiffusionSigma,
 )
+from sde_lib import SDE, VE, VP
 
 EXPERIMENT = "wasserstein_example"
 
