@@ -1,13 +1,6 @@
-"""Images by name, the map between pixel levels and model values, and the order in which training sees them.
+"""Images by name, and the order in which training sees them.
 
-*Splits.* A set is a pair of splits (train, test). A split knows its length, image shape and number of grey levels L,
-and hands out batches of integer levels k ∈ {0, …, L−1}. Sets held in memory are tensors; folders of images and
-CelebA are decoded batch by batch.
-
-*Values.* Levels become model values in [0, 1] either as k/(L−1), or uniformly dequantised as (k + u)/L with
-u ~ U[0, 1). The density p of the dequantised values bounds the probability of the levels from below,
-log P(k) ≥ E_u[log p((k + u)/L)] − D log L for D dimensions, which is what makes bits/dim comparable between models
-(Theis, van den Oord & Bethge, 2016, arXiv:1511.01844, Sec. 3.1).
+*Sets* are pairs of splits, train and test (see ``splits``): of a user's own, in an archive or a folder, or published.
 
 *Order.* Training concatenates one permutation per epoch into an endless sequence; step n takes the entries
 n·B, …, (n+1)·B − 1. A batch is therefore a function of (seed, step) alone: resuming needs no replay, no image is
@@ -17,189 +10,28 @@ dropped at the end of an epoch, and processes cut the same batch into shares.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from randomness import Generator, seed_from, uniform
+from randomness import seed_from
+from splits import UNREADABLE_IMAGE, FileSplit, Split, TensorSplit, crop_and_resize, first_line
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-__all__ = [
-    "FileSplit",
-    "Split",
-    "TensorSplit",
-    "batch_indices",
-    "epoch_batches",
-    "get_dataset",
-    "load_dataset",
-    "random_flip",
-    "scale",
-    "to_pixels",
-    "to_unit_interval",
-    "unscale",
-]
+__all__ = ["batch_indices", "epoch_batches", "get_dataset", "load_dataset"]
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on bad files
-
-
-class Split(Protocol):
-    """One half, train or test, of a set of images.
-
-    Attributes:
-        name: the set and the half, e.g. ``"digits-train"``.
-        image_shape: (C, H, W).
-        num_levels: number L of grey levels; pixels are integers 0 … L−1.
-        num_classes: number of classes, or None for a set without labels.
-        fingerprint: 16 hexadecimal digits that change with the contents; a cache key.
-    """
-
-    name: str
-    image_shape: tuple[int, int, int]
-    num_levels: int
-    num_classes: int | None
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images, uint8 (B, C, H, W), and labels, int64 (B,), at the given positions; without labels all are 0."""
-        ...
-
-
-class TensorSplit:
-    """A split held in memory; attributes as in ``Split``, the fingerprint is a hash of all pixels and labels.
-
-    Args:
-        name: the set and the half.
-        images: uint8 (N, C, H, W).
-        labels: int64 (N,), or None.
-        num_levels: number L of grey levels.
-        num_classes: number of classes, None if and only if ``labels`` is.
-    """
-
-    def __init__(
-        self, name: str, images: Tensor, labels: Tensor | None, *, num_levels: int = 256, num_classes: int | None = None
-    ) -> None:
-        self.name = name
-        self.images = images.contiguous()
-        self.labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
-        self.image_shape = tuple(images.shape[1:])
-        self.num_levels = num_levels
-        self.num_classes = num_classes
-        self.fingerprint = _hash(
-            (tuple(images.shape), num_levels, num_classes), self.images.numpy().reshape(-1), self.labels.numpy()
-        )
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batch(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
-        chosen = torch.as_tensor(indices, dtype=torch.int64)
-        return self.images[chosen], self.labels[chosen]
-
-
-class FileSplit:
-    """A split of image files, decoded when asked for; attributes as in ``Split``.
-
-    Every image is cut to its central square and brought to the size of ``image_shape``. The fingerprint is a hash
-    of the sorted names, file sizes and modification times.
-
-    Args:
-        name: the set and the half.
-        folder: where the files are.
-        files: names relative to ``folder``, N of them.
-        labels: int64 (N,), or None.
-        image_shape: (C, S, S) with C = 1 (grey) or 3 (RGB).
-        num_classes: number of classes, None if and only if ``labels`` is.
-        crop: side in pixels of the central square; the shorter side of each image when None.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: from ``batch``, an image cannot be decoded.
-    """
-
-    num_levels = 256
-
-    def __init__(
-        self,
-        name: str,
-        folder: Path,
-        files: Sequence[str],
-        labels: Tensor | None,
-        *,
-        image_shape: tuple[int, int, int],
-        num_classes: int | None = None,
-        crop: int | None = None,
-    ) -> None:
-        self.name = name
-        self.folder = folder
-        self.files = list(files)
-        self.labels = torch.zeros(len(files), dtype=torch.int64) if labels is None else labels
-        self.image_shape = image_shape
-        self.num_classes = num_classes
-        self.crop = crop
-        try:
-            stats = [(file, os.stat(folder / file)) for file in self.files]
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{name}: the image {error.filename} is missing") from error
-        listing = sorted((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
-        self.fingerprint = _hash((image_shape, num_classes, crop, listing), self.labels.numpy())
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def batch(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
-        chosen = torch.as_tensor(indices, dtype=torch.int64)
-        channels, size, _ = self.image_shape
-        images = np.empty((len(chosen), size, size, channels), dtype=np.uint8)
-        for image, i in zip(images, chosen.tolist(), strict=True):
-            image[:] = np.asarray(self._decode(self.folder / self.files[i])).reshape(size, size, channels)
-        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), self.labels[chosen]
-
-    def _decode(self, file: Path) -> Image.Image:
-        channels, size, _ = self.image_shape
-        try:
-            with Image.open(file) as image:
-                # Cameras store the orientation beside the pixels.
-                upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-        except _UNREADABLE as error:
-            raise ValueError(f"{self.name}: cannot read the image {file}: {_first_line(error)}") from error
-        return _crop_and_resize(upright, self.crop or min(upright.size), size)
-
-
-def _hash(description: object, *arrays: np.ndarray) -> str:
-    """16 hexadecimal digits from a plain description and the bytes of one-dimensional arrays."""
-    digest = hashlib.blake2b(repr(description).encode(), digest_size=8)
-    for array in arrays:
-        digest.update(array)
-    return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
-def _crop_and_resize(image: Image.Image, crop: int, size: int) -> Image.Image:
-    """The central square of side ``crop``, brought to side ``size``.
-
-    Pillow's bilinear filter widens with the reduction, so it does not alias; it is the filter of score_sde_pytorch
-    (``tf.image.resize`` with ``antialias=True``), except that ours rounds to 8 bits, which dequantisation needs.
-    """
-    left, top = (image.width - crop) // 2, (image.height - crop) // 2
-    return image.crop((left, top, left + crop, top + crop)).resize((size, size), Image.Resampling.BILINEAR)
 
 
 # ---------------------------------------------------------------------------------------------------- sets by name
@@ -262,7 +94,7 @@ def _tensor_split(
                 "--config.data.resize=True to crop to a square and resize"
             )
         pictures = images[..., 0] if channels == 1 else images  # Pillow wants grey images as (H, W)
-        resized = [_crop_and_resize(Image.fromarray(picture), min(height, width), size) for picture in pictures]
+        resized = [crop_and_resize(Image.fromarray(picture), min(height, width), size) for picture in pictures]
         images = np.stack([np.asarray(picture) for picture in resized]).reshape(-1, size, size, channels)
     return TensorSplit(
         name,
@@ -335,7 +167,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             return {key: archive[key] for key in wanted}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         # NumPy refuses arrays of objects, which would have to be unpickled, with a ValueError.
-        raise ValueError(f"config.data.path={path} is not a usable .npz: {_first_line(error)}") from error
+        raise ValueError(f"config.data.path={path} is not a usable .npz: {first_line(error)}") from error
 
 
 def _load_folder(request: _Request) -> tuple[Split, Split]:
@@ -414,8 +246,8 @@ def _check_header(file: Path, request: _Request) -> None:
     try:
         with Image.open(file) as image:
             width, height, mode = image.width, image.height, image.mode
-    except _UNREADABLE as error:
-        raise ValueError(f"config.data.path: cannot read the image {file}: {_first_line(error)}") from error
+    except UNREADABLE_IMAGE as error:
+        raise ValueError(f"config.data.path: cannot read the image {file}: {first_line(error)}") from error
     if mode[0] in "IF":
         # Pillow would clip such pixels to 255 rather than rescale them.
         raise ValueError(f"config.data.path: {file} has more than 8 bits per channel ({mode}); convert it to 8 bits")
@@ -453,7 +285,7 @@ def _from_torchvision(request: _Request, torchvision_class: str, half: str, **op
         # Whatever torchvision stumbles over in these files means that the set is not there in full.
         remedy = "it could not be fetched" if request.download else "--config.data.download=True fetches it"
         raise FileNotFoundError(
-            f"config.data.root={root} holds no intact {request.dataset} ({half}); {remedy} ({_first_line(error)})"
+            f"config.data.root={root} holds no intact {request.dataset} ({half}); {remedy} ({first_line(error)})"
         ) from error
 
 
@@ -543,56 +375,6 @@ def load_dataset(
         # Otherwise somebody's own images would silently be replaced by the default set.
         raise ValueError(f"config.data.path={path} is read by dataset 'npz' or 'folder', not by {request.dataset!r}")
     return _LOADERS[request.dataset](request)
-
-
-# ------------------------------------------------------------------------------------------ levels and model values
-
-
-def to_unit_interval(images: Tensor, num_levels: int, *, dequantization: Tensor | None = None) -> Tensor:
-    """Model values in [0, 1] of pixel levels k: k/(L−1), or (k + u)/L when given uniform noise u.
-
-    u is kept 2 L ε away from 0 and 1, with ε the precision of its type (6e-5 for 256 levels in float32): the value
-    stays clear of its neighbours, so that rounding errors cannot carry it into another level.
-
-    Args:
-        images: integer levels, any shape.
-        num_levels: number L of levels.
-        dequantization: u ∈ [0, 1) in the shape of ``images``; the result has its dtype, else the default one.
-    """
-    if dequantization is None:
-        return images.to(torch.get_default_dtype()) / (num_levels - 1)
-    margin = 2 * num_levels * torch.finfo(dequantization.dtype).eps
-    return (images + dequantization.clamp(margin, 1 - margin)) / num_levels
-
-
-def scale(x: Tensor, centered: bool) -> Tensor:
-    """Values in [0, 1] to the model's range: [−1, 1] if centred, else unchanged."""
-    return 2 * x - 1 if centered else x
-
-
-def unscale(x: Tensor, centered: bool) -> Tensor:
-    """The inverse of ``scale``."""
-    return (x + 1) / 2 if centered else x
-
-
-def to_pixels(x01: Tensor, num_levels: int, dequantized: bool) -> Tensor:
-    """The uint8 levels that values in [0, 1] stand for; values outside are clipped first.
-
-    Args:
-        x01: values, any shape.
-        num_levels: number L of levels, at most 256.
-        dequantized: whether the values are (k + u)/L, whose level is ⌊L x⌋, rather than k/(L−1), whose level is the
-            integer nearest to (L−1) x.
-    """
-    x = x01.clamp(0, 1)
-    levels = (num_levels * x).floor().clamp(max=num_levels - 1) if dequantized else ((num_levels - 1) * x).round()
-    return levels.to(torch.uint8)
-
-
-def random_flip(images: Tensor, generator: Generator = None) -> Tensor:
-    """Images (B, C, H, W), each mirrored left to right with probability ½."""
-    mirrored = uniform((len(images),), generator, device=images.device) < 0.5
-    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
 
 # ------------------------------------------------------------------------------------------------------------ order

@@ -21,9 +21,11 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 import datasets
-import evaluation
 from checkpoints import CheckpointError, load_score_sde_checkpoint, load_state_dict_strictly, read_checkpoint
 from conservativeness import asymmetry
+from evaluation import sample_quality
+from feature_classifier import train_classifier
+from features import dataset_features, extract_features
 from likelihood import bits_per_dim
 from randomness import SampleGenerators, normal_like
 from run_setup import (
@@ -332,16 +334,16 @@ def _evaluate_samples(run: Run) -> dict:
         write_arrays(run.workdir / "eval" / "samples.npz", images=arrays["images"], num_levels=num_levels)
         save_image_grid(run.workdir / "eval" / "samples.png", arrays["images"], num_levels)
         cache = Path(run.runtime.cache_dir or run.workdir / "eval" / "cache")
-        extractor = evaluation.train_classifier(
+        extractor = train_classifier(
             run.train_data, run.test_data, seed=config.seed, cache_dir=cache, device=run.device
         )
         batch_size = config.eval.batch_size
-        real = evaluation.dataset_features(run.train_data, extractor, cache_dir=cache, batch_size=batch_size)
+        real = dataset_features(run.train_data, extractor, cache_dir=cache, batch_size=batch_size)
         images = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2)
-        generated = evaluation.extract_features(extractor, images.split(batch_size), len(images))
+        generated = extract_features(extractor, images.split(batch_size), len(images))
         # The distances between features are in double precision, which MPS does not have.
         device = "cpu" if run.device.type == "mps" else run.device
-        metrics.update(evaluation.sample_quality(real, generated, seed=config.seed, device=device))
+        metrics.update(sample_quality(real, generated, seed=config.seed, device=device))
         metrics.update(features=extractor.name, feature_test_accuracy=extractor.test_accuracy)
     run.accelerator.wait_for_everyone()
     return metrics

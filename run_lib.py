@@ -43,6 +43,7 @@ from checkpoints import (
 )
 from losses import Objective
 from metrics_log import MetricsLog
+from pixels import random_flip
 from randomness import SampleGenerators, seed_from
 from run_evaluation import draw, evaluate, refuse_public_conservative, sample, spread
 from run_setup import (
@@ -56,6 +57,7 @@ from run_setup import (
     code_version,
     save_image_grid,
 )
+from splits import TensorSplit
 
 __all__ = ["Interrupted", "InvalidRun", "Runtime", "evaluate", "sample", "train"]
 
@@ -191,7 +193,7 @@ class _Training:
     def _batches(self) -> Iterator[Tensor]:
         """The images of this and all later steps; files are decoded one step ahead in a thread."""
         steps = range(self.step, self.config.training.n_iters)
-        if isinstance(self.run.train_data, datasets.TensorSplit):
+        if isinstance(self.run.train_data, TensorSplit):
             # Already in memory: a thread would bring OpenMP workers of its own, which cost more than they save.
             yield from map(self._images, steps)
             return
@@ -262,7 +264,7 @@ class _Training:
                 generator = SampleGenerators((config.seed, "train", self.step), positions)
                 x0 = self.run.to_model(micro, generator, dequantize=config.data.uniform_dequantization)
                 if config.data.random_flip:
-                    x0 = datasets.random_flip(x0, generator)
+                    x0 = random_flip(x0, generator)
                 terms = self.objective(x0.to(self.run.device), generator, step=self.step)
                 accelerator.backward(terms["loss"])
                 if accelerator.sync_gradients:

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import datasets
+import pixels
 from atomic_write import write_atomically
 from checkpoints import CheckpointStore, load_state_dict_strictly
 from configs.defaults import base_config
@@ -184,12 +185,12 @@ class Run:
     def to_model(self, images: Tensor, generator: Generator, *, dequantize: bool) -> Tensor:
         """Pixel levels (B, C, H, W), uint8, as the model sees them."""
         noise = uniform(images.shape, generator) if dequantize else None
-        x = datasets.to_unit_interval(images, self.train_data.num_levels, dequantization=noise)
-        return datasets.scale(x, self.config.data.centered)
+        x = pixels.to_unit_interval(images, self.train_data.num_levels, dequantization=noise)
+        return pixels.scale(x, self.config.data.centered)
 
     def to_pixels(self, x: Tensor) -> Tensor:
-        x = datasets.unscale(x.float(), self.config.data.centered)
-        return datasets.to_pixels(x, self.train_data.num_levels, self.config.data.uniform_dequantization)
+        x = pixels.unscale(x.float(), self.config.data.centered)
+        return pixels.to_pixels(x, self.train_data.num_levels, self.config.data.uniform_dequantization)
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         """The score of the moving average, in the precision asked for; float32 in and out."""

@@ -1,27 +1,19 @@
-"""Sample quality metrics against closed forms, brute force and torch-fidelity; the classifier; the caches."""
+"""Sample quality metrics against closed forms, brute force and torch-fidelity."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import shutil
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from scipy.spatial.distance import cdist
-from sklearn.datasets import load_digits
 from sklearn.metrics.pairwise import polynomial_kernel
-from sklearn.model_selection import train_test_split
 
 import evaluation
 from evaluation import (
-    Features,
-    dataset_features,
     density_coverage,
-    extract_features,
     fid,
     frechet_distance,
     inception_score,
@@ -29,8 +21,8 @@ from evaluation import (
     polynomial_mmd2,
     precision_recall,
     sample_quality,
-    train_classifier,
 )
+from features import Features
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -321,241 +313,3 @@ def test_ten_splits_from_five_thousand_images_on():
     pool, logits = normal(2, 5000, 2), 2 * normal(3, 5000, 4)
     assert sample_quality(real, Features(pool, logits), seed=0)["inception_score_std"] > 0
     assert sample_quality(real, Features(pool[:-1], logits[:-1]), seed=0)["inception_score_std"] == 0
-
-
-# ---------------------------------------------------------------------------------------------------------- classifier
-
-
-class Images:
-    """A data split in memory."""
-
-    def __init__(self, name: str, images: np.ndarray, labels: np.ndarray, num_levels: int, num_classes: int | None):
-        self.name, self.fingerprint = name, f"{name}-{len(images)}"
-        self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels).long()
-        self.image_shape = tuple(images.shape[1:])
-        self.num_levels, self.num_classes = num_levels, num_classes
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.images[indices], self.labels[indices]
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[Images, Images]:
-    images, labels = load_digits(return_X_y=True)
-    images = images.astype(np.uint8).reshape(-1, 1, 8, 8)
-    train_x, test_x, train_y, test_y = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
-    return Images("digits train", train_x, train_y, 17, 10), Images("digits test", test_x, test_y, 17, 10)
-
-
-@pytest.fixture(scope="module")
-def small(digits) -> tuple[Images, Images]:
-    """A hundred images: what is trained on them is poor, and quick."""
-    train, test = digits
-    return (
-        Images("small/train", train.images[:100].numpy(), train.labels[:100].numpy(), 17, 10),
-        Images("small/test", test.images[:50].numpy(), test.labels[:50].numpy(), 17, 10),
-    )
-
-
-def train_quietly(splits, folder, seed=0):
-    return train_classifier(*splits, seed=seed, cache_dir=folder, device="cpu", progress=False)
-
-
-def test_classifier_recognises_digits(digits, tmp_path):
-    train, test = digits
-    extractor = train_quietly(digits, tmp_path)
-    assert extractor.test_accuracy >= 0.97
-    pool, logits = extractor(test.images)
-    assert pool.shape == (360, 64) and logits.shape == (360, 10) and not logits.requires_grad
-    assert (logits.argmax(1) == test.labels).double().mean() == pytest.approx(extractor.test_accuracy)
-
-    # The features order sets as the eye does: test digits, noisy digits, noise.
-    def features(images: torch.Tensor) -> Features:
-        return extract_features(extractor, images.split(100), len(images))
-
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(0, 17, test.images.shape, generator=generator)
-    noisy = (0.6 * test.images + 0.4 * noise).round()
-    real = features(train.images)
-    scores = [sample_quality(real, features(x.to(torch.uint8)), seed=0) for x in (test.images, noisy, noise)]
-    assert scores[0]["fid"] < scores[1]["fid"] < scores[2]["fid"]
-    assert abs(scores[0]["kid"]) < 5 * scores[0]["kid_se"]
-    assert scores[1]["kid"] > 5 * scores[1]["kid_se"]
-    assert scores[0]["inception_score"] > 8
-    assert scores[0]["precision"] > 0.8 > 0.2 > scores[2]["precision"]
-
-
-@pytest.fixture(scope="module")
-def trained(small, tmp_path_factory):
-    """The extractor trained on the small set, and the folder that holds its files."""
-    folder = tmp_path_factory.mktemp("classifier")
-    return train_quietly(small, folder), folder
-
-
-def test_training_is_deterministic_and_leaves_the_global_random_state(small, trained, tmp_path):
-    first, _ = trained
-    torch.manual_seed(123)
-    before = torch.get_rng_state()
-    second = train_quietly(small, tmp_path)
-    assert torch.equal(before, torch.get_rng_state())
-    other = train_quietly(small, tmp_path, seed=1)
-    for name, value in first.network.state_dict().items():
-        assert torch.equal(value, second.network.state_dict()[name])
-    assert first.key == second.key != other.key
-    assert not torch.equal(first.network.head.weight, other.network.head.weight)
-
-
-def test_classifier_is_read_from_its_cache(small, trained, monkeypatch):
-    first, folder = trained
-    weights, record = sorted(folder.iterdir(), key=lambda p: p.suffix, reverse=True)
-    assert (weights.suffix, record.suffix) == (".pt", ".json")
-    assert json.loads(record.read_text())["test_accuracy"] == first.test_accuracy
-
-    def fail(*args, **kwargs):
-        raise AssertionError("trained again")
-
-    monkeypatch.setattr(evaluation, "_fit", fail)
-    again = train_quietly(small, folder)
-    assert again.key == first.key and again.test_accuracy == first.test_accuracy
-    images = small[1].images
-    for a, b in zip(first(images), again(images), strict=True):
-        assert torch.equal(a, b)
-    with pytest.raises(AssertionError, match="trained again"):
-        train_quietly(small, folder, seed=5)
-    relabelled = Images("small/train", small[0].images.numpy(), small[0].labels.numpy(), 17, 10)
-    relabelled.fingerprint = "other"
-    with pytest.raises(AssertionError, match="trained again"):
-        train_quietly((relabelled, small[1]), folder)
-
-
-@pytest.mark.parametrize("damage", ["truncated weights", "other weights", "no record", "empty record"])
-def test_damaged_classifier_is_trained_anew(damage, small, trained, tmp_path, caplog):
-    first, folder = trained
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    weights = next(tmp_path.glob("*.pt"))
-    record = weights.with_suffix(".json")
-    if damage == "truncated weights":
-        os.truncate(weights, 1000)
-    elif damage == "other weights":
-        torch.save({name: value + 1 for name, value in first.network.state_dict().items()}, weights)
-    elif damage == "no record":
-        record.unlink()
-    else:
-        record.write_text("")
-    with caplog.at_level(logging.WARNING):
-        again = train_quietly(small, tmp_path)
-    assert "trained anew" in caplog.text
-    assert again.key == first.key
-    caplog.clear()
-    train_quietly(small, tmp_path)
-    assert not caplog.records  # the repaired pair is good
-    assert len(list(tmp_path.iterdir())) == 2  # nothing temporary is left
-
-
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 4, 4), (2, 9, 21)])
-def test_classifier_adapts_to_the_image_size(shape):
-    network = evaluation._initial_classifier(shape, 7, seed=0)
-    grids = []
-    network.stages[-1].register_forward_hook(lambda module, inputs, output: grids.append(output.shape[2:]))
-    pool, logits = network(torch.zeros(2, *shape))
-    assert pool.shape == (2, 64) and logits.shape == (2, 7)
-    assert max(grids[0]) in (3, 4)
-
-
-def test_shifts_stay_within_an_eighth():
-    image = torch.zeros(1, 1, 16, 16)
-    image[..., 8, 8] = 1
-    shifted = evaluation._shifted(image.repeat(500, 1, 1, 1), torch.Generator().manual_seed(0))
-    positions = {tuple(p) for p in shifted.nonzero()[:, 2:].tolist()}
-    assert positions == {(row, column) for row in range(6, 11) for column in range(6, 11)}
-    assert torch.equal(shifted.sum((1, 2, 3)), torch.ones(500))
-
-
-def test_classifier_refuses_what_it_cannot_use(small, trained, tmp_path):
-    train, test = small
-    extractor, _ = trained
-    unlabelled = Images("faces", train.images.numpy(), train.labels.numpy(), 17, None)
-    with pytest.raises(ValueError, match="'faces' has no labels"):
-        train_quietly((unlabelled, test), tmp_path)
-    with pytest.raises(ValueError, match="in training but"):
-        train_quietly((train, Images("t", test.images.numpy(), test.labels.numpy(), 256, 10)), tmp_path)
-    with pytest.raises(ValueError, match=r"uint8 of shape \(B, 1, 8, 8\), not torch.float32"):
-        extractor(test.images.float())
-    with pytest.raises(ValueError, match=r"not torch.uint8 of shape \(50, 1, 8, 7\)"):
-        extractor(test.images[..., :7])
-    with pytest.raises(ValueError, match="pixels must be 0 … 16, but one is 17"):
-        extractor(test.images + 1)
-
-
-# --------------------------------------------------------------------------------------------------- cached statistics
-
-
-class MeanAndSpread:
-    """Two features that are simple to check, and a count of the images seen."""
-
-    name = "moments"
-
-    def __init__(self, key: str = "moments-1") -> None:
-        self.key, self.seen = key, 0
-
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.seen += len(images)
-        x = images.double().flatten(1)
-        return torch.stack([x.mean(1), x.std(1)], 1), x[:, :3]
-
-
-def test_dataset_features_cover_the_whole_split_and_are_cached(small, tmp_path):
-    split, extractor = small[0], MeanAndSpread()
-    features = dataset_features(split, extractor, cache_dir=tmp_path, batch_size=33)
-    assert extractor.seen == len(features) == 100
-    assert features.pool.dtype == features.logits.dtype == np.float32
-    np.testing.assert_allclose(features.pool[:, 0], split.images.double().mean((1, 2, 3)), rtol=1e-6)
-    again = dataset_features(split, extractor, cache_dir=tmp_path, batch_size=7)
-    assert extractor.seen == 100
-    assert np.array_equal(features.pool, again.pool) and np.array_equal(features.logits, again.logits)
-    # Another extractor, or other data under the same name, is another file.
-    dataset_features(split, MeanAndSpread("moments-2"), cache_dir=tmp_path, batch_size=50)
-    changed = Images(split.name, split.images.numpy() // 2, split.labels.numpy(), 17, 10)
-    changed.fingerprint = "changed"
-    halved = dataset_features(changed, extractor, cache_dir=tmp_path, batch_size=50)
-    assert extractor.seen == 200 and halved.pool[:, 0].max() < features.pool[:, 0].max()
-    assert len(list(tmp_path.iterdir())) == 3
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped bytes", "other key", "too few", "not an archive"])
-def test_damaged_statistics_are_computed_anew(damage, small, tmp_path, caplog):
-    split, extractor = small[0], MeanAndSpread()
-    features = dataset_features(split, extractor, cache_dir=tmp_path, batch_size=50)
-    (path,) = tmp_path.iterdir()
-    with np.load(path, allow_pickle=False) as archive:
-        stored = dict(archive)
-    if damage == "truncated":
-        os.truncate(path, path.stat().st_size // 2)
-    elif damage == "flipped bytes":
-        content = bytearray(path.read_bytes())
-        where = content.find(features.pool.tobytes()) + 100
-        content[where] ^= 0xFF
-        path.write_bytes(content)
-    elif damage == "other key":
-        np.savez(path, **{**stored, "key": str(stored["key"]).replace("moments-1", "moments-2")})
-    elif damage == "too few":
-        np.savez(path, **{**stored, "pool": stored["pool"][:10], "logits": stored["logits"][:10]})
-    else:
-        path.write_text("nothing")
-    with caplog.at_level(logging.WARNING):
-        again = dataset_features(split, extractor, cache_dir=tmp_path, batch_size=50)
-    assert "computed anew" in caplog.text and str(path) in caplog.text
-    assert extractor.seen == 200
-    assert np.array_equal(features.pool, again.pool)
-    dataset_features(split, extractor, cache_dir=tmp_path, batch_size=50)
-    assert extractor.seen == 200 and len(list(tmp_path.iterdir())) == 1
-
-
-def test_extract_features_counts_the_images():
-    images = torch.zeros(10, 1, 2, 2, dtype=torch.uint8)
-    assert len(extract_features(MeanAndSpread(), images.split(4), 10)) == 10
-    with pytest.raises(ValueError, match=r"features of 11 images were asked for .* hold 10"):
-        extract_features(MeanAndSpread(), images.split(4), 11)
