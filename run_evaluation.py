@@ -68,8 +68,9 @@ def evaluate(
         step = _load_for_evaluation(run, checkpoint)
         _check_evaluation(run)
     enabled = config.eval
-    metrics: dict = {"checkpoint_step": step, "sampler": _sampler_name(config)}
-    names = "nll_bits_per_dim nll_bits_per_dim_se nfe_likelihood asym asym_se nasym nasym_se fid kid kid_se "
+    metrics: dict = {"checkpoint_step": step, "sampler": _sampler_name(config), "test_images": len(run.test_data)}
+    names = "nll_bits_per_dim nll_bits_per_dim_se nfe_likelihood nll_images likelihood asym asym_se nasym nasym_se "
+    names += "asym_images asym_levels asym_probes fid kid kid_se "
     names += "inception_score inception_score_std precision recall density coverage nfe_sampling num_samples "
     names += "features feature_test_accuracy"
     metrics.update(dict.fromkeys(names.split()))
@@ -166,6 +167,13 @@ def _sampler_name(config: ConfigDict) -> str:
     return f"ODE, {sampling.solver}, rtol {sampling.rtol:g}, atol {sampling.atol:g}"
 
 
+def _likelihood_name(config: ConfigDict) -> str:
+    settings = config.likelihood
+    if settings.solver == "heun":
+        return f"{settings.divergence} divergence, heun, {settings.num_steps} steps"
+    return f"{settings.divergence} divergence, {settings.solver}, rtol {settings.rtol:g}, atol {settings.atol:g}"
+
+
 def _stage(
     run: Run, name: str, size: int, settings: dict, compute: Callable[[Tensor], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
@@ -243,10 +251,15 @@ def _mean_and_se(values: np.ndarray) -> tuple[float, float]:
 
 
 def _evaluate_nll(run: Run) -> dict:
-    """Bits per dimension of the whole, uniformly dequantised test set."""
-    data, centered = run.test_data, run.config.data.centered
+    """Bits per dimension of the uniformly dequantised test set, the whole or ``nll_images`` of it.
 
-    def compute(indices: Tensor) -> dict[str, np.ndarray]:
+    An image has the same noise in both cases, so that a part of the test set is a part of the result.
+    """
+    data, centered = run.test_data, run.config.data.centered
+    count = min(run.config.eval.nll_images or len(data), len(data))
+
+    def compute(positions: Tensor) -> dict[str, np.ndarray]:
+        indices = spread(positions, count, len(data))
         generator = SampleGenerators((run.config.seed, "likelihood"), indices.tolist())
         x = run.to_model(data.batch(indices)[0], generator, dequantize=True).to(run.device)
         result = run.likelihood(run.score, x, generator)
@@ -254,12 +267,14 @@ def _evaluate_nll(run: Run) -> dict:
         return {"nll_bits_per_dim": bits.cpu().numpy(), "nfe": np.full(len(x), result.nfe)}
 
     settings = {"data": data.fingerprint, "centered": centered, "likelihood": run.config.likelihood.to_dict()}
-    arrays = _stage(run, "nll", len(data), settings, compute)
+    arrays = _stage(run, "nll", count, settings, compute)
     mean, se = _mean_and_se(arrays["nll_bits_per_dim"])
     return {
         "nll_bits_per_dim": mean,
         "nll_bits_per_dim_se": se,
+        "nll_images": count,
         "nfe_likelihood": float(arrays["nfe"].mean()),
+        "likelihood": _likelihood_name(run.config),
     }
 
 
@@ -289,7 +304,8 @@ def _evaluate_asymmetry(run: Run) -> dict:
         "probes": settings.asym_probes,
     }
     arrays = _stage(run, "asymmetry_items", images_per_level * levels, identity, compute)
-    metrics, curves = {}, {"t": times.numpy(), "sigma": run.sde.std(times).numpy()}
+    metrics: dict = {"asym_images": images_per_level, "asym_levels": levels, "asym_probes": settings.asym_probes}
+    curves = {"t": times.numpy(), "sigma": run.sde.std(times).numpy()}
     for name in ("asym", "nasym"):
         values = arrays[name].astype(np.float64).reshape(images_per_level, levels)
         # One image gives values at all levels, so images are what is independent.

@@ -243,6 +243,7 @@ def _check_numbers(config: ConfigDict) -> None:
         "optim.warmup": 0,
         "eval.batch_size": 1,
         "eval.num_samples": 1,
+        "eval.nll_images": 0,
         "eval.asym_levels": 1,
         "eval.asym_images": 0,
         "eval.asym_probes": 0,

@@ -111,6 +111,7 @@ def base_config() -> ConfigDict:
     config.eval.enable_asymmetry = True
     config.eval.enable_sampling = True
     config.eval.num_samples = 50000
+    config.eval.nll_images = 0  # test images for bits/dim, spread over the set; 0: all
     config.eval.asym_levels = 100  # noise levels t = i/levels
     config.eval.asym_images = 0  # test images per level; 0: all
     config.eval.asym_probes = 16  # 0: the exact Jacobian

@@ -273,7 +273,7 @@ def test_metrics_file_and_reuse(trained, tmp_path, monkeypatch):
     stored = json.loads((tmp_path / "w" / "eval" / "metrics.json").read_text())
     wanted = {"fid", "kid", "inception_score", "precision", "recall", "num_samples", "checkpoint_step"}
     wanted |= {"nfe_sampling", "nfe_likelihood", "nll_bits_per_dim", "nll_bits_per_dim_se"}
-    wanted |= {"asym", "asym_se", "nasym", "nasym_se"}
+    wanted |= {"asym", "asym_se", "nasym", "nasym_se", "nll_images", "asym_images", "asym_levels", "asym_probes"}
     assert wanted <= stored.keys()
     assert all(isinstance(stored[name], (int, float)) for name in wanted)
     assert stored["nfe_sampling"] == 2 * 3 + 1 and stored["num_samples"] == 20 and stored["checkpoint_step"] == 12
@@ -289,6 +289,23 @@ def test_metrics_file_and_reuse(trained, tmp_path, monkeypatch):
     with pytest.raises(Exception):  # noqa: B017 -- the score is broken on purpose
         run_lib.evaluate(tiny_config(sampling__snr=0.1), tmp_path / "w", runtime)
     assert len(calls) == 1
+
+
+def test_likelihood_of_some_test_images_is_a_part_of_the_whole(trained, tmp_path, monkeypatch):
+    """4 of 9 images are number 0, 2, 4 and 6, spread over the set, and get the bits they get among all nine."""
+    _shorten_test_set(monkeypatch, 9)
+    nll, metrics = {}, {}
+    for count in (0, 4, 50):
+        settings = dict(eval__nll_images=count, eval__enable_sampling=False, eval__enable_asymmetry=False)
+        metrics[count] = evaluated(trained, tmp_path / str(count), **settings)
+        with np.load(tmp_path / str(count) / "eval" / "nll.npz", allow_pickle=False) as file:
+            nll[count] = file["nll_bits_per_dim"]
+    np.testing.assert_array_equal(nll[50], nll[0])
+    np.testing.assert_allclose(nll[4], nll[0][[0, 2, 4, 6]], rtol=1e-5)
+    assert [metrics[count]["nll_images"] for count in (0, 4, 50)] == [9, 4, 9]
+    assert metrics[4]["test_images"] == 9
+    assert metrics[4]["nll_bits_per_dim_se"] == pytest.approx(nll[4].std(ddof=1) / 2)
+    assert metrics[4]["likelihood"] == "rademacher divergence, rk45, rtol 0.001, atol 1e-05"
 
 
 def test_damaged_evaluation_files_are_computed_again(trained, tmp_path, monkeypatch, caplog):
