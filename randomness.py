@@ -47,10 +47,10 @@ class SampleGenerators:
     def __len__(self) -> int:
         return len(self.generators)
 
-    def select(self, keep: Tensor) -> SampleGenerators:
-        """The streams of the samples where the boolean mask (B,) is true; they are shared, not copied."""
+    def __getitem__(self, part: slice) -> SampleGenerators:
+        """The streams of some of the samples; they are shared, not copied."""
         chosen = SampleGenerators.__new__(SampleGenerators)
-        chosen.generators = [g for g, k in zip(self.generators, keep.tolist(), strict=True) if k]
+        chosen.generators = self.generators[part]
         return chosen
 
 

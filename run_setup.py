@@ -205,6 +205,9 @@ class Run:
                 f"training.batch_size={batch_size}: must be a positive multiple of {self.accelerator.num_processes} "
                 f"process(es) × {self.runtime.accumulation_steps} accumulation step(s)"
             )
+        stride, share = self.config.training.qc_stride, batch_size // parts
+        if share % stride:
+            raise ValueError(f"training.qc_stride={stride}: must divide the {share} samples that a process takes")
 
     def _check_workdir(self, free_fields: tuple[str, ...]) -> None:
         if self.workdir.exists() and not self.workdir.is_dir():

@@ -135,6 +135,11 @@ def _check(config: ConfigDict) -> None:
         raise ValueError(
             f"training.batch_size={config.training.batch_size}: at most data.num_train={config.data.num_train}"
         )
+    if config.training.batch_size % config.training.qc_stride:
+        raise ValueError(
+            f"training.qc_stride={config.training.qc_stride}: must divide "
+            f"training.batch_size={config.training.batch_size}"
+        )
     if config.seed < 0:
         raise ValueError(f"seed={config.seed}: at least 0")
     for name in ("lr", "grad_clip", "eps"):

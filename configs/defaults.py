@@ -37,6 +37,7 @@ def base_config() -> ConfigDict:
     config.training.qc_probes = 1
     config.training.qc_estimator = "antisymmetric"  # antisymmetric, trace, exact
     config.training.qc_interval = 1  # evaluate the term every so many steps
+    config.training.qc_stride = 1  # and on every so many samples of the batch
     config.training.log_freq = 50
     config.training.eval_freq = 1000
     config.training.snapshot_freq = 50000  # checkpoints at multiples of this are kept for ever; 0 keeps none

@@ -185,7 +185,7 @@ def test_class_labels_reach_the_network():
     labels = torch.arange(6)
     Objective(score)(data(), seeded(), class_labels=labels)
     Objective(score, qc_weight=1.0)(data(), seeded(), class_labels=labels)
-    assert len(score.network.inputs) == 2 and all(given[2] is labels for given in score.network.inputs)
+    assert len(score.network.inputs) == 2 and all(torch.equal(given[2], labels) for given in score.network.inputs)
 
 
 # ------------------------------------------------------------------------------------------------- discrete time
@@ -291,6 +291,33 @@ def test_lazy_qc_is_unbiased_over_its_interval():
         torch.testing.assert_close(lazy_gradient, gradient, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("stride", [2, 3])
+def test_qc_term_on_every_kth_sample(stride):
+    """L_SM of the whole batch, L_QC of those samples alone, and one evaluation of the network per sample."""
+    score, x0 = model("ve"), data()
+    weights = list(score.parameters())
+    settings = dict(qc_weight=0.2, qc_probes=2)
+
+    def streams() -> SampleGenerators:
+        return SampleGenerators((3, "train"), range(len(x0)))
+
+    terms = Objective(score, qc_stride=stride, **settings)(x0, streams())
+    assert sum(len(x) for x, _, _ in score.network.inputs) == len(x0)
+    whole = Objective(score)(x0, streams())
+    some = Objective(score, **settings)(x0[::stride], streams()[::stride])
+    torch.testing.assert_close(terms["dsm"], whole["dsm"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(terms["qc"], some["qc"], rtol=1e-12, atol=0)
+    expected = torch.autograd.grad(whole["dsm"] + 0.2 * some["qc"], weights)
+    for ours, gradient in zip(torch.autograd.grad(terms["loss"], weights), expected, strict=True):
+        torch.testing.assert_close(ours, gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_qc_stride_must_divide_the_batch():
+    objective = Objective(model("ve"), qc_weight=1.0, qc_stride=4)
+    with pytest.raises(ValueError, match=r"training\.qc_stride=4: must divide the 6 samples"):
+        objective(data(), seeded())
+
+
 @pytest.mark.parametrize("estimator", ["antisymmetric", "trace", "exact"])
 def test_a_conservative_model_has_no_qc_loss(estimator):
     score = ConservativeScore(Network(), NoiseLevel(SDES["ve"]))
@@ -313,6 +340,7 @@ def training_config(**fields) -> ConfigDict:
         qc_probes=1,
         qc_estimator="antisymmetric",
         qc_interval=1,
+        qc_stride=1,
     )
     return ConfigDict(dict(training=defaults | fields))
 
@@ -327,6 +355,7 @@ def training_config(**fields) -> ConfigDict:
         dict(qc_estimator="trace"),
         dict(qc_estimator="exact"),
         dict(qc_interval=2),
+        dict(qc_stride=2),
     ],
 )
 def test_every_field_of_the_config_is_passed_on(fields):
@@ -351,6 +380,7 @@ def test_discrete_objective_from_a_config():
         (dict(qc_weight=float("nan")), "training.qc_weight=nan"),
         (dict(qc_probes=0), "training.qc_probes=0: at least 1"),
         (dict(qc_interval=0), "training.qc_interval=0: at least 1"),
+        (dict(qc_stride=0), "training.qc_stride=0: at least 1"),
         (dict(qc_estimator="hutchinson"), "training.qc_estimator='hutchinson': allowed are antisymmetric, trace"),
         (dict(likelihood_weighting=True, continuous=False), "training.likelihood_weighting=True: needs training.cont"),
     ],

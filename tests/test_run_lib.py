@@ -419,6 +419,7 @@ def test_every_config_builds_and_steps(path, argument):
         (dict(training__qc_weight=-1.0), r"training\.qc_weight=-1\.0: allowed are values >= 0"),
         (dict(training__qc_estimator="x"), r"training\.qc_estimator='x': allowed are antisymmetric, trace, exact"),
         (dict(training__qc_interval=0), r"training\.qc_interval=0"),
+        (dict(training__qc_stride=3), r"training\.qc_stride=3: must divide the 8 samples"),
         (dict(training__batch_size=0), r"training\.batch_size=0"),
         (dict(training__n_iters=0), r"training\.n_iters=0: at least 1"),
         (dict(sampling__predictor="x"), r"sampling\.predictor='x': allowed are"),
