@@ -98,7 +98,7 @@ class LikelihoodEvaluator:
             position = y[:, :dimension].to(x.dtype).reshape(-1, *x.shape[1:]).detach().requires_grad_()
             time = t.to(x.dtype)
             with torch.enable_grad():
-                value = counted(position, time)
+                value = counted(position, time, rows)
                 trace = _trace(value, position, None if probe is None else probe[rows])
             rate, half_g2 = self.sde.drift_rate(time), 0.5 * self.sde.diffusion(time) ** 2
             drift = self.sde.drift(position, time) - expand(half_g2, value) * value

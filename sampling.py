@@ -25,6 +25,8 @@ probability flow      x − [−f x − ½g² s] (t − s)   0
 
 The exponential integrator is exact but for the score, which stays what it was at t; for VE it is reverse diffusion.
 
+A condition enters as another score, as a projection that follows every step, or both (``controllable_generation``).
+
 NFE is counted, not computed: evaluations of the network per sample.
 
 Langevin dynamics at one fixed time, the building block of all correctors, also stands on its own: with noise, without
@@ -37,11 +39,13 @@ Sources: Song et al. (ICLR 2021), Appendices E to G; Ho et al. (NeurIPS 2020), A
 
 from __future__ import annotations
 
+import abc
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +60,7 @@ __all__ = [
     "PREDICTORS",
     "AncestralPredictor",
     "AnnealedLangevinCorrector",
+    "ConditionalScore",
     "CountedScore",
     "EulerMaruyamaPredictor",
     "ExponentialIntegratorPredictor",
@@ -65,6 +70,7 @@ __all__ = [
     "ODESampler",
     "PCSampler",
     "ProbabilityFlowPredictor",
+    "Projection",
     "ReverseDiffusionPredictor",
     "Samples",
     "denoise",
@@ -83,14 +89,38 @@ class Samples(NamedTuple):
     nfe: float
 
 
+class ConditionalScore(abc.ABC):
+    """A score s(x, t) with a condition of its own for every sample of a batch: a class, or a measurement."""
+
+    evaluations: ClassVar[int] | int = 1
+    """Of the network, for one of this score."""
+
+    @abc.abstractmethod
+    def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The score (b, ...) at x (b, ...) and t (b,), which are those ``rows`` (b,) of the batch; None: all of it."""
+
+
+class Projection(Protocol):
+    """Brings samples in line with a condition."""
+
+    def step(self, x: Tensor, t: Tensor, generator: Generator) -> Tensor:
+        """The state (B, ...) at times t (B,), after the step that led there."""
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The samples (B, ...), after their noise was removed."""
+
+
 class CountedScore:
-    """A score that counts how many samples it has been evaluated at."""
+    """A score that counts how many samples its network has been evaluated at."""
 
     def __init__(self, score: ScoreFunction) -> None:
         self.score = score
         self.evaluations = 0
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
+        if isinstance(self.score, ConditionalScore):
+            self.evaluations += len(x) * self.score.evaluations
+            return self.score(x, t, rows)
         self.evaluations += len(x)
         return self.score(x, t)
 
@@ -378,10 +408,16 @@ class PCSampler:
 
     @torch.no_grad()
     def __call__(
-        self, score: ScoreFunction, like: Tensor, generator: Generator = None, *, progress: bool = False
+        self,
+        score: ScoreFunction,
+        like: Tensor,
+        generator: Generator = None,
+        *,
+        projection: Projection | None = None,
+        progress: bool = False,
     ) -> Samples:
         """Samples in the shape (B, ...), dtype and device of ``like``; with per-sample generators sample i depends
-        on its own stream alone."""
+        on its own stream alone. A projection follows the prior and every predictor's and corrector's step."""
         counted = CountedScore(score)
         predictor = PREDICTORS[self.predictor](self.sde, counted)
         corrector = CORRECTORS[self.corrector](self.sde, counted, self.snr, self.corrector_steps)
@@ -389,15 +425,23 @@ class PCSampler:
         # One row per time, on the device once, in the precision of the state.
         times = times.to(like.dtype).to(like.device)[:, None].expand(-1, len(like))
         x = self.sde.prior_sample(like, generator)
+        if projection is not None:
+            x = projection.step(x, times[0], generator)
         steps = tqdm(itertools.pairwise(times), total=self.num_steps, disable=not progress, leave=False, unit="step")
         for t, s in steps:
             if corrector is not None:
                 x, _ = corrector.step(x, t, generator)
+                if projection is not None:
+                    x = projection.step(x, t, generator)
             if predictor is not None:
                 x, _ = predictor.step(x, t, s, generator)
+                if projection is not None:
+                    x = projection.step(x, s, generator)
         if self.noise_removal:
             # Only a predictor takes the sample to the last time; a corrector leaves it where it was.
             x = denoise(self.sde, counted, x, times[-1] if predictor is not None else times[-2])
+        if projection is not None:
+            x = projection.finish(x)
         return Samples(x, counted.evaluations / len(like))
 
 
@@ -424,33 +468,50 @@ class ODESampler:
 
     @torch.no_grad()
     def __call__(
-        self, score: ScoreFunction, like: Tensor, generator: Generator = None, *, progress: bool = False
+        self,
+        score: ScoreFunction,
+        like: Tensor,
+        generator: Generator = None,
+        *,
+        projection: Projection | None = None,
+        progress: bool = False,
     ) -> Samples:
-        """Samples in the shape (B, ...), dtype and device of ``like``; the generator draws the prior alone."""
+        """Samples in the shape (B, ...), dtype and device of ``like``; the generator draws the prior, and what a
+        projection asks for, which follows the prior and every step of ``heun``.
+
+        Raises:
+            ValueError: a projection and a solver that chooses its own steps.
+        """
+        if projection is not None and self.solver != "heun":
+            raise ValueError(f"sampling.solver={self.solver!r}: a projection follows every step, so needs 'heun'")
         counted = CountedScore(score)
-        flow = self.sde.reverse(counted, probability_flow=True)
         bar = tqdm(disable=not progress, leave=False, unit="evaluation")
 
         def velocity(y: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             bar.update()
             x = y.to(like.dtype).reshape(-1, *like.shape[1:])
+            flow = self.sde.reverse(partial(counted, rows=rows), probability_flow=True)
             return flow.drift(x, t.to(like.dtype)).flatten(1).to(y.dtype)
 
-        prior = self.sde.prior_sample(like, generator)
+        def solve(x: Tensor, start: float, end: float, num_steps: int) -> Tensor:
+            y = x.flatten(1).to(_state_dtype(like))
+            settings = dict(solver=self.solver, rtol=self.rtol, atol=self.atol, num_steps=num_steps)
+            return integrate(velocity, y, start, end, **settings).to(like.dtype).view_as(like)
+
+        x = self.sde.prior_sample(like, generator)
+        start, end = self.sde.end_time, self.sde.sampling_eps
         with bar:
-            y = integrate(
-                velocity,
-                prior.flatten(1).to(_state_dtype(like)),
-                self.sde.end_time,
-                self.sde.sampling_eps,
-                solver=self.solver,
-                rtol=self.rtol,
-                atol=self.atol,
-                num_steps=self.num_steps,
-            )
-        x = y.to(like.dtype).view_as(like)
+            if projection is None:
+                x = solve(x, start, end, self.num_steps)
+            else:
+                x = projection.step(x, x.new_full((len(x),), start), generator)
+                times = torch.linspace(start, end, self.num_steps + 1, dtype=torch.float64)
+                for t, s in itertools.pairwise(times.tolist()):
+                    x = projection.step(solve(x, t, s, 1), x.new_full((len(x),), s), generator)
         if self.noise_removal:
-            x = denoise(self.sde, counted, x, x.new_full((len(x),), self.sde.sampling_eps))
+            x = denoise(self.sde, counted, x, x.new_full((len(x),), end))
+        if projection is not None:
+            x = projection.finish(x)
         return Samples(x, counted.evaluations / len(like))
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor
 
+import controllable_generation
+import sampling
+import sde_lib
 from distributions import Gaussian, GaussianMixture
 from schedules import GeometricSigma, LinearBeta
 from sde_lib import SDE, VE, VP, SubVP
@@ -40,3 +46,36 @@ def assert_moments_match(x: Tensor, mean: Tensor, covariance: Tensor, allowance:
     assert ((x.mean(0) - mean).abs() < 4 * mean_error + allowance * variance.sqrt()).all()
     scale = (variance[:, None] * variance[None, :]).sqrt()
     assert ((x.T.cov() - covariance).abs() < 4 * covariance_error + allowance * scale).all()
+
+
+def affine_law(
+    sample: Callable[[Tensor], Tensor], dimension: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and covariance (D, D) of what ``sample(like)`` makes in the shape (B, D), if it is affine in its noise:
+    it is fed one unit of each of its noise variables at a time."""
+    draws = 0
+
+    def no_noise(x: Tensor, generator) -> Tensor:
+        nonlocal draws
+        draws += 1
+        return torch.zeros_like(x)
+
+    def unit_noise(x: Tensor, generator) -> Tensor:
+        # Row k·D + d gets a one in component d of draw k; the last row gets no noise at all.
+        nonlocal draws
+        z = torch.zeros_like(x)
+        z[draws * dimension + torch.arange(dimension), torch.arange(dimension)] = 1.0
+        draws += 1
+        return z
+
+    modules = (sampling, sde_lib, controllable_generation)
+    with monkeypatch.context() as patch:
+        for module in modules:
+            patch.setattr(module, "normal_like", no_noise)
+        sample(torch.zeros(1, dimension, dtype=torch.float64))
+        rows, draws = draws * dimension + 1, 0
+        for module in modules:
+            patch.setattr(module, "normal_like", unit_noise)
+        x = sample(torch.zeros(rows, dimension, dtype=torch.float64))
+    response = x[:-1] - x[-1]
+    return x[-1], response.T @ response

@@ -1,8 +1,7 @@
 """Samplers on Gaussians, whose law after sampling is known exactly or can be propagated exactly.
 
 With a Gaussian's score every step but the ``langevin`` corrector's is affine in the state and in its noise, so the
-samples are exactly Gaussian. ``exact_law`` finds their mean and covariance, free of Monte Carlo error, by feeding
-the sampler one unit of each of its noise variables at a time.
+samples are exactly Gaussian. ``exact_law`` finds their mean and covariance, free of Monte Carlo error.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from ml_collections import ConfigDict
-from oracles import SDES, Gaussian, assert_moments_match, gaussian_2d, gaussian_16d
+from oracles import SDES, Gaussian, affine_law, assert_moments_match, gaussian_2d, gaussian_16d
 from torch import Tensor
 
 import sampling
-import sde_lib
 from randomness import SampleGenerators, normal_like
 from sampling import (
     CORRECTORS,
@@ -51,33 +49,7 @@ def exact_law(monkeypatch):
     """(sampler, gaussian) → mean (D,) and covariance (D, D) of the samples, for an affine sampler."""
 
     def law(sampler: PCSampler, gaussian: Gaussian) -> tuple[Tensor, Tensor]:
-        dimension = len(gaussian.mean)
-        draws = 0
-
-        def no_noise(x: Tensor, generator) -> Tensor:
-            nonlocal draws
-            draws += 1
-            return torch.zeros_like(x)
-
-        def unit_noise(x: Tensor, generator) -> Tensor:
-            # Row k·D + d gets a one in component d of draw k; the last row gets no noise at all.
-            nonlocal draws
-            z = torch.zeros_like(x)
-            z[draws * dimension + torch.arange(dimension), torch.arange(dimension)] = 1.0
-            draws += 1
-            return z
-
-        with monkeypatch.context() as patch:
-            for module in (sampling, sde_lib):
-                patch.setattr(module, "normal_like", no_noise)
-            sampler(gaussian.score, torch.zeros(1, dimension, dtype=torch.float64))
-            rows, draws = draws * dimension + 1, 0
-            for module in (sampling, sde_lib):
-                patch.setattr(module, "normal_like", unit_noise)
-            x = sampler(gaussian.score, torch.zeros(rows, dimension, dtype=torch.float64)).x
-        mean = x[-1]
-        response = x[:-1] - mean
-        return mean, response.T @ response
+        return affine_law(lambda like: sampler(gaussian.score, like).x, gaussian.dimension, monkeypatch)
 
     return law
 
