@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install test demo figures clean
+.PHONY: install test demo figures wasserstein clean
 
 # The stamp is renewed when the requirements change.
 install: $(VENV)/.installed
@@ -38,7 +38,14 @@ figures: install demo
 	$(BIN)/python -m gaussian_example.main --workdir=$(FIGURES)/gaussian_example
 	$(BIN)/python -m autoencoder_example.main --workdir=$(FIGURES)/autoencoder_example
 	$(BIN)/python -m 2d_examples.main --mode=table --workdir=$(FIGURES)/2d_examples
+	$(BIN)/python -m wasserstein_example.main --workdir=$(FIGURES)/wasserstein_example
 	$(BIN)/python report.py $(DEMO)/c $(DEMO)/u $(DEMO)/qc --output $(FIGURES)/digits
+	$(BIN)/python figure_index.py $(FIGURES)
+
+# Nine forward processes: exact theory, then all of them trained on digits, on the same page. Resumes.
+wasserstein: install
+	$(BIN)/python -m wasserstein_example.main --workdir=$(FIGURES)/wasserstein_example
+	$(BIN)/python -m wasserstein_example.digits --workdir=$(FIGURES)/wasserstein_digits
 	$(BIN)/python figure_index.py $(FIGURES)
 
 clean:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from collections.abc import Sequence
 
 from absl import flags
 
-__all__ = ["available_cores", "parse_flags"]
+__all__ = ["available_cores", "parse_counts", "parse_flags"]
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -29,6 +30,22 @@ def parse_flags(argv: list[str]) -> list[str]:
         # ml_collections puts a suggestion after the name, quoted once more for every exception it passed through.
         reason = " ".join(str(error.args[0]).replace("\\n", " ").replace("\\'", "").strip("\"'").split())
         sys.exit(f"error: {overrides}: the config has no field {reason}")
+
+
+def parse_counts(flag: str, values: Sequence[str]) -> tuple[int, ...]:
+    """Distinct integers from 1 on, in increasing order.
+
+    Raises:
+        ValueError: no value, or one that is not such an integer.
+    """
+    counts = set()
+    for value in values:
+        if not value.strip().isdecimal() or int(value) < 1:
+            raise ValueError(f"--{flag}={value}: allowed are integers from 1 on")
+        counts.add(int(value))
+    if not counts:
+        raise ValueError(f"--{flag} is empty: give at least one integer")
+    return tuple(sorted(counts))
 
 
 def available_cores() -> int:

@@ -105,7 +105,8 @@ def sample(
         how += f"-{sampling.num_steps or config.model.num_scales}"
     folder = run.workdir / "samples" / f"step_{step:08d}-{how}"
     if run.accelerator.is_main_process:
-        write_arrays(folder / "samples.npz", images=arrays["images"], num_levels=run.train_data.num_levels)
+        nfe = arrays["nfe"].mean()
+        write_arrays(folder / "samples.npz", images=arrays["images"], num_levels=run.train_data.num_levels, nfe=nfe)
         save_image_grid(folder / "grid.png", arrays["images"], run.train_data.num_levels)
     return folder
 
@@ -200,15 +201,16 @@ def _stage(
         identity["batch_size"] = run.config.eval.batch_size  # these integrate a batch as one system
     key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
     folder = run.workdir / "eval"
-    result = _read_arrays(folder / f"{name}.npz", key)
-    # All processes must take the same branch even if one cannot read the file.
-    if all(gather_object([result is not None])):
-        return result
-
-    parts = folder / "parts" / f"{name}-{key}"
     batches = datasets.epoch_batches(
         size, run.config.eval.batch_size, run.accelerator.process_index, run.accelerator.num_processes
     )
+    result = _read_arrays(folder / f"{name}.npz", key)
+    # All processes must take the same branch even if one cannot read the file.
+    if all(gather_object([result is not None])):
+        run.report_progress(sum(map(len, batches)))
+        return result
+
+    parts = folder / "parts" / f"{name}-{key}"
     collected = []
     for indices in run.progress(iterable=batches, desc=f"{name} {run.workdir.name}", unit="batch"):
         path = parts / f"{int(indices[0])}-{int(indices[-1])}.npz"
@@ -216,6 +218,7 @@ def _stage(
         if arrays is None:
             arrays = compute(indices)
             write_arrays(path, key=key, **arrays)
+        run.report_progress(len(indices))
         collected.append(arrays)
     collected = gather_object(collected)
     result = {field: np.concatenate([part[field] for part in collected]) for field in collected[0]}
@@ -327,7 +330,7 @@ def draw(run: Run, indices: Sequence[int], *, progress: bool = False) -> tuple[n
 
 def _sample_stage(run: Run) -> dict[str, np.ndarray]:
     def compute(indices: Tensor) -> dict[str, np.ndarray]:
-        images, nfe = draw(run, indices.tolist(), progress=run.accelerator.is_main_process)
+        images, nfe = draw(run, indices.tolist(), progress=run.shows_progress)
         return {"images": images, "nfe": np.full(len(images), nfe)}
 
     settings = {

@@ -210,6 +210,7 @@ class _Training:
     def loop(self) -> None:
         config, accelerator = self.config, self.accelerator
         n_iters = config.training.n_iters
+        self.run.report_progress(self.step)
         if self.step >= n_iters:
             logger.info("%s: trained for %d steps already", self.run.workdir, self.step)
             return
@@ -222,6 +223,7 @@ class _Training:
             for images in self._batches():
                 self._train_step(images)
                 bar.update()
+                self.run.report_progress(1)
                 stopping = self._should_stop()
                 every = config.training
                 at_end = self.step == n_iters
@@ -315,7 +317,7 @@ class _Training:
     def _sample_grid(self) -> None:
         if self.accelerator.is_main_process:
             indices = range(GRID_IMAGES)
-            images = draw(self.run, indices, progress=True)[0]
+            images = draw(self.run, indices, progress=self.run.shows_progress)[0]
             path = self.run.workdir / "samples" / f"step_{self.step:08d}.png"
             save_image_grid(path, images, self.run.train_data.num_levels)
         self.accelerator.wait_for_everyone()

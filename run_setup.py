@@ -7,7 +7,7 @@ import json
 import math
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -102,6 +102,8 @@ class Runtime:
     accumulation_steps: int = 1
     cache_dir: str = ""
     """Where evaluation keeps the feature classifier and the data's features; empty: W/eval/cache."""
+    on_progress: Callable[[int], None] | None = None
+    """Told how many more training steps or evaluated items are done, in place of progress bars."""
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
@@ -179,8 +181,16 @@ class Run:
     def main_process_first(self) -> contextlib.AbstractContextManager:
         return self.accelerator.main_process_first()
 
+    @property
+    def shows_progress(self) -> bool:
+        return self.accelerator.is_main_process and self.runtime.on_progress is None
+
     def progress(self, **options) -> tqdm:
-        return tqdm(disable=not self.accelerator.is_main_process, dynamic_ncols=True, **options)
+        return tqdm(disable=not self.shows_progress, dynamic_ncols=True, **options)
+
+    def report_progress(self, count: int) -> None:
+        if self.runtime.on_progress is not None:
+            self.runtime.on_progress(count)
 
     def to_model(self, images: Tensor, generator: Generator, *, dequantize: bool) -> Tensor:
         """Pixel levels (B, C, H, W), uint8, as the model sees them."""

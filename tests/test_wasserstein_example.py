@@ -25,9 +25,10 @@ from sampling import ODESampler, PCSampler
 from schedules import BetaRange, GeometricSigma, LinearBeta
 from sde_lib import VE, VP
 from wasserstein_example import main as example
+from wasserstein_example import theory
 
 ROOT = Path(__file__).resolve().parents[1]
-every_process = pytest.mark.parametrize("process", example.SDES)
+every_process = pytest.mark.parametrize("process", theory.SDES)
 every_sampler = pytest.mark.parametrize("sampler", STEPS)
 DATA = Law(torch.tensor([0.5, -1.0, 0.0]).double(), torch.tensor([0.25, 1.0, 3.0]).double())
 
@@ -45,7 +46,7 @@ def sampler_of_users(name: str, sde, num_steps: int, noise_removal: bool = True)
 @every_process
 def test_law_is_that_of_the_sampler_exactly(process, sampler, monkeypatch):
     """Samples are affine in the noise: one unit of each noise variable at a time gives mean and covariance."""
-    sde, steps = example.SDES[process], 5
+    sde, steps = theory.SDES[process], 5
     gaussian = gaussian_2d(sde)
     error = torch.tensor([0.3, -0.1]).double()  # of the score
     draws = 0
@@ -82,7 +83,7 @@ def test_law_is_that_of_the_sampler_exactly(process, sampler, monkeypatch):
 @every_process
 def test_distance_agrees_with_monte_carlo(process, sampler):
     """100 000 samples; the standard error is that of the mean over 50 batches, each about the full estimate."""
-    sde, steps, count, batches = example.SDES[process], 6, 100_000, 50
+    sde, steps, count, batches = theory.SDES[process], 6, 100_000, 50
     gaussian = gaussian_2d(sde)
     user = sampler_of_users(sampler, sde, steps)
     x = user(gaussian.score, torch.zeros(count, 2, dtype=torch.float64), torch.Generator().manual_seed(7)).x
@@ -141,10 +142,10 @@ def test_score_and_distance_against_other_implementations():
 def test_order_of_convergence_to_the_limit(process, sampler, order, tolerance):
     """Also a test of the limit: a wrong one would not be approached. Where within a step the kink of the cosine
     schedule falls changes the error of Heun, by a factor that does not grow: it needs a wide range of K."""
-    sde, steps = example.SDES[process], (2**9, 2**16) if process == "vp_cosine" else (2**14, 2**15)
+    sde, steps = theory.SDES[process], (2**9, 2**16) if process == "vp_cosine" else (2**14, 2**15)
     limit = limit_law(sde, DATA, probability_flow=sampler in DETERMINISTIC)
     errors = [wasserstein(sampler_law(sde, DATA, sampler, k), limit) for k in steps]
-    assert example.slope(steps, errors) == pytest.approx(-order, abs=tolerance)
+    assert theory.slope(steps, errors) == pytest.approx(-order, abs=tolerance)
 
 
 def test_effect_of_a_score_error():
@@ -162,9 +163,9 @@ def test_bounds_are_those_of_the_paper():
     """f = 0, g = (b + at)^c: K = d^{1/(2(2c+1)) + 1}/ε^{1/(2c+1) + 2}; c = 0, ½ are the cases a and √(2at)."""
     for name, c in (("ve_constant", 0), ("ve_square_root", 0.5), ("ve_polynomial", 1.5)):
         expected = (1 / (2 * c + 1) + 2, 1 / (2 * (2 * c + 1)) + 1)
-        assert example.PROCESSES[name].exponents == pytest.approx(expected)
+        assert theory.PROCESSES[name].exponents == pytest.approx(expected)
     for name in ("ve_geometric", "vp_linear", "vp_constant", "vp_power", "vp_exponential"):
-        assert example.PROCESSES[name].exponents == (2, 1)
+        assert theory.PROCESSES[name].exponents == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_bounds_are_those_of_the_paper():
 )
 @pytest.mark.parametrize("horizon", [0.4, 1.0, 1.7])
 def test_stretched_horizon_is_the_same_process_for_longer(process, beta, horizon):
-    schedule = example.PROCESSES[process].stretched(horizon).schedule
+    schedule = theory.PROCESSES[process].stretched(horizon).schedule
     assert isinstance(schedule, BetaRange)
     for fraction in (0.3, 1.0):
         area, _ = quad(beta, 0, fraction * horizon)
@@ -188,25 +189,25 @@ def test_stretched_horizon_is_the_same_process_for_longer(process, beta, horizon
 
 def test_processes_have_the_paper_configs_constants():
     ends = torch.tensor([0.0, 1.0]).double()
-    for name, sde in example.SDES.items():
+    for name, sde in theory.SDES.items():
         if name.startswith("ve"):
             assert sde.std(ends).tolist() == pytest.approx([0.01, 50.0])
-    beta = {name: sde.schedule.beta(ends).tolist() for name, sde in example.SDES.items() if name.startswith("vp")}
+    beta = {name: sde.schedule.beta(ends).tolist() for name, sde in theory.SDES.items() if name.startswith("vp")}
     assert beta["vp_linear"] == pytest.approx([0.1, 20.0]) and beta["vp_power"] == pytest.approx([0.1, 20.0])
     assert beta["vp_constant"] == pytest.approx([5.05, 5.05]) and beta["vp_exponential"] == pytest.approx([0.1, 30.0])
 
 
 def test_needed_steps_are_the_smallest():
-    settings = example.Settings((8,), (4,), 0.5, 0.25, 1.0)
-    data, process = settings.data(4), example.PROCESSES["ve_geometric"]
-    horizon = example.horizon_for(process, data, 0.1)
+    settings = theory.Settings((8,), (4,), 0.5, 0.25, 1.0)
+    data, process = settings.data(4), theory.PROCESSES["ve_geometric"]
+    horizon = theory.horizon_for(process, data, 0.1)
     sde = process.stretched(horizon)
     assert wasserstein(limit_law(sde, data, probability_flow=False), data) == pytest.approx(0.1, rel=1e-6)
-    count = example.steps_needed(sde, data, 0.2)
-    at, before = (wasserstein(sampler_law(sde, data, example.ANALYSED, k), data) for k in (count, count - 1))
+    count = theory.steps_needed(sde, data, 0.2)
+    at, before = (wasserstein(sampler_law(sde, data, theory.ANALYSED, k), data) for k in (count, count - 1))
     assert at <= 0.2 < before
     # g constant: sampling stops at a σ that grows with σ_max, so that the limit has a smallest value.
-    assert example.horizon_for(example.PROCESSES["ve_constant"], data, 1e-3) is None
+    assert theory.horizon_for(theory.PROCESSES["ve_constant"], data, 1e-3) is None
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -258,7 +259,7 @@ def test_bad_settings(changes, message):
 
 def test_bad_figure_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(example, "compute", lambda *arguments: pytest.fail("work was started"))
-    settings = example.Settings((8,), (1,), 0.5, 0.25, 1.0)
+    settings = theory.Settings((8,), (1,), 0.5, 0.25, 1.0)
     with pytest.raises(ValueError, match="--figures=w3: allowed are w2, discretisation, needed"):
         example.run(tmp_path / "new", settings, ["w3"])
     assert not (tmp_path / "new").exists()
@@ -268,9 +269,9 @@ def test_bad_figure_leaves_no_folder(tmp_path, monkeypatch):
 
 
 def test_whole_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(example, "LONG_STEPS", (2**9, 2**10))
-    monkeypatch.setattr(example, "EPSILONS", (0.4, 0.2))
-    monkeypatch.setattr(example, "HORIZON_EPSILON", 0.2)
+    monkeypatch.setattr(theory, "LONG_STEPS", (2**9, 2**10))
+    monkeypatch.setattr(theory, "EPSILONS", (0.4, 0.2))
+    monkeypatch.setattr(theory, "HORIZON_EPSILON", 0.2)
     settings = example.parse_settings(["16", "8", "64"], ["4", "1"], 0.5, 0.25, 1.0)
     text = example.run(tmp_path, settings, list(example.FIGURES))
     results = json.loads((tmp_path / "results.json").read_text())
@@ -278,17 +279,17 @@ def test_whole_command(tmp_path, monkeypatch):
     assert len(rows) == 9 * 6 * 3 * 2 and settings.reference == 4
     assert all(set(row) == {"process", "sampler", "d", "K", "w2", "discretisation"} for row in rows)
     keys = {(row["process"], row["sampler"], row["d"], row["K"]) for row in rows}
-    assert keys == {(p, s, d, k) for p in example.SDES for s in STEPS for d in (1, 4) for k in (8, 16, 64)}
+    assert keys == {(p, s, d, k) for p in theory.SDES for s in STEPS for d in (1, 4) for k in (8, 16, 64)}
     # The dimensions, computed side by side, are what each is alone.
     row = next(r for r in rows if (r["process"], r["sampler"], r["d"], r["K"]) == ("vp_cosine", "heun", 4, 16))
-    alone = wasserstein(sampler_law(example.SDES["vp_cosine"], settings.data(4), "heun", 16), settings.data(4))
+    alone = wasserstein(sampler_law(theory.SDES["vp_cosine"], settings.data(4), "heun", 16), settings.data(4))
     assert row["w2"] == pytest.approx(alone, rel=1e-10)
     slopes = {(row["process"], row["sampler"]): row for row in results["slopes"]}
     assert slopes["vp_linear", "heun"]["long_slope"] == pytest.approx(-2, abs=0.05)
     assert "| VP linear " in text and text == (tmp_path / "tables.md").read_text()
     assert f"{slopes['vp_linear', 'heun']['slope']:.2f} ({slopes['vp_linear', 'heun']['long_slope']:.2f})" in text
     assert "nan" not in text.lower() and "inf" not in (tmp_path / "results.json").read_text().lower()
-    assert len(results["score_errors"]) == 9 * len(example.SCORE_ERRORS) and len(results["needed"]) == 8 * 3
+    assert len(results["score_errors"]) == 9 * len(theory.SCORE_ERRORS) and len(results["needed"]) == 8 * 3
     for name in example.FIGURES:
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.format == "PNG" and image.width > 1000 and len(np.unique(np.asarray(image))) > 20
