@@ -42,6 +42,7 @@ __all__ = [
     "HelmholtzHodge",
     "asymmetry",
     "circulation",
+    "divergence",
     "helmholtz_hodge",
     "jacobian",
     "jvp_and_vjp",
@@ -97,6 +98,22 @@ def jvp_and_vjp(value: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = Fal
         return torch.zeros_like(value), jtv
     (jv,) = torch.autograd.grad(jtv, u, v, create_graph=create_graph, retain_graph=True, materialize_grads=True)
     return jv, jtv
+
+
+def divergence(value: Tensor, x: Tensor, probe: Tensor | None = None, *, create_graph: bool = False) -> Tensor:
+    """∇·s = tr ∂s/∂x (B,) of an already computed score (B, ...).
+
+    Exact, by D backward passes; or, for a probe v (B, ...) with E[vvᵀ] = I, the unbiased estimate vᵀ(∂s/∂x)v of
+    Skilling and Hutchinson, by one.
+    """
+    if probe is not None:
+        return (vjp(value, x, probe, create_graph=create_graph) * probe).flatten(1).sum(1)
+    trace = value.new_zeros(len(value))
+    for i in range(value[0].numel()):
+        basis = torch.zeros_like(value).flatten(1)
+        basis[:, i] = 1.0
+        trace = trace + vjp(value, x, basis.view_as(value), create_graph=create_graph).flatten(1)[:, i]
+    return trace
 
 
 def jacobian(score: ScoreFunction, x: Tensor, t: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:

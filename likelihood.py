@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from conservativeness import vjp
+from conservativeness import divergence
 from ode import check_solver, integrate
 from randomness import Generator, normal_like, rademacher_like
 from sampling import CountedScore, _state_dtype
@@ -99,29 +99,17 @@ class LikelihoodEvaluator:
             time = t.to(x.dtype)
             with torch.enable_grad():
                 value = counted(position, time, rows)
-                trace = _trace(value, position, None if probe is None else probe[rows])
+                trace = divergence(value, position, None if probe is None else probe[rows])
             rate, half_g2 = self.sde.drift_rate(time), 0.5 * self.sde.diffusion(time) ** 2
             drift = self.sde.drift(position, time) - expand(half_g2, value) * value
-            divergence = -rate * dimension - half_g2 * trace
-            return torch.cat([drift.flatten(1), divergence[:, None]], dim=1).detach().to(y.dtype)
+            flow_divergence = -rate * dimension - half_g2 * trace
+            return torch.cat([drift.flatten(1), flow_divergence[:, None]], dim=1).detach().to(y.dtype)
 
         start = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1).to(_state_dtype(x))
         end = integrate(velocity, start, self.eps, self.sde.end_time, **self.settings)
         latent, change = end[:, :dimension], end[:, dimension]
         log_prob = self.sde.prior_log_prob(latent) + change
         return Likelihood(log_prob, latent.to(x.dtype).view_as(x), counted.evaluations / len(x))
-
-
-def _trace(value: Tensor, x: Tensor, probe: Tensor | None) -> Tensor:
-    """tr ∂s/∂x (B,): exact, or vᵀ(∂s/∂x)v for a probe v."""
-    if probe is not None:
-        return (vjp(value, x, probe) * probe).flatten(1).sum(1)
-    trace = value.new_zeros(len(value))
-    for i in range(value[0].numel()):
-        basis = torch.zeros_like(value).flatten(1)
-        basis[:, i] = 1.0
-        trace = trace + vjp(value, x, basis.view_as(value)).flatten(1)[:, i]
-    return trace
 
 
 def get_likelihood(config, sde: SDE) -> LikelihoodEvaluator:

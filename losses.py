@@ -1,6 +1,7 @@
-"""Training objectives: denoising score matching and the quasi-conservative regulariser.
+"""Training objectives: score matching and the quasi-conservative regulariser.
 
-With x_t = α_t x_0 + σ_t z, z ~ N(0, I), the denoising score-matching loss of one sample is
+Models are trained by denoising score matching over all noise levels (``Objective``). With x_t = α_t x_0 + σ_t z,
+z ~ N(0, I), the loss of one sample is
 
     L_SM = λ(t) ‖s(x_t, t) + z/σ_t‖²,    λ = σ_t² (default) or g(t)² (likelihood weighting)
 
@@ -11,6 +12,20 @@ times of the family's ladder of noise levels.
 A quasi-conservative model adds λ_QC·L_QC: the asymmetry Asym of the score's Jacobian at the same perturbed
 sample, weighted and reduced like L_SM (Chao, Sun, Cheng, Lee, ICML 2023, Eqs. 8 and 9). It can be had for less, without
 bias: evaluated every k-th step with weight kλ_QC, or as the mean over every k-th sample of the batch.
+
+At one time t there are other ways to match a score to that of a density p_t. They are here as functions of one sample
+each, for a batch x ~ p_t; averaged, they differ from the Fisher divergence J by constants, so that all their expected
+gradients are those of J:
+
+==========  ================================================  =======================================================
+explicit    ½‖s − ∇log p_t‖²                                  its mean is J
+implicit    tr ∂s/∂x + ½‖s‖²                                  J − ½E‖∇log p_t‖²
+sliced      vᵀ(∂s/∂x)v + ½(vᵀs)² (or + ½‖s‖²), E[vvᵀ] = I     J − ½E‖∇log p_t‖²
+denoising   ½‖s(x_t) + z/σ_t‖²                                J − ½E‖∇log p_t‖² + D/(2σ_t²)
+==========  ================================================  =======================================================
+
+Sources: Hyvärinen (JMLR 2005), Theorem 1; Song, Garg, Shi, Ermon (UAI 2019), Eqs. 7 and 8; Vincent (Neural Computation,
+2011).
 """
 
 from __future__ import annotations
@@ -20,12 +35,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from conservativeness import ESTIMATORS, asymmetry
+from conservativeness import ESTIMATORS, asymmetry, divergence
 from models.score import ScoreModel
-from randomness import Generator, SampleGenerators, normal_like, uniform
-from sde_lib import ScoreFunction, expand
+from randomness import Generator, SampleGenerators, normal_like, rademacher_like, uniform
+from sde_lib import SDE, ScoreFunction, expand
 
-__all__ = ["Objective", "get_objective"]
+__all__ = [
+    "Objective",
+    "denoising_score_matching",
+    "explicit_score_matching",
+    "get_objective",
+    "implicit_score_matching",
+    "sliced_score_matching",
+]
 
 TRAINING_EPS = 1e-5
 """Smallest time in training, where VP's 1/σ is still finite (Song et al., 2021, Appendix C)."""
@@ -164,6 +186,78 @@ class Objective(nn.Module):
     def _reduce(self, per_sample: Tensor, x0: Tensor) -> Tensor:
         """Batch mean of a per-sample sum over dimensions: divided by D, or halved."""
         return per_sample.mean() * (1 / x0[0].numel() if self.reduce_mean else 0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Score matching at given times. The functions return one value per sample, (B,), in units of score², whose mean is
+# the loss; they can be differentiated with respect to the parameters of s unless gradients are disabled.
+
+
+def explicit_score_matching(score: ScoreFunction, true_score: ScoreFunction, x: Tensor, t: Tensor) -> Tensor:
+    """½‖s − ∇log p_t‖² (B,) at x ~ p_t (B, ...), t (B,), for a density whose score is known."""
+    return 0.5 * ((score(x, t) - true_score(x, t)) ** 2).flatten(1).sum(1)
+
+
+def implicit_score_matching(score: ScoreFunction, x: Tensor, t: Tensor) -> Tensor:
+    """tr ∂s/∂x + ½‖s‖² (B,) at x ~ p_t (B, ...), t (B,): the exact trace, by D backward passes."""
+    value, position, create_graph = _differentiable(score, x, t)
+    loss = divergence(value, position, create_graph=create_graph) + 0.5 * (value**2).flatten(1).sum(1)
+    return loss
+
+
+def sliced_score_matching(
+    score: ScoreFunction,
+    x: Tensor,
+    t: Tensor,
+    *,
+    probes: int = 1,
+    variance_reduction: bool = True,
+    generator: Generator = None,
+) -> Tensor:
+    """vᵀ(∂s/∂x)v + ½(vᵀs)² (B,) at x ~ p_t (B, ...), t (B,): one backward pass per probe.
+
+    Args:
+        score: s(x, t).
+        x, t: points and times.
+        probes: number of directions v = ±1 in every dimension; their values are averaged.
+        variance_reduction: ½‖s‖², the mean of ½(vᵀs)² over v, in its place (SSM-VR).
+        generator: where the directions come from.
+
+    Raises:
+        ValueError: fewer than one probe.
+    """
+    if probes < 1:
+        raise ValueError(f"probes={probes}: at least 1")
+    value, position, create_graph = _differentiable(score, x, t)
+    loss = 0.0
+    for _ in range(probes):
+        v = rademacher_like(x, generator)
+        squared = (value**2 if variance_reduction else v * value).flatten(1).sum(1)
+        if not variance_reduction:
+            squared = squared**2
+        loss = loss + (divergence(value, position, v, create_graph=create_graph) + 0.5 * squared) / probes
+    return loss
+
+
+def denoising_score_matching(
+    score: ScoreFunction, sde: SDE, x0: Tensor, t: Tensor, generator: Generator = None
+) -> Tensor:
+    """½‖s(x_t, t) + z/σ_t‖² (B,) with x_t = α_t x_0 + σ_t z, for data x_0 (B, ...) and times t (B,).
+
+    ``Objective`` is this at random times, weighted by λ(t).
+    """
+    z = normal_like(x0, generator)
+    mean, std = sde.marginal(x0, t)
+    std = expand(std, x0)
+    return 0.5 * ((score(mean + std * z, t) + z / std) ** 2).flatten(1).sum(1)
+
+
+def _differentiable(score: ScoreFunction, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """A score with a graph down to its points: the value, the points, and whether the caller differentiates further."""
+    create_graph = torch.is_grad_enabled()
+    position = x.detach().requires_grad_()
+    with torch.enable_grad():
+        return score(position, t), position, create_graph
 
 
 def get_objective(config, score_model: ScoreModel) -> Objective:
