@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 from atomic_write import write_atomically
 
@@ -22,6 +24,8 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, step: int) -> None:
+        # TensorBoard imports TensorFlow where it is installed (seconds, and pages of warnings), unless it finds this.
+        sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = directory / "metrics.jsonl"
