@@ -180,8 +180,7 @@ class Objective(nn.Module):
             return t, self.sde.mean_coefficient(t), self.sde.std(t)
         levels = len(self.ladder.std)
         index = (u * levels).long().clamp(max=levels - 1).cpu()
-        t = (index / (levels - 1) * self.sde.end_time).to(x0)
-        return t, self.ladder.mean_coefficient[index].to(x0), self.ladder.std[index].to(x0)
+        return self.ladder.time[index].to(x0), self.ladder.mean_coefficient[index].to(x0), self.ladder.std[index].to(x0)
 
     def _reduce(self, per_sample: Tensor, x0: Tensor) -> Tensor:
         """Batch mean of a per-sample sum over dimensions: divided by D, or halved."""

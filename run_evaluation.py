@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 # Part of the key of every stored evaluation: to be raised when a fix changes what sampling, likelihood or asymmetry
 # compute.
-_EVALUATION_VERSION = 1
+_EVALUATION_VERSION = 2
 
 
 def evaluate(

@@ -9,7 +9,8 @@ returns a new state and its noise-free mean. After the last step Tweedie's formu
 removes the noise that is left. The probability-flow ODE goes the same way without noise.
 
 One step is exact about its own grid: its size is the spacing t_{k+1} − t_k, and the discretisations use the exact
-transition kernel between the two times, which for VE is the SMLD chain and for VP the DDPM chain. With
+transition kernel between the two times, which for VE is the SMLD chain and for VP the DDPM chain. The times of a
+discrete-time model are those of its own noise levels. With
 
     a = α_t/α_s,   b² = Var[x_t | x_s]        (s < t)
 
@@ -379,7 +380,13 @@ def langevin_dynamics(
 
 @dataclass(frozen=True)
 class PCSampler:
-    """Predictor–corrector sampling on ``num_steps`` equal intervals of time.
+    """Predictor–corrector sampling in ``num_steps`` steps.
+
+    The grid is ``num_steps`` equal intervals of time from 1 to eps; the corrector acts at the start of each. With a
+    corrector alone there are no intervals to cross: it acts at ``num_steps`` times from 1 to eps, both included. So
+    does the sampler of a discrete-time model of ``num_scales`` levels: its times are those of the levels, all or evenly
+    chosen ones, and its last predictor step is the removal of the noise. These are annealed Langevin dynamics, SMLD
+    and DDPM as they are defined.
 
     Raises:
         ValueError: unknown predictor or corrector, none of either, or a number outside its range.
@@ -392,6 +399,7 @@ class PCSampler:
     snr: float = 0.16
     corrector_steps: int = 1
     noise_removal: bool = True
+    num_scales: int | None = None
 
     def __post_init__(self) -> None:
         for field, allowed in (("predictor", PREDICTORS), ("corrector", CORRECTORS)):
@@ -403,8 +411,21 @@ class PCSampler:
             raise ValueError(
                 f"sampling.num_steps={self.num_steps}, sampling.n_steps_each={self.corrector_steps}: at least 1 each"
             )
+        if self.num_scales is not None and self.num_steps > self.num_scales:
+            raise ValueError(
+                f"sampling.num_steps={self.num_steps}: at most model.num_scales={self.num_scales}, the noise levels of "
+                "this discrete-time model"
+            )
         if not self.snr > 0:
             raise ValueError(f"sampling.snr={self.snr}: allowed are positive numbers")
+
+    def times(self) -> Tensor:
+        """The grid, float64, falling: ``num_steps`` times, or as many intervals."""
+        if self.num_scales is not None:
+            levels = torch.linspace(self.num_scales - 1, 0, self.num_steps, dtype=torch.float64)
+            return self.sde.ladder(self.num_scales).time[levels.round().long()]
+        stops = self.num_steps if self.predictor == "none" else self.num_steps + 1
+        return torch.linspace(self.sde.end_time, self.sde.sampling_eps, stops, dtype=torch.float64)
 
     @torch.no_grad()
     def __call__(
@@ -421,25 +442,22 @@ class PCSampler:
         counted = CountedScore(score)
         predictor = PREDICTORS[self.predictor](self.sde, counted)
         corrector = CORRECTORS[self.corrector](self.sde, counted, self.snr, self.corrector_steps)
-        times = torch.linspace(self.sde.end_time, self.sde.sampling_eps, self.num_steps + 1, dtype=torch.float64)
         # One row per time, on the device once, in the precision of the state.
-        times = times.to(like.dtype).to(like.device)[:, None].expand(-1, len(like))
+        times = self.times().to(like.dtype).to(like.device)[:, None].expand(-1, len(like))
         x = self.sde.prior_sample(like, generator)
         if projection is not None:
             x = projection.step(x, times[0], generator)
-        steps = tqdm(itertools.pairwise(times), total=self.num_steps, disable=not progress, leave=False, unit="step")
-        for t, s in steps:
+        for step in tqdm(range(self.num_steps), disable=not progress, leave=False, unit="step"):
             if corrector is not None:
-                x, _ = corrector.step(x, t, generator)
+                x, _ = corrector.step(x, times[step], generator)
                 if projection is not None:
-                    x = projection.step(x, t, generator)
-            if predictor is not None:
-                x, _ = predictor.step(x, t, s, generator)
+                    x = projection.step(x, times[step], generator)
+            if predictor is not None and step + 1 < len(times):
+                x, _ = predictor.step(x, times[step], times[step + 1], generator)
                 if projection is not None:
-                    x = projection.step(x, s, generator)
+                    x = projection.step(x, times[step + 1], generator)
         if self.noise_removal:
-            # Only a predictor takes the sample to the last time; a corrector leaves it where it was.
-            x = denoise(self.sde, counted, x, times[-1] if predictor is not None else times[-2])
+            x = denoise(self.sde, counted, x, times[-1])
         if projection is not None:
             x = projection.finish(x)
         return Samples(x, counted.evaluations / len(like))
@@ -537,6 +555,7 @@ def get_sampler(config, sde: SDE) -> PCSampler | ODESampler:
             snr=sampling.snr,
             corrector_steps=sampling.n_steps_each,
             noise_removal=sampling.noise_removal,
+            num_scales=None if config.training.continuous else config.model.num_scales,
         )
     if sampling.method == "ode":
         return ODESampler(

@@ -63,8 +63,13 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
 
 
 class Ladder(NamedTuple):
-    """The N noise levels of a discrete-time model, index i at time t_i = i/(N−1): x_i = mean·x_0 + std·z."""
+    """The N noise levels of a discrete-time model, the smallest first: x_i = mean·x_0 + std·z, each (N,).
 
+    Level i has the mean and the noise of the continuous process at ``time`` i, so that the exact transitions between
+    these times are the discrete-time chain.
+    """
+
+    time: Tensor
     mean_coefficient: Tensor
     std: Tensor
 
@@ -203,9 +208,10 @@ class VE(SDE):
         return float(self.schedule.sigma(torch.tensor(self.end_time, dtype=torch.float64)))
 
     def ladder(self, num_scales: int) -> Ladder:
-        """SMLD: σ_i = σ(t_i)."""
-        std = self.schedule.sigma(torch.linspace(0, self.end_time, num_scales, dtype=torch.float64))
-        return Ladder(torch.ones_like(std), std)
+        """SMLD: σ_i = σ(t_i) with t_i = i/(N−1)."""
+        times = torch.linspace(0, self.end_time, num_scales, dtype=torch.float64)
+        std = self.schedule.sigma(times)
+        return Ladder(times, torch.ones_like(std), std)
 
 
 class VP(SDE):
@@ -240,7 +246,10 @@ class VP(SDE):
         return self.schedule.time(-torch.log1p(-(std**2)))
 
     def ladder(self, num_scales: int) -> Ladder:
-        """DDPM: β_i = β(t_i)/N and ᾱ_i = Π_{j≤i} (1 − β_j) (Ho, Jain, Abbeel, 2020, Section 2)."""
+        """DDPM: β_i = β(i/(N−1))/N and ᾱ_i = Π_{j≤i} (1 − β_j) (Ho, Jain, Abbeel, 2020, Section 2).
+
+        The process has this noise where e^{−B(t)} = ᾱ_i: near (i + 1)/N, and for the last level just beyond the end.
+        """
         times = torch.linspace(0, self.end_time, num_scales, dtype=torch.float64)
         beta = self.schedule.beta(times) / num_scales
         if beta.max() >= 1:
@@ -248,8 +257,9 @@ class VP(SDE):
                 f"model.num_scales={num_scales}: DDPM needs every beta(t)/N below 1, so more than "
                 f"{float(beta.max()) * num_scales:g} levels"
             )
-        mean_squared = torch.cumprod(1 - beta, 0)
-        return Ladder(mean_squared.sqrt(), (1 - mean_squared).sqrt())
+        log_mean_squared = torch.log1p(-beta).cumsum(0)
+        mean_coefficient, std = torch.exp(0.5 * log_mean_squared), (-torch.expm1(log_mean_squared)).sqrt()
+        return Ladder(self.schedule.time(-log_mean_squared), mean_coefficient, std)
 
 
 class SubVP(VP):

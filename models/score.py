@@ -18,7 +18,8 @@ VP             999·t                       i                      −h/σ
 sub-VP         999·t                       none                   −h/σ
 =============  ==========================  =====================  ===================
 
-with i the index nearest to t(N − 1); discrete models use the σ of their ladder at that index.
+with i the index of the noise level. A discrete-time model has N of them, the ladder; between two of its times i is
+interpolated, which the positional embedding allows: an ODE solver needs a score that is continuous in t.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ CONTINUOUS_LABELS: dict[str, Callable[[SDE, Tensor], Tensor]] = {
     "vp": lambda sde, t: 999 * t,
     "subvp": lambda sde, t: 999 * t,
 }
+# Of the real-valued index and the number N of levels.
 DISCRETE_LABELS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "ve": lambda index, n: n - 1 - index,
     "vp": lambda index, n: index,
@@ -60,14 +62,22 @@ class NoiseLevel(nn.Module):
         if num_scales is not None:
             if num_scales < 2:
                 raise ValueError(f"model.num_scales={num_scales}: a discrete-time model needs at least 2 levels")
-            self.register_buffer("ladder_std", sde.ladder(num_scales).std.float(), persistent=False)
+            self.register_buffer("ladder_time", sde.ladder(num_scales).time.float(), persistent=False)
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        std = self.sde.std(t)
         if self.num_scales is None:
-            return CONTINUOUS_LABELS[self.sde.name](self.sde, t), self.sde.std(t)
-        # Rounded, not truncated: truncation maps half of the float times i/(N−1) to i − 1.
-        index = torch.round(t * (self.num_scales - 1) / self.sde.end_time).long().clamp(0, self.num_scales - 1)
-        return DISCRETE_LABELS[self.sde.name](index, self.num_scales), self.ladder_std[index]
+            return CONTINUOUS_LABELS[self.sde.name](self.sde, t), std
+        return DISCRETE_LABELS[self.sde.name](self._index(t), self.num_scales), std
+
+    def _index(self, t: Tensor) -> Tensor:
+        """Where t lies on the ladder, a real number in [0, N − 1]; whole, exactly, at the ladder's own times."""
+        above = torch.searchsorted(self.ladder_time, t.to(self.ladder_time.dtype)).clamp(1, self.num_scales - 1)
+        start, end = self.ladder_time[above - 1], self.ladder_time[above]
+        index = (above - 1 + (t - start) / (end - start)).clamp(0, self.num_scales - 1)
+        # Rounding errors of t are a part in 10⁴ of the distance between two of 1000 levels.
+        nearest = index.round()
+        return torch.where((index - nearest).abs() < 1e-3, nearest, index).to(t.dtype)
 
 
 class ScoreModel(nn.Module):

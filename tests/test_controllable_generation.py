@@ -435,7 +435,7 @@ class Recorder:
     [
         (lambda sde: PCSampler(sde, "reverse_diffusion", "none", 2), [1.0, 0.5, 0.0, None]),
         (lambda sde: PCSampler(sde, "reverse_diffusion", "ald", 2), [1.0, 1.0, 0.5, 0.5, 0.0, None]),
-        (lambda sde: PCSampler(sde, "none", "ald", 2), [1.0, 1.0, 0.5, None]),
+        (lambda sde: PCSampler(sde, "none", "ald", 2), [1.0, 1.0, 0.0, None]),
         (lambda sde: ODESampler(sde, "heun", num_steps=2), [1.0, 0.5, 0.0, None]),
     ],
     ids=["predictor", "predictor and corrector", "corrector", "heun"],

@@ -581,19 +581,32 @@ class Linear(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("levels", [10, 999, 1000])
 def test_every_discrete_label(levels, dtype):
-    index = torch.arange(levels)
-    exact, rounded = (index.double() / (levels - 1)).to(dtype), index.to(dtype) / (levels - 1)
-    for t in (exact, rounded, torch.linspace(0, 1, levels, dtype=dtype)):
+    index = torch.arange(levels).to(dtype)
+    for t in ((index.double() / (levels - 1)).to(dtype), index / (levels - 1), torch.linspace(0, 1, levels).to(dtype)):
         label, std = NoiseLevel(SDES["ve"], levels)(t)
-        assert torch.equal(label, levels - 1 - index)
-        torch.testing.assert_close(std.double(), SDES["ve"].ladder(levels).std, rtol=1e-6, atol=0)
-        if levels > 20:  # fewer make no DDPM chain for β_max = 20
-            label, std = NoiseLevel(SDES["vp"], levels)(t)
-            assert torch.equal(label, index)
-            torch.testing.assert_close(std.double(), SDES["vp"].ladder(levels).std, rtol=1e-6, atol=0)
+        assert torch.equal(label, levels - 1 - index) and label.dtype == dtype
+        torch.testing.assert_close(std.double(), SDES["ve"].ladder(levels).std, rtol=3e-6, atol=0)
+    if levels > 20:  # fewer make no DDPM chain for β_max = 20
+        ladder = SDES["vp"].ladder(levels)
+        label, std = NoiseLevel(SDES["vp"], levels)(ladder.time.to(dtype))
+        assert torch.equal(label, index)
+        torch.testing.assert_close(std.double(), ladder.std, rtol=1e-6, atol=0)
     # Times beyond the ladder, and sampling's last time, belong to its ends.
-    label, _ = NoiseLevel(SDES["ve"], levels)(torch.tensor([-1e-3, 1e-5, 1.001], dtype=dtype))
+    label, _ = NoiseLevel(SDES["ve"], levels)(torch.tensor([-1e-3, 1e-7, 1.001], dtype=dtype))
     assert label.tolist() == [levels - 1, levels - 1, 0]
+
+
+@pytest.mark.parametrize("name", ["ve", "vp"])
+def test_discrete_labels_between_two_levels(name):
+    # The index is that of the noise: linear in time between two levels, with the continuous process's own σ.
+    ladder = SDES[name].ladder(50)
+    part = torch.linspace(0.1, 0.9, 49, dtype=torch.float64)
+    t = torch.lerp(ladder.time[:-1], ladder.time[1:], part)
+    label, std = NoiseLevel(SDES[name], 50)(t)
+    index = torch.arange(49) + part
+    torch.testing.assert_close(label, 49 - index if name == "ve" else index, rtol=0, atol=2e-5)
+    assert (ladder.std[:-1] < std).all() and (std < ladder.std[1:]).all()
+    assert torch.equal(std, SDES[name].std(t))
 
 
 def test_continuous_labels():
@@ -621,8 +634,10 @@ def test_unconstrained_score(name, sign):
     undivided = UnconstrainedScore(network, NoiseLevel(SDES[name]), divide_by_sigma=False)(x, t)
     assert torch.equal(undivided, sign * h)
     if name != "subvp":
-        discrete = UnconstrainedScore(network, NoiseLevel(SDES[name], 25))(x.float(), torch.tensor([0, 0.5, 1]))
-        std = SDES[name].ladder(25).std[[0, 12, 24]][:, None, None, None]
+        ladder = SDES[name].ladder(25)
+        times = ladder.time[[0, 12, 24]].float()
+        discrete = UnconstrainedScore(network, NoiseLevel(SDES[name], 25))(x.float(), times)
+        std = ladder.std[[0, 12, 24]][:, None, None, None]
         assert discrete.dtype == torch.float32  # tables of double precision do not promote the output
         torch.testing.assert_close(discrete.double(), sign * h / std, rtol=1e-5, atol=1e-6)
 

@@ -6,6 +6,8 @@ samples are exactly Gaussian. ``exact_law`` finds their mean and covariance, fre
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from oracles import SDES, Gaussian, affine_law, assert_moments_match, gaussian_2
 from torch import Tensor
 
 import sampling
+from models.score import NoiseLevel
 from randomness import SampleGenerators, normal_like
 from sampling import (
     CORRECTORS,
@@ -54,10 +57,6 @@ def exact_law(monkeypatch):
     return law
 
 
-def last_corrected_time(sampler: PCSampler) -> float:
-    return torch.linspace(1, sampler.sde.sampling_eps, sampler.num_steps + 1, dtype=torch.float64)[-2].item()
-
-
 # ---------------------------------------------------------------------------------------- the law of the PC samplers
 
 
@@ -76,12 +75,13 @@ def test_pc_sampler_reproduces_a_gaussian(family, predictor, corrector, exact_la
     # 600 of the probability flow, where no noise corrects earlier errors; the prior, off by 1e-3; for Langevin steps
     # alone, what sizes of (0.5 σ)² still miss where σ is far below the data's own width, as it is sooner for sub-VP.
     if predictor == "none":
-        fine = PCSampler(sde, predictor, corrector, num_steps=50, snr=0.5, corrector_steps=15, noise_removal=False)
-        target, allowance = gaussian.moments(last_corrected_time(fine)), 0.14 if family == "subvp" else 0.03
+        fine = PCSampler(sde, predictor, corrector, num_steps=50, snr=0.5, corrector_steps=20, noise_removal=False)
+        allowance = 0.14 if family == "subvp" else 0.03
     else:
         steps = 600 if predictor == "probability_flow" else 200
         fine = PCSampler(sde, predictor, corrector, num_steps=steps, snr=0.1, noise_removal=False)
-        target, allowance = gaussian.moments(sde.sampling_eps), 0.045
+        allowance = 0.045
+    target = gaussian.moments(sde.sampling_eps)
     mean, covariance = exact_law(fine, gaussian)
     assert (mean - target[0]).abs().max() < allowance
     assert (covariance - target[1]).abs().max() < allowance
@@ -94,12 +94,10 @@ def test_langevin_corrector_reproduces_a_gaussian(family, predictor):
     gaussian = gaussian_16d(sde)
     if predictor == "none":
         sampler = PCSampler(sde, "none", "langevin", num_steps=60, snr=0.2, corrector_steps=10, noise_removal=False)
-        time = last_corrected_time(sampler)
     else:
         sampler = PCSampler(sde, predictor, "langevin", num_steps=100, snr=0.16, noise_removal=False)
-        time = sde.sampling_eps
     x = sampler(gaussian.score, torch.zeros(1000, 16, dtype=torch.float64), torch.Generator().manual_seed(0)).x
-    mean, covariance = gaussian.moments(time)
+    mean, covariance = gaussian.moments(sde.sampling_eps)
     # Allowance: 2/D for a step size that depends on the state (see below), and a few per cent for steps of finite
     # size: first order in the 100 predictor steps, (snr)² in the Langevin steps.
     allowance = 2 / 16 + 0.08
@@ -252,24 +250,98 @@ def test_noise_removal_is_tweedies_formula_at_the_end(family, sampler_class):
 
     (noisy, nfe), (clean, nfe_with) = draw(False), draw(True)
     assert nfe_with == nfe + 1
-    # A predictor ends at eps; correctors alone end at the last time that they were given.
-    time = 1 - 0.9 * (1 - sde.sampling_eps) if sampler_class == "corrector_only" else sde.sampling_eps
-    expected = denoise(sde, gaussian.score, noisy, torch.full((6,), time, dtype=torch.float64))
+    expected = denoise(sde, gaussian.score, noisy, torch.full((6,), sde.sampling_eps, dtype=torch.float64))
     torch.testing.assert_close(clean, expected, rtol=1e-12, atol=1e-12)
     assert (clean - noisy).abs().max() > 1e-8
 
 
 def test_corrector_only_sampling_removes_its_noise(exact_law):
-    # VE, 10 levels: the last is σ(0.1) = 0.04, twice σ_min. The denoised mean of a narrow Gaussian is narrower still.
+    # VE, 10 times: the last has σ(eps) = σ_min = 0.02. The denoised mean of a narrow Gaussian is narrower still.
     sde = SDES["ve"]
     gaussian = Gaussian(sde, torch.tensor([0.3]), torch.tensor([[0.03**2]]))
     settings = dict(predictor="none", corrector="ald", num_steps=10, snr=0.3, corrector_steps=100)
     _, noisy = exact_law(PCSampler(sde, noise_removal=False, **settings), gaussian)
     _, clean = exact_law(PCSampler(sde, noise_removal=True, **settings), gaussian)
-    last = sde.std(torch.tensor(0.1, dtype=torch.float64)).item() ** 2
+    last = sde.std(torch.tensor(sde.sampling_eps, dtype=torch.float64)).item() ** 2
     # Langevin steps of ε = 2·0.3² σ² widen a variance V by 1/(1 − ε/2V) ≤ 1.1.
     assert noisy.item() == pytest.approx(0.03**2 + last, rel=0.1)
     assert clean.item() == pytest.approx(0.03**4 / (0.03**2 + last), rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------------ discrete-time models
+
+
+class Recorded:
+    """The score of a Gaussian, and the labels that a discrete-time model of N levels would have seen."""
+
+    def __init__(self, gaussian: Gaussian, levels: int) -> None:
+        self.score, self.noise_level = gaussian.score, NoiseLevel(gaussian.sde, levels)
+        self.labels: list[float] = []
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        label, _ = self.noise_level(t)
+        assert (label == label[0]).all()
+        self.labels.append(label[0].item())
+        return self.score(x, t)
+
+
+@pytest.mark.parametrize("levels", [50, 1000])
+def test_ancestral_sampling_of_a_discrete_vp_model_is_ddpm(levels):
+    # Ho et al. (2020), Algorithm 2 with the posterior variance, in ε = −√(1 − ᾱ) s: every index once, N − 1 first.
+    sde = SDES["vp"]
+    gaussian = gaussian_2d(sde)
+    score = Recorded(gaussian, levels)
+    sampler = PCSampler(sde, "ancestral_sampling", "none", num_steps=levels, num_scales=levels)
+    like, generator = torch.zeros(3, 2, dtype=torch.float64), torch.Generator().manual_seed(0)
+    x, nfe = sampler(score, like, torch.Generator().manual_seed(0))
+    assert score.labels == list(range(levels - 1, -1, -1)) and nfe == levels
+
+    beta = torch.linspace(0.1 / levels, 20 / levels, levels, dtype=torch.float64)
+    alpha_bar = torch.cumprod(1 - beta, 0)
+    y = normal_like(like, generator)
+    for i in reversed(range(levels)):
+        covariance = alpha_bar[i] * gaussian.covariance + (1 - alpha_bar[i]) * torch.eye(2).double()
+        s = -torch.linalg.solve(covariance, (y - alpha_bar[i].sqrt() * gaussian.mean).T).T
+        y = (y + beta[i] * s) / (1 - beta[i]).sqrt()
+        if i > 0:
+            posterior = (1 - alpha_bar[i - 1]) / (1 - alpha_bar[i]) * beta[i]
+            y = y + posterior.sqrt() * normal_like(like, generator)
+    torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+
+
+def test_annealed_langevin_dynamics_of_a_discrete_ve_model():
+    # Song & Ermon (2019), Algorithm 1: K steps of ε = 2 (snr σ_i)² at each of the N levels, the largest σ first.
+    sde, levels = SDES["ve"], 10
+    gaussian = gaussian_2d(sde)
+    score = Recorded(gaussian, levels)
+    sampler = PCSampler(sde, "none", "ald", num_steps=levels, snr=0.316, corrector_steps=3, num_scales=levels)
+    like, generator = torch.zeros(3, 2, dtype=torch.float64), torch.Generator().manual_seed(0)
+    x, nfe = sampler(score, like, torch.Generator().manual_seed(0))
+    assert score.labels == [i for i in range(levels) for _ in range(3)] + [levels - 1] and nfe == 3 * levels + 1
+
+    def exact_score(y: Tensor, sigma: float) -> Tensor:
+        covariance = gaussian.covariance + sigma**2 * torch.eye(2).double()
+        return -torch.linalg.solve(covariance, (y - gaussian.mean).T).T
+
+    sigmas = np.exp(np.linspace(np.log(20.0), np.log(0.02), levels))
+    y = 20.0 * normal_like(like, generator)
+    for sigma in sigmas:
+        for _ in range(3):
+            size = 2 * (0.316 * sigma) ** 2
+            y = y + size * exact_score(y, sigma) + math.sqrt(2 * size) * normal_like(like, generator)
+    y = y + sigmas[-1] ** 2 * exact_score(y, sigmas[-1])
+    torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("predictor", "nfe"), [("reverse_diffusion", 10), ("none", 6)])
+def test_fewer_steps_visit_evenly_chosen_levels(predictor, nfe):
+    sde = SDES["ve"]
+    score = Recorded(gaussian_2d(sde), 9)
+    sampler = PCSampler(sde, predictor, "ald", num_steps=5, num_scales=9)
+    samples = sampler(score, torch.zeros(2, 2, dtype=torch.float64))
+    assert samples.nfe == nfe and sorted(set(score.labels)) == [0, 2, 4, 6, 8]
+    with pytest.raises(ValueError, match=r"sampling\.num_steps=10: at most model\.num_scales=9"):
+        PCSampler(sde, num_steps=10, num_scales=9)
 
 
 # ---------------------------------------------------------------------------------------------------------------- ODE
@@ -436,13 +508,16 @@ def sampling_config(**fields) -> ConfigDict:
         rtol=1e-2,
         atol=1e-4,
     )
-    return ConfigDict(dict(sampling=defaults | fields, model=dict(num_scales=50)))
+    return ConfigDict(dict(sampling=defaults | fields, model=dict(num_scales=50), training=dict(continuous=True)))
 
 
 def test_samplers_from_a_config():
     sde = SDES["vp"]
     assert get_sampler(sampling_config(), sde) == PCSampler(sde, "euler_maruyama", "ald", 7, 0.3, 2, False)
     assert get_sampler(sampling_config(num_steps=0, noise_removal=True), sde).num_steps == 50
+    discrete = sampling_config(num_steps=0)
+    discrete.training.continuous = False
+    assert get_sampler(discrete, sde) == PCSampler(sde, "euler_maruyama", "ald", 50, 0.3, 2, False, num_scales=50)
     assert get_sampler(sampling_config(method="ode"), sde) == ODESampler(sde, "heun", 1e-2, 1e-4, 7, False)
     assert get_sampler(sampling_config(method="ode", noise_removal=True), sde).noise_removal
 

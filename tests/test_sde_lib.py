@@ -307,6 +307,24 @@ def test_ddpm_ladder(levels):
         assert ladder.std[i].item() == pytest.approx(math.sqrt(1 - product), rel=1e-11)
 
 
+@pytest.mark.parametrize("name", ["ve", "vp"])
+def test_the_process_at_the_times_of_the_ladder_is_the_chain(name):
+    # SMLD: x_i = x_{i−1} + √(σ_i² − σ_{i−1}²) z. DDPM: x_i = √(1 − β_i) x_{i−1} + √β_i z.
+    sde, levels = SDES[name], 100
+    ladder = sde.ladder(levels)
+    torch.testing.assert_close(sde.std(ladder.time), ladder.std, rtol=1e-11, atol=0)
+    torch.testing.assert_close(sde.mean_coefficient(ladder.time), ladder.mean_coefficient, rtol=1e-11, atol=0)
+    a, b = sde.transition(ladder.time[:-1], ladder.time[1:])
+    if name == "ve":
+        sigma = torch.from_numpy(np.exp(np.linspace(np.log(0.02), np.log(20.0), levels)))
+        expected_a, expected_b = torch.ones(levels - 1).double(), (sigma[1:] ** 2 - sigma[:-1] ** 2).sqrt()
+    else:
+        beta = torch.linspace(0.1 / levels, 20.0 / levels, levels, dtype=torch.float64)[1:]
+        expected_a, expected_b = (1 - beta).sqrt(), beta.sqrt()
+    torch.testing.assert_close(a, expected_a, rtol=1e-11, atol=0)
+    torch.testing.assert_close(b, expected_b, rtol=1e-10, atol=0)
+
+
 def test_ddpm_ladder_approaches_the_continuous_marginal():
     # Level i of N belongs to t_i = i/(N−1), and the chain is an Euler step of length 1/N: first order in 1/N.
     gaps = []
