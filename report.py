@@ -1,8 +1,9 @@
 """From evaluated runs to the paper's tables and figures: ``python report.py RUN [RUN ...]``.
 
-A run is a working directory of ``main.py`` that has been evaluated (``--mode eval``). The report puts runs of one
-data set side by side in the form of Tables 2 and 3 and Figure 3 of Chao, Sun, Cheng and Lee, "On Investigating the
-Conservative Property of Score-Based Generative Models" (ICML 2023, arXiv 2209.12753), the paper's numbers below ours.
+A run is a working directory of ``main.py`` that has been evaluated (``--mode eval``). The report puts the runs of each
+data set side by side, with all that was measured, and prints Tables 2 and 3 and Figure 3 of Chao, Sun, Cheng and Lee,
+"On Investigating the Conservative Property of Score-Based Generative Models" (ICML 2023, arXiv 2209.12753), the paper's
+numbers beside ours and what differs from its setting below.
 
 Statistics. Every mean m over test images comes with its standard error s. Two runs a, b are compared by
 
@@ -32,8 +33,19 @@ import numpy as np
 
 from atomic_write import write_atomically
 from report_figures import write_figures
-from report_paper import PAPER, PAPER_SOURCE
-from report_runs import COLUMNS, NASYM_ROUND_OFF, WITH_ERROR, Column, Run, dataset_key, load_runs, plain_exponent
+from report_paper import PAPER, PAPER_SOURCE, PREDICTOR_STEPS, TABLE_2, TABLE_3, differing_settings
+from report_runs import (
+    COLUMNS,
+    NASYM_ROUND_OFF,
+    PROTOCOL,
+    WITH_ERROR,
+    Column,
+    Run,
+    by_dataset,
+    dataset_key,
+    load_runs,
+    plain_exponent,
+)
 
 __all__ = ["format_measurement", "main", "tables_and_comparisons", "write_report"]
 
@@ -92,6 +104,8 @@ def _features_comparable(runs: Sequence[Run]) -> bool:
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
+_TITLES = {column.key: column.title for column in COLUMNS}
+
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
@@ -130,11 +144,26 @@ def _table_notes(runs: Sequence[Run]) -> str:
     else:
         listed = "; ".join(f"{run.name}: {run.metrics['sampler'] or 'not recorded'}" for run in runs)
         notes.append(f"The runs were sampled differently ({listed}).")
+    notes += _test_images_notes(runs)
     zero = [run for run in runs if run.asym_is_round_off]
     if zero:
         names, limit = ", ".join(run.label for run in zero), plain_exponent(f"{NASYM_ROUND_OFF:.0e}")
         notes.append(f"Zero up to round-off (NAsym below {limit}): Asym and NAsym of {names}.")
     return "\n\n".join(notes)
+
+
+def _test_images_notes(runs: Sequence[Run]) -> list[str]:
+    """Over how much of the test set NLL and Asym are means, where that was recorded."""
+    notes = []
+    for key, what in (("nll_images", "NLL"), ("asym_images", "Asym and NAsym")):
+        counts = {run.name: (run.number(key), run.number("test_images")) for run in runs}
+        counts = {name: count for name, count in counts.items() if None not in count}
+        texts = {name: f"{_format_count(part)} of {_format_count(all_)}" for name, (part, all_) in counts.items()}
+        if len(set(texts.values())) == 1 and len(texts) == len(runs):
+            notes.append(f"{what}: over {texts[runs[0].name]} test images.")
+        elif texts:
+            notes.append(f"{what}: over test images, {'; '.join(f'{name}: {text}' for name, text in texts.items())}.")
+    return notes
 
 
 def _features_note(runs: Sequence[Run]) -> str:
@@ -166,23 +195,78 @@ def _features_note(runs: Sequence[Run]) -> str:
 
 
 def _paper_section(runs: Sequence[Run]) -> str:
-    paper = PAPER.get(dataset_key(runs[0].dataset))
-    if paper is None:
-        return f"The paper has no numbers for this data set ({runs[0].dataset})."
-    kinds = [kind for kind in ("C", "U", "QC") if any(run.kind == kind for run in runs)]
-    shown = [column for column in COLUMNS if any(column.key in paper[kind] for kind in kinds)]
+    """Tables 2 and 3 of the paper, its numbers beside ours, and the settings in which the runs differ from it."""
+    parts = ["# Tables 2 and 3 of the paper"]
+    known = [run for run in runs if dataset_key(run.dataset) in PAPER]
+    if known:
+        different = {(run.path, table): differing_settings(run, table) for run in known for table in (2, 3)}
+        parts.append(
+            "The paper's number stands beside ours, in parentheses where the run has not the paper's setting; what "
+            "differs is listed below."
+        )
+        parts.append(_beside_paper(known, 2, TABLE_2, different))
+        ode = [run for run in known if (run.metrics["sampler"] or "").startswith("ODE")]
+        pc = [run for run in known if run not in ode and TABLE_3[0] in PAPER[dataset_key(run.dataset)][run.kind]]
+        if pc:
+            parts.append(_beside_paper(pc, 3, TABLE_3, different))
+        if ode:
+            parts.append(_ode_table(ode))
+        parts += [_settings_list(known, pc, different), PAPER_SOURCE]
+    unknown = [group[0].dataset for group in by_dataset(runs) if group[0] not in known]
+    if unknown:
+        which = "these data sets" if len(unknown) > 1 else "this data set"
+        parts.append(f"The paper has no numbers for {which} ({', '.join(unknown)}).")
+    return "\n\n".join(parts)
+
+
+def _beside_paper(
+    runs: Sequence[Run], table: int, keys: Sequence[str], different: dict[tuple[Path, int], list[str]]
+) -> str:
+    header = ["Data set", "Model (run)"]
+    if table == 3:
+        header += [f"Predictor steps (paper: {PREDICTOR_STEPS})", "Network evaluations"]
+    for key in keys:
+        header += [_TITLES[key], "paper"]
     rows = []
-    for kind in kinds:
-        row = [f"{kind}-NCSN++ (paper)"]
-        for column in shown:
-            value = paper[kind].get(column.key)
-            if value is None or value == 0:
-                row.append("–" if value is None else "0")
-            else:
-                row.append(plain_exponent(f"{value:{column.paper_format}}"))
+    for run in runs:
+        row = [_escape(run.dataset), _escape(run.label)]
+        if table == 3:
+            row += [_format_count(run.number("sampling_steps")), _format_count(run.number("nfe_sampling"))]
+        for key in keys:
+            paper = _format_paper(key, PAPER[dataset_key(run.dataset)][run.kind][key])
+            row += [format_measurement(run.number(key), run.error(key))]
+            row += [f"({paper})" if different[run.path, table] else paper]
         rows.append(row)
-    titles = [c.title.replace("NFE sampling", "NFE (predictor steps)") for c in shown]
-    return f"The paper's numbers for this data set:\n\n{_markdown_table(['Model', *titles], rows)}\n\n{PAPER_SOURCE}"
+    caption = {2: "Table 2: likelihood and asymmetry.", 3: "Table 3: quality of samples of the PC sampler."}[table]
+    return f"{caption}\n\n{_markdown_table(header, rows)}"
+
+
+def _ode_table(runs: Sequence[Run]) -> str:
+    """As the paper's Table 4, of which we have no numbers."""
+    rows = [
+        [_escape(run.dataset), _escape(run.label), _format_count(run.number("nfe_sampling"))]
+        + [format_measurement(run.number(key)) for key in TABLE_3]
+        for run in runs
+    ]
+    header = ["Data set", "Model (run)", "Network evaluations", *(_TITLES[key] for key in TABLE_3)]
+    return f"Quality of samples of the ODE sampler (our numbers only).\n\n{_markdown_table(header, rows)}"
+
+
+def _settings_list(known: Sequence[Run], pc: Sequence[Run], different: dict[tuple[Path, int], list[str]]) -> str:
+    lines = []
+    for run in known:
+        lists = {table: different[run.path, table] for table in ((2, 3) if run in pc else (2,))}
+        shared = [setting for setting in lists[2] if all(setting in listed for listed in lists.values())]
+        only = {f"Table {table}": [s for s in listed if s not in shared] for table, listed in lists.items()}
+        parts = [f"{where}: {'; '.join(listed)}" for where, listed in ({"": shared} | only).items() if listed]
+        lines.append(f"- {run.label}: {'. '.join(part.removeprefix(': ') for part in parts) or 'the same setting'}.")
+    return "\n".join(["Settings that differ from the paper's:", "", *lines])
+
+
+def _format_paper(key: str, value: float) -> str:
+    if value == 0:
+        return "0"
+    return plain_exponent(f"{value:{'.2e' if key in ('asym', 'nasym') else '.2f'}}")
 
 
 def _csv_text(runs: Sequence[Run]) -> str:
@@ -190,12 +274,13 @@ def _csv_text(runs: Sequence[Run]) -> str:
     keys = [key for c in COLUMNS for key in (c.key, f"{c.key}_se") if key == c.key or c.key in WITH_ERROR]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    descriptions = ("run", "model", "dataset", "qc_weight", "path", "sampler", "features")
-    writer.writerow([*descriptions, *keys, "feature_test_accuracy"])
+    descriptions = ("run", "model", "dataset", "qc_weight", "path", "sampler", "likelihood", "features")
+    keys += ["feature_test_accuracy", *PROTOCOL]
+    writer.writerow([*descriptions, *keys])
     for run in runs:
         described = [run.name, run.model, run.dataset, repr(run.qc_weight), str(run.path)]
-        described += [run.metrics["sampler"] or "", run.metrics["features"] or ""]
-        numbers = [run.metrics[key] for key in (*keys, "feature_test_accuracy")]
+        described += [run.metrics[key] or "" for key in ("sampler", "likelihood", "features")]
+        numbers = [run.metrics[key] for key in keys]
         writer.writerow([*described, *("" if value is None else repr(value) for value in numbers)])
     return buffer.getvalue()
 
@@ -203,14 +288,15 @@ def _csv_text(runs: Sequence[Run]) -> str:
 # --------------------------------------------------------------------------------------------------------- comparisons
 
 
-def _find_baseline(runs: Sequence[Run], name: str | None) -> Run | None:
-    if name is None:
-        return next((run for run in runs if run.kind == "U"), None)
-    found = [run for run in runs if name in (run.name, run.path.resolve().name)]
-    if len(found) != 1:
-        problem = "is not among the runs" if not found else "fits more than one run"
-        raise ValueError(f"--baseline={name!r} {problem}; allowed: {', '.join(run.name for run in runs)}")
-    return found[0]
+def _baselines(groups: Sequence[Sequence[Run]], name: str | None) -> list[Run | None]:
+    """For the runs of each data set the one to compare with: that of the given name, else the first U run."""
+    found = [[run for run in group if name in (run.name, run.path.resolve().name)] for group in groups]
+    if name is not None and (not any(found) or any(len(runs) > 1 for runs in found)):
+        problem = "fits more than one run" if any(found) else "is not among the runs"
+        allowed = ", ".join(run.name for group in groups for run in group)
+        raise ValueError(f"--baseline={name!r} {problem}; allowed: {allowed}")
+    first_u = [next((run for run in group if run.kind == "U"), None) for group in groups]
+    return [runs[0] if runs else default for runs, default in zip(found, first_u, strict=True)]
 
 
 def _pairing(run: Run, baseline: Run) -> tuple[np.ndarray | None, str]:
@@ -300,46 +386,55 @@ def _comparison_section(runs: Sequence[Run], baseline: Run | None) -> str:
     return "\n\n".join(paragraphs)
 
 
-def tables_and_comparisons(runs: Sequence[Run], baseline: str | None = None) -> str:
-    """The report without its figures, in Markdown.
+def tables_and_comparisons(runs: Sequence[Run], baseline: str | None = None) -> list[str]:
+    """The report without its figures, in Markdown: a section for each data set (``by_dataset``), last the paper's
+    tables.
 
     Raises:
         ValueError: ``baseline`` is not the name of one of the runs.
     """
-    base = _find_baseline(runs, baseline)
-    parts = [
-        f"# Results on {runs[0].dataset}",
-        _our_table(runs),
-        _table_notes(runs),
-        _features_note(runs),
-        _paper_section(runs),
-        "## Comparison with the baseline",
-        _comparison_section(runs, base),
-    ]
-    return "\n\n".join(part for part in parts if part)
+    groups = by_dataset(runs)
+    sections = []
+    for group, base in zip(groups, _baselines(groups, baseline), strict=True):
+        parts = [
+            f"# Results on {group[0].dataset}",
+            _our_table(group),
+            _table_notes(group),
+            _features_note(group),
+            "## Comparison with the baseline",
+            _comparison_section(group, base),
+        ]
+        sections.append("\n\n".join(part for part in parts if part))
+    return [*sections, _paper_section(runs)]
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
 def write_report(paths: Sequence[Path], output: Path | None = None, baseline: str | None = None) -> str:
-    """Writes table, comparisons and figures of the runs and returns the text of ``report.md``.
+    """Writes tables, comparisons and figures of the runs and returns the text of ``report.md``.
+
+    Runs of several data sets get a section and figures for each.
 
     Args:
-        paths: the working directories, in the order of the table's rows.
+        paths: the working directories, in the order of the tables' rows.
         output: the folder written to; without it the folder that all runs lie in.
-        baseline: the name of the run the others are compared with; without it the first U run.
+        baseline: the name of the run the others are compared with; without it the first U run of the data set.
 
     Raises:
         FileNotFoundError, ValueError: see ``load_runs``; also an unknown baseline, and ``output`` being a file.
     """
     runs = load_runs(paths)
-    text = tables_and_comparisons(runs, baseline)
+    *texts, paper = tables_and_comparisons(runs, baseline)
     output = output or Path(os.path.commonpath([path.resolve().parent for path in paths]))
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output={output} is a file; a folder is needed")
     output.mkdir(parents=True, exist_ok=True)
-    text = "\n\n".join([text, *write_figures(runs, output)]) + "\n"
+    sections = []
+    for number, (group, text) in enumerate(zip(by_dataset(runs), texts, strict=True), start=1):
+        prefix = f"{number}_{dataset_key(group[0].dataset)}_" if len(texts) > 1 else ""
+        sections += [text, *write_figures(group, output, prefix)]
+    text = "\n\n".join([*sections, paper]) + "\n"
     for name, content in (("report.csv", _csv_text(runs)), ("report.md", text)):
         write_atomically(output / name, lambda file, content=content: file.write(content.encode()))
     return text
@@ -348,7 +443,7 @@ def write_report(paths: Sequence[Path], output: Path | None = None, baseline: st
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 after one line on stderr."""
     parser = argparse.ArgumentParser(
-        prog="report.py", description="Tables and figures of the paper from evaluated runs of one data set."
+        prog="report.py", description="Tables and figures of the paper from evaluated runs."
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a --workdir of main.py, evaluated")
     parser.add_argument("--output", metavar="DIR", type=Path, help="folder to write to (default: the runs' own)")

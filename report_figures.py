@@ -282,14 +282,18 @@ _FIGURES: tuple[tuple[str, str, Callable[..., tuple[Figure | None, list[str]]], 
 )
 
 
-def write_figures(runs: Sequence[Run], output: Path) -> list[str]:
-    """Draws every figure and returns its section of the report; of one that cannot be drawn, no older file stays."""
+def write_figures(runs: Sequence[Run], output: Path, prefix: str = "") -> list[str]:
+    """Draws every figure and returns its section of the report; of one that cannot be drawn, no older file stays.
+
+    ``prefix`` goes before the files' names.
+    """
     import matplotlib
 
     sections = []
     with matplotlib.rc_context(_STYLE):
         for file_name, heading, draw, caption in _FIGURES:
             figure, notes = draw(runs)
+            file_name = prefix + file_name
             if figure is None:
                 (output / file_name).unlink(missing_ok=True)
                 lines = [f"`{file_name}` was not drawn.", *notes]

@@ -21,9 +21,11 @@ import numpy as np
 __all__ = [
     "COLUMNS",
     "NASYM_ROUND_OFF",
+    "PROTOCOL",
     "WITH_ERROR",
     "Column",
     "Run",
+    "by_dataset",
     "dataset_key",
     "load_run",
     "load_runs",
@@ -41,34 +43,34 @@ class Column:
         title: the heading, with the unit.
         best: ``min`` or ``max``, or ``None`` where no value is better than another.
         from_features: whether the number depends on the feature extractor and on the number of samples.
-        paper_format: how the paper prints it.
     """
 
     key: str
     title: str
     best: Callable[..., Any] | None = None
     from_features: bool = False
-    paper_format: str = ".2f"
 
 
 # NFE is not ranked: an evaluation of a conservative score costs a forward and a backward pass, one of the others only
 # a forward pass, so that the smaller count need not be the cheaper one.
 COLUMNS = (
     Column("nll_bits_per_dim", "NLL ↓ (bits/dim)", min),
-    Column("asym", "Asym ↓", min, paper_format=".2e"),
-    Column("nasym", "NAsym ↓", min, paper_format=".2e"),
+    Column("asym", "Asym ↓", min),
+    Column("nasym", "NAsym ↓", min),
     Column("fid", "FID ↓", min, from_features=True),
     Column("kid", "KID ↓", min, from_features=True),
     Column("inception_score", "IS ↑", max, from_features=True),
     Column("precision", "Precision ↑", max, from_features=True),
     Column("recall", "Recall ↑", max, from_features=True),
-    Column("nfe_sampling", "NFE sampling", paper_format=".0f"),
+    Column("nfe_sampling", "NFE sampling"),
     Column("nfe_likelihood", "NFE likelihood"),
     Column("num_samples", "Samples"),
     Column("checkpoint_step", "Step"),
 )
 WITH_ERROR = ("nll_bits_per_dim", "asym", "nasym", "kid")
-_NUMBERS = (*(c.key for c in COLUMNS), *(f"{key}_se" for key in WITH_ERROR), "feature_test_accuracy")
+# How the numbers were measured: which part of the test set, how many noise levels, probes and predictor steps.
+PROTOCOL = ("nll_images", "asym_images", "test_images", "asym_levels", "asym_probes", "sampling_steps")
+_NUMBERS = (*(c.key for c in COLUMNS), *(f"{key}_se" for key in WITH_ERROR), "feature_test_accuracy", *PROTOCOL)
 
 # In single precision J − Jᵀ of an exactly conservative score is round-off: about 1e-7 of J, times what the depth of
 # the network adds. NAsym is the square of such a ratio; 1e-8 is a relative asymmetry of 1e-4.
@@ -88,7 +90,7 @@ class Run:
         config: ``config.json``; ``metrics``: ``eval/metrics.json``; ``log``: the rows of ``metrics.jsonl`` in the order
         of their steps, ``None`` where there is no such file.
         asymmetry: arrays t, sigma, asym, asym_se, nasym, nasym_se (T,), or ``None``.
-        samples: float64 images (N, H, W, C) in [0, 1], or ``None``.
+        samples: the first (at most 16) images, float64 (N, H, W, C) in [0, 1], or ``None``.
         nll: bits/dim of each test image (N,), or ``None``.
     """
 
@@ -230,7 +232,7 @@ def _read_metrics(file: Path) -> dict[str, Any]:
         value = metrics.setdefault(key, None)
         if value is not None and not _is_number(value):
             raise ValueError(f"{file}: {key}={value!r}; a number or null is needed")
-    for key in ("features", "sampler"):
+    for key in ("features", "sampler", "likelihood"):
         value = metrics.setdefault(key, None)
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{file}: {key}={value!r}; a string or null is needed")
@@ -278,6 +280,9 @@ def _read_asymmetry(file: Path) -> dict[str, np.ndarray] | None:
     return arrays
 
 
+_SAMPLES_KEPT = 16  # more than fit into the figure; all 50 000 would be more than a gigabyte
+
+
 def _read_samples(file: Path) -> np.ndarray | None:
     arrays = _read_arrays(file, "images", "num_levels")
     if arrays is None:
@@ -288,7 +293,7 @@ def _read_samples(file: Path) -> np.ndarray | None:
     top = int(arrays["num_levels"]) - 1
     if not images.max() <= top <= 255:
         raise ValueError(f"{file}: num_levels={top + 1} does not fit the largest pixel level {images.max()}")
-    return images / max(top, 1)
+    return images[:_SAMPLES_KEPT] / max(top, 1)
 
 
 def _read_nll(file: Path) -> np.ndarray | None:
@@ -302,30 +307,32 @@ def _read_nll(file: Path) -> np.ndarray | None:
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Reads runs of one data set, under names that tell them apart.
+    """Reads runs under names that tell them apart.
 
     Raises:
-        FileNotFoundError, ValueError: see ``load_run``; also a run given twice and runs of different data sets.
+        FileNotFoundError, ValueError: see ``load_run``; also a run given twice.
     """
     resolved = [path.resolve() for path in paths]
     for i, path in enumerate(resolved):
         if path in resolved[:i]:
             raise ValueError(f"{paths[i]}: the run is given twice")
     runs = [load_run(path) for path in paths]
-    for run in runs:
-        for key in ("dataset", "path", "image_size"):
-            first, other = runs[0].config["data"].get(key), run.config["data"].get(key)
-            if first != other and not (key == "dataset" and dataset_key(first) == dataset_key(other)):
-                raise ValueError(
-                    f"runs of different data sets cannot share a table: config.data.{key}={first!r} in "
-                    f"{runs[0].path}, {other!r} in {run.path}"
-                )
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         # Equal labels or folder names: the paths below the common folder are what tells the runs apart.
         common = os.path.commonpath(resolved)
         runs = [load_run(path, os.path.relpath(full, common)) for path, full in zip(paths, resolved, strict=True)]
     return runs
+
+
+def by_dataset(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs of each data set, in the order given: of one name, file or folder, and image size."""
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        data = run.config["data"]
+        key = dataset_key(data["dataset"]), data.get("path") or "", data.get("image_size")
+        groups.setdefault(key, []).append(run)
+    return list(groups.values())
 
 
 def dataset_key(dataset: str) -> str:

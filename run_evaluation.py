@@ -70,7 +70,7 @@ def evaluate(
     enabled = config.eval
     metrics: dict = {"checkpoint_step": step, "sampler": _sampler_name(config), "test_images": len(run.test_data)}
     names = "nll_bits_per_dim nll_bits_per_dim_se nfe_likelihood nll_images likelihood asym asym_se nasym nasym_se "
-    names += "asym_images asym_levels asym_probes fid kid kid_se "
+    names += "asym_images asym_levels asym_probes sampling_steps fid kid kid_se "
     names += "inception_score inception_score_std precision recall density coverage nfe_sampling num_samples "
     names += "features feature_test_accuracy"
     metrics.update(dict.fromkeys(names.split()))
@@ -162,7 +162,11 @@ def _sampler_name(config: ConfigDict) -> str:
     sampling = config.sampling
     steps = sampling.num_steps or config.model.num_scales
     if sampling.method == "pc":
-        return f"PC, {sampling.predictor} + {sampling.corrector}, {steps} steps"
+        corrector, end = sampling.corrector, "" if sampling.noise_removal else ", not denoised"
+        if corrector != "none":
+            repeats = f", {sampling.n_steps_each} per step" if sampling.n_steps_each > 1 else ""
+            corrector += f" (snr {sampling.snr:g}{repeats})"
+        return f"PC, {sampling.predictor} + {corrector}, {steps} steps{end}"
     if sampling.solver == "heun":
         return f"ODE, heun, {steps} steps"
     return f"ODE, {sampling.solver}, rtol {sampling.rtol:g}, atol {sampling.atol:g}"
@@ -348,6 +352,8 @@ def _evaluate_samples(run: Run) -> dict:
     config = run.config
     arrays = _sample_stage(run)
     metrics: dict = {"nfe_sampling": float(arrays["nfe"].mean()), "num_samples": len(arrays["images"])}
+    if config.sampling.method == "pc":
+        metrics["sampling_steps"] = config.sampling.num_steps or config.model.num_scales
     if run.accelerator.is_main_process:
         num_levels = run.train_data.num_levels
         write_arrays(run.workdir / "eval" / "samples.npz", images=arrays["images"], num_levels=num_levels)

@@ -17,7 +17,6 @@ import pytest
 from synthetic_runs import make_run, metrics, u_qc_and_c
 
 import report
-from report_paper import PAPER
 from report_runs import load_run, load_runs
 
 
@@ -28,7 +27,7 @@ def digits(tmp_path: Path) -> tuple[Path, Path, Path]:
 
 def text_of(paths: Sequence[Path], baseline: str | None = None) -> str:
     """The report without the figures, which take most of the time."""
-    return report.tables_and_comparisons(load_runs(paths), baseline)
+    return "\n\n".join(report.tables_and_comparisons(load_runs(paths), baseline))
 
 
 def table_row(text: str, name: str) -> dict[str, str]:
@@ -166,58 +165,6 @@ def test_classifier_features_are_said_not_to_be_inception(digits: tuple[Path, ..
     assert "comparable within" not in inception
 
 
-# -------------------------------------------------------------------------------------------------- the paper's numbers
-
-
-def test_paper_row_of_cifar10(tmp_path: Path) -> None:
-    runs = [
-        make_run(tmp_path / "u", dataset="CIFAR10", channels=3, size=32, num_levels=256),
-        make_run(tmp_path / "qc", qc_weight=1e-4, dataset="CIFAR10", channels=3, size=32, num_levels=256),
-    ]
-    text = text_of(runs)
-    assert table_row(text, "QC-NCSN++ (paper)") == {
-        "Model": "QC-NCSN++ (paper)",
-        "NLL ↓ (bits/dim)": "3.38",
-        "Asym ↓": "3.49e7",
-        "NAsym ↓": "8.41e-4",
-        "FID ↓": "2.48",
-        "IS ↑": "9.70",
-        "Precision ↑": "0.67",
-        "Recall ↑": "0.60",
-        "NFE (predictor steps)": "1000",
-    }
-    assert table_row(text, "U-NCSN++ (paper)")["NAsym ↓"] == "1.90e-3"
-    assert "arXiv 2209.12753" in text
-    assert "C-NCSN++ (paper)" not in text.replace("QC-NCSN++ (paper)", "")  # no C run, no C row
-
-
-@pytest.mark.parametrize(
-    ("dataset", "nll"),
-    [("svhn", "5.00"), ("cifar100", "5.34"), ("imagenet32", "5.10"), ("ImageNet-32x32", "5.10"), ("cifar-10", "5.91")],
-)
-def test_paper_row_of_the_conservative_model(tmp_path: Path, dataset: str, nll: str) -> None:
-    row = table_row(text_of([make_run(tmp_path / "c", "conservative", dataset=dataset)]), "(paper)")
-    assert (row["Model"], row["NLL ↓ (bits/dim)"], row["Asym ↓"]) == ("C-NCSN++ (paper)", nll, "0")
-    assert ("FID ↓" in row) == (dataset not in ("svhn", "cifar100"))
-
-
-def test_the_paper_ranks_qc_above_u_above_c() -> None:
-    """What the paper concludes from its tables holds for the numbers typed here."""
-    assert set(PAPER) == {"cifar10", "imagenet32", "cifar100", "svhn"}
-    for rows in PAPER.values():
-        assert rows["QC"]["nll_bits_per_dim"] < rows["U"]["nll_bits_per_dim"] < rows["C"]["nll_bits_per_dim"]
-        for key in ("asym", "nasym"):
-            assert 0 == rows["C"][key] < rows["QC"][key] < rows["U"][key]
-        if "fid" in rows["U"]:
-            assert rows["QC"]["fid"] < rows["U"]["fid"] < rows["C"]["fid"]
-
-
-def test_a_set_the_paper_does_not_have(digits: tuple[Path, ...]) -> None:
-    text = text_of(digits)
-    assert "The paper has no numbers for this data set (digits)." in text
-    assert "(paper)" not in text
-
-
 # --------------------------------------------------------------------------------------------------------- comparisons
 
 
@@ -277,6 +224,46 @@ def test_baseline(digits: tuple[Path, ...], tmp_path: Path) -> None:
     assert "nothing to compare" in text_of([u])
     longer = make_run(tmp_path / "longer", checkpoint_step=9000)
     assert "step 9000, the baseline's 6000" in text_of([u, longer])
+
+
+def test_every_data_set_has_its_own_section_baseline_and_figures(tmp_path: Path) -> None:
+    """Two sets, two runs each: compared within a set only, whether the baseline is chosen or named."""
+    paths = [
+        make_run(tmp_path / dataset / name, qc_weight=weight, dataset=dataset)
+        for dataset in ("digits", "SVHN")
+        for name, weight in (("u", 0.0), ("qc", 1e-4))
+    ]
+    text = report.write_report(paths)
+    assert [line for line in text.splitlines() if line.startswith("# ")] == [
+        "# Results on digits", "# Results on SVHN", "# Tables 2 and 3 of the paper",
+    ]  # fmt: skip
+    digits, svhn = text.split("# Results on SVHN")
+    for part, name in ((digits, "digits"), (svhn, "SVHN")):
+        assert f"Baseline: U-NCSN++ ({name}/u)." in part
+        assert f"QC-NCSN++ ({name}/qc, λ = 1e-4) against the baseline" in part
+    assert "![Asym and NAsym against t](1_digits_asymmetry_vs_t.png)" in digits
+    assert "![Asym and NAsym against t](2_svhn_asymmetry_vs_t.png)" in svhn
+    assert len(list(tmp_path.glob("*.png"))) == 6
+    text = text_of(paths, "qc")
+    assert text.count("Baseline: QC-NCSN++") == 2
+    text = text_of(paths, "SVHN/qc")
+    assert "Baseline: U-NCSN++ (digits/u)" in text and "Baseline: QC-NCSN++ (SVHN/qc" in text
+
+
+@pytest.mark.parametrize("data", [{"dataset": "mnist"}, {"dataset": "digits", "path": "mine.npz"}], ids=str)
+def test_other_data_are_never_compared(tmp_path: Path, data: dict[str, str]) -> None:
+    runs = [make_run(tmp_path / "u"), make_run(tmp_path / "v")]
+    edit_config(runs[1], data=data)
+    assert text_of(runs).count("One run: nothing to compare it with.") == 2
+
+
+def test_a_part_of_the_test_set_is_said(tmp_path: Path) -> None:
+    part = dict(nll_images=100, test_images=10000)
+    runs = [make_run(tmp_path / "u", **part, asym_images=8), make_run(tmp_path / "v", **part, asym_images=10000)]
+    text = text_of(runs)
+    assert "NLL: over 100 of 10000 test images." in text
+    assert "Asym and NAsym: over test images, u: 8 of 10000; v: 10000 of 10000." in text
+    assert "test images" not in text_of([make_run(tmp_path / "old")]).split("## Comparison")[0].split("KID:")[1]
 
 
 def test_missing_errors_allow_no_conclusion(tmp_path: Path) -> None:
@@ -353,6 +340,7 @@ ERRORS: dict[str, tuple[Any, str]] = {
     "log of words": (lambda u: damage(u, "metrics.jsonl", '{"step": 1, "dsm": "1"}'), "line 1: dsm='1'; a number"),
     "not text": (lambda u: damage(u, "metrics.jsonl", b'{"step": 1}\n\xff'), "metrics.jsonl, line 2: damaged JSON"),
     "metric of words": (lambda u: damage(u, "eval/metrics.json", '{"fid": "low"}'), "fid='low'; a number or null"),
+    "likelihood number": (lambda u: damage(u, "eval/metrics.json", '{"likelihood": 1}'), "likelihood=1; a string or"),
     "sampler number": (lambda u: damage(u, "eval/metrics.json", '{"sampler": 1}'), "sampler=1; a string or null"),
     "no data set": (lambda u: edit_config(u, data={}), "config.data.dataset is missing"),
     "unknown model": (
@@ -360,11 +348,6 @@ ERRORS: dict[str, tuple[Any, str]] = {
         "config.model.parameterization='free'; allowed: 'unconstrained', 'conservative'",
     ),
     "weight of words": (lambda u: edit_config(u, training={"qc_weight": "1"}), "config.training.qc_weight='1'"),
-    "other data": (lambda u: edit_config(u, data={"dataset": "mnist"}), "config.data.dataset='digits' in"),
-    "other file": (
-        lambda u: edit_config(u, data={"dataset": "digits", "path": "mine.npz"}),
-        "config.data.path=None in",
-    ),
     "damaged samples": (lambda u: damage(u, "eval/samples.npz", b"PK\x03\x04 no archive"), "samples.npz: damaged"),
     "no archive": (
         lambda u: (np.save(u / "array.npy", np.zeros(3)), (u / "array.npy").rename(u / "eval" / "nll.npz")),

@@ -278,6 +278,7 @@ def test_metrics_file_and_reuse(trained, tmp_path, monkeypatch):
     assert all(isinstance(stored[name], (int, float)) for name in wanted)
     assert stored["nfe_sampling"] == 2 * 3 + 1 and stored["num_samples"] == 20 and stored["checkpoint_step"] == 12
     assert stored["nll_bits_per_dim"] == metrics["nll_bits_per_dim"]
+    assert stored["sampler"] == "PC, reverse_diffusion + langevin (snr 0.16), 3 steps" and stored["sampling_steps"] == 3
 
     # A second evaluation computes nothing: the score is never called.
     calls = []
