@@ -1,0 +1,13 @@
+"""DDPM++ on CIFAR-10, VP in discrete time (Song et al., ICLR 2021, Table 3: FID 2.78, IS 9.64).
+
+python main.py --config=configs/vp/cifar10_ddpmpp.py --workdir=runs/vp_ddpmpp_discrete --mode=train
+"""
+
+from configs.defaults import base_config, use_vp
+
+
+def get_config():
+    config = use_vp(base_config(), "vpsde")
+    config.training.continuous = False
+    config.sampling.predictor = "ancestral_sampling"
+    return config
