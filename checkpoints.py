@@ -15,15 +15,16 @@ from __future__ import annotations
 import logging
 import random
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from atomic_write import write_atomically
-from models import layers
-from models.unet import UNet
+from models import layers, ncsnv2
 
 __all__ = [
     "CheckpointError",
@@ -197,27 +198,31 @@ _OFFICIAL_PARTS: dict[type[nn.Module], dict[str, str]] = {
     layers.Upsample: {"conv": "Conv_0"},
     layers.FIRConvDown: {"conv": "Conv2d_0"},
     layers.FIRConvUp: {"conv": "Conv2d_0"},
+    layers.FourierEmbedding: {"frequencies": "W"},
+    ncsnv2.ResidualBlock: {"norm1": "normalize1", "norm2": "normalize2"},
 }
 
 
-def official_names(network: UNet) -> dict[str, str]:
+class PublicNetwork(Protocol):
+    """An ``nn.Module`` that the public codes have too: it knows what its modules are called there."""
+
+    def official_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+def official_names(network: PublicNetwork) -> dict[str, str]:
     """For each of our parameter names, its name in score_sde_pytorch's state dict, without the prefix ``module.``."""
     own_names = {id(parameter): name for name, parameter in network.named_parameters()}
     names = {}
-    for index, module in enumerate(network.official_modules()):
+    for prefix, module in network.official_modules():
         parts = _OFFICIAL_PARTS.get(type(module), {})
         for name, parameter in module.named_parameters():
-            part, _, leaf = name.rpartition(".")
-            if isinstance(module, layers.FourierEmbedding):
-                official = "W"
-            elif part:
-                official_part = parts[part]
-                if official_part.startswith("NIN"):
-                    leaf = {"weight": "W", "bias": "b"}[leaf]
-                official = f"{official_part}.{leaf}"
-            else:
-                official = leaf
-            names[own_names[id(parameter)]] = f"all_modules.{index}.{official}"
+            first, *rest = name.split(".")
+            official = parts.get(first, first)
+            if official.startswith("NIN"):
+                rest = [{"weight": "W", "bias": "b"}[rest[0]]]
+            names[own_names[id(parameter)]] = ".".join([prefix, official, *rest])
     return names
 
 
@@ -226,7 +231,7 @@ def _to_own_layout(tensor: Tensor, official_name: str) -> Tensor:
     return tensor.t()[:, :, None, None] if ".NIN_" in official_name and official_name.endswith(".W") else tensor
 
 
-def load_score_sde_checkpoint(path: str | Path, network: UNet, ema: bool) -> int:
+def load_score_sde_checkpoint(path: str | Path, network: PublicNetwork, ema: bool) -> int:
     """Load a checkpoint of score_sde_pytorch, or of the QCSBM code, into a network; returns its step.
 
     Args:

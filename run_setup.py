@@ -231,9 +231,11 @@ class Run:
             stored = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
-        # A field that the run was stored without did not exist then; it had what is now its default.
-        stored = {**flatten(json.loads(base_config().to_json())), **flatten(stored)}
-        if different := differences(stored, json.loads(self.config.to_json()), free_fields):
+        # A field that the run was stored without did not exist then, and had what is now its default, or its network
+        # does not read it.
+        default = flatten(json.loads(base_config().to_json()))
+        given = {**default, **flatten(json.loads(self.config.to_json()))}
+        if different := differences({**default, **flatten(stored)}, given, free_fields):
             raise ValueError(f"--workdir={self.workdir} holds another run: {different}")
 
     def write_config(self) -> None:

@@ -5,7 +5,7 @@ Facts are those of the papers' public configs, score_sde_pytorch's and QCSBM's.
 
 from ml_collections import ConfigDict
 
-from configs.defaults import base_config, choose
+from configs.defaults import base_config, choose, use_vp
 
 # Tables 2 to 4 of Chao et al. (ICML 2023): one NCSN++ (deep) per data set, QC with few images and many probes for the
 # likelihood (Table 2), or the other way round for sampling (Tables 3 and 4).
@@ -25,6 +25,62 @@ def qcsbm_config(dataset: str, model: str) -> ConfigDict:
     config.training.n_iters = 700000
     config.training.snapshot_freq = 100000
     return choose(config, model, QCSBM_MODELS)
+
+
+# What NCSN++ and DDPM++ can be told and DDPM cannot.
+NCSNPP_FIELDS = ("embedding_type", "fourier_scale", "resblock_type", "fir", "fir_kernel", "skip_rescale")
+NCSNPP_FIELDS += ("progressive", "progressive_input", "progressive_combine", "init_scale")
+# And what all U-Nets can be told and NCSN and NCSNv2 cannot.
+UNET_FIELDS = ("ch_mult", "num_res_blocks", "attn_resolutions", "dropout", "conditional", "resamp_with_conv")
+
+
+def use_ddpm(config: ConfigDict) -> ConfigDict:
+    """The network of Ho et al. (2020) in place of NCSN++ or DDPM++, and only the fields that it reads."""
+    for field in NCSNPP_FIELDS:
+        del config.model[field]
+    config.model.update(name="ddpm", num_res_blocks=2)
+    return config
+
+
+def ddpm_256() -> ConfigDict:
+    """DDPM on 256×256 images, VP in discrete time."""
+    config = use_ddpm(use_discrete_vp(use_image_folder(base_config())))
+    config.model.update(num_scales=1000, ch_mult=(1, 1, 2, 2, 4, 4))
+    config.optim.lr = 2e-5
+    return config
+
+
+def use_discrete_vp(config: ConfigDict) -> ConfigDict:
+    """VP in discrete time, sampled as DDPM is."""
+    use_vp(config).training.continuous = False
+    config.sampling.predictor = "ancestral_sampling"
+    return config
+
+
+def use_ncsn(config: ConfigDict, name: str = "ncsn") -> ConfigDict:
+    """NCSN or NCSNv2 with only the fields that they read; SMLD, sampled by annealed Langevin dynamics alone."""
+    for field in (*NCSNPP_FIELDS, *UNET_FIELDS):
+        del config.model[field]
+    config.training.continuous = False
+    config.model.update(name=name, nonlinearity="elu", scale_by_sigma=name != "ncsn")
+    config.optim.update(lr=1e-3 if name == "ncsn" else 1e-4, warmup=0, grad_clip=-1.0)
+    config.sampling.update(predictor="none", corrector="ald")
+    return config
+
+
+# Song and Ermon (NeurIPS 2020) improve NCSN by five techniques: 1, 2 and 4 are more, and more widely spread, noise
+# levels with as many Langevin steps in all; 5 is the moving average. (3 is NCSNv2's independence of the noise level.)
+NCSN_LEVELS = {"model.sigma_max": 1.0, "model.num_scales": 10, "sampling.n_steps_each": 100, "sampling.snr": 0.316}
+CIFAR10_LEVELS = {"model.num_scales": 232, "sampling.n_steps_each": 5, "sampling.snr": 0.176}
+CELEBA_LEVELS = {"model.num_scales": 500, "sampling.n_steps_each": 5, "sampling.snr": 0.128}
+
+
+def ncsn_config(levels: dict[str, float], *, celeba: bool = False, moving_average: bool = False) -> ConfigDict:
+    """NCSN with some of the techniques of NCSNv2."""
+    config = use_ncsn(use_celeba(base_config()) if celeba else base_config())
+    config.model.ema_rate = 0.999 if moving_average else 0.0
+    config.update_from_flattened_dict(levels)
+    return config
 
 
 def use_smld(config: ConfigDict) -> ConfigDict:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
+from models.ddpm import DDPM
 from models.ema import EMA
 from models.mlp import NoiseConditionalMLP
+from models.ncsnv2 import NCSN, NCSNv2
 from models.score import ConservativeScore, NoiseLevel, ScoreModel, UnconstrainedScore
 from models.unet import UNet
 from sde_lib import SDE
@@ -43,14 +46,63 @@ def _unet(config) -> UNet:
     )
 
 
+def _ddpm(config) -> DDPM:
+    model = config.model
+    return DDPM(
+        image_size=config.data.image_size,
+        num_channels=config.data.num_channels,
+        centered=config.data.centered,
+        nf=model.nf,
+        ch_mult=tuple(model.ch_mult),
+        num_res_blocks=model.num_res_blocks,
+        attn_resolutions=tuple(model.attn_resolutions),
+        dropout=model.dropout,
+        nonlinearity=model.nonlinearity,
+        conditional=model.conditional,
+        resamp_with_conv=model.resamp_with_conv,
+    )
+
+
+def _ncsn(config) -> NCSN:
+    if config.training.continuous:
+        raise ValueError(
+            "training.continuous=True: model.name='ncsn' is conditioned on one of model.num_scales noise levels; set "
+            "training.continuous=False"
+        )
+    return NCSN(num_levels=config.model.num_scales, **_refinenet_options(config))
+
+
+def _ncsnv2(architecture: int | None, config) -> NCSNv2:
+    return NCSNv2(architecture=architecture, **_refinenet_options(config))
+
+
+def _refinenet_options(config) -> dict:
+    return dict(
+        image_size=config.data.image_size,
+        num_channels=config.data.num_channels,
+        centered=config.data.centered,
+        nf=config.model.nf,
+        nonlinearity=config.model.nonlinearity,
+    )
+
+
 def _mlp(config) -> NoiseConditionalMLP:
     model = config.model
     return NoiseConditionalMLP(2, widths=tuple(model.widths), output_activation=model.output_activation)
 
 
-# ncsnpp is score_sde_pytorch's name for both NCSN++ and DDPM++, which are one network with other options; mlp is the
-# network of the 2-D examples.
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"ncsnpp": _unet, "mlp": _mlp}
+# The names are score_sde_pytorch's: ncsnpp is both NCSN++ and DDPM++, which are one network with other options; ncsnv2
+# chooses among the three by the size of the images. mlp is the network of the 2-D examples.
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "ncsnpp": _unet,
+    "ddpm": _ddpm,
+    "ncsn": _ncsn,
+    "ncsnv2": partial(_ncsnv2, None),
+    "ncsnv2_64": partial(_ncsnv2, 64),
+    "ncsnv2_128": partial(_ncsnv2, 128),
+    "ncsnv2_256": partial(_ncsnv2, 256),
+    "mlp": _mlp,
+}
 
 PARAMETERIZATIONS = ("unconstrained", "conservative")
 
@@ -82,7 +134,8 @@ def create_score_model(config, sde: SDE) -> ScoreModel:
         raise ValueError(f"model.scale_by_sigma=True: only for VE; a {sde.name} network is divided by σ by its score")
     if sde.name == "ve" and model.parameterization == "conservative" and not model.scale_by_sigma:
         raise ValueError("model.scale_by_sigma=False: a conservative model always divides by σ (Eq. 10)")
-    if sde.name == "ve" and not config.training.continuous and model.embedding_type.lower() == "fourier":
+    embedding_type = str(model.get("embedding_type", "")).lower()
+    if sde.name == "ve" and not config.training.continuous and embedding_type == "fourier":
         # The label of the largest σ is index 0, and the Fourier embedding is of its logarithm.
         raise ValueError("training.continuous=False: a discrete-time VE model needs model.embedding_type='positional'")
     noise_level = NoiseLevel(sde, None if config.training.continuous else model.num_scales)

@@ -72,7 +72,8 @@ class NoiseLevel(nn.Module):
 
     def _index(self, t: Tensor) -> Tensor:
         """Where t lies on the ladder, a real number in [0, N − 1]; whole, exactly, at the ladder's own times."""
-        above = torch.searchsorted(self.ladder_time, t.to(self.ladder_time.dtype)).clamp(1, self.num_scales - 1)
+        position = torch.searchsorted(self.ladder_time, t.to(self.ladder_time.dtype).contiguous())
+        above = position.clamp(1, self.num_scales - 1)
         start, end = self.ladder_time[above - 1], self.ladder_time[above]
         index = (above - 1 + (t - start) / (end - start)).clamp(0, self.num_scales - 1)
         # Rounding errors of t are a part in 10⁴ of the distance between two of 1000 levels.

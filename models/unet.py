@@ -416,12 +416,16 @@ class UNet(nn.Module):
             h, pyramid = stage(h, temb, pyramid, skips)
         return pyramid if self.head is None else self.head(h)
 
-    def official_modules(self) -> Iterator[nn.Module]:
-        """The parametrised modules in the order of score_sde_pytorch's flat list ``all_modules``.
+    def official_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The parametrised modules with their names in score_sde_pytorch, entries of one flat list.
 
         A positional embedding has no entry there; everything else has one, in the order of computation, except
         that a residual or attention module precedes the pyramid module of its stage.
         """
+        for index, module in enumerate(self._official_list()):
+            yield f"all_modules.{index}", module
+
+    def _official_list(self) -> Iterator[nn.Module]:
         if isinstance(self.embedding, FourierEmbedding):
             yield self.embedding
         if self.time_mlp is not None:

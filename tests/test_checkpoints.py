@@ -137,7 +137,7 @@ def test_official_module_numbers(options):
         "Attention": "attention",
         "Combine": "combine",
     }
-    ours = [classes.get(type(module).__name__, "resample") for module in network.official_modules()]
+    ours = [classes.get(type(module).__name__, "resample") for _, module in network.official_modules()]
     assert ours == kinds
     assert set(official_names(network)) == {name for name, _ in network.named_parameters()}
 

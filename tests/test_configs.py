@@ -13,6 +13,7 @@ import pytest
 import torch
 from ml_collections import ConfigDict
 
+from configs.presets import NCSNPP_FIELDS
 from datasets import get_dataset
 from likelihood import get_likelihood
 from losses import get_objective
@@ -44,6 +45,22 @@ DEEP = {"model.num_res_blocks": 8, "training.n_iters": 950001}
 ON_NCSNPP = {"model.fir": True, "model.progressive_input": "residual"}
 DISCRETE = {"training.continuous": False, "model.embedding_type": "positional"}
 SUB_VP = {"training.sde": "subvpsde"}
+DDPM = {"model.name": "ddpm", "model.num_res_blocks": 2, "model.ch_mult": (1, 2, 2, 2), "model.nf": 128}
+VP_DDPM = {field: value for field, value in VP_32.items() if field.removeprefix("model.") not in NCSNPP_FIELDS} | DDPM
+VP_DDPM_DISCRETE = VP_DDPM | {"training.continuous": False, "sampling.predictor": "ancestral_sampling"}
+VP_DDPM_256 = VP_DDPM_DISCRETE | {"data.image_size": 256, "model.ch_mult": (1, 1, 2, 2, 4, 4), "model.dropout": 0.0}
+VP_DDPM_256 |= {"training.n_iters": 2400001, "training.batch_size": 64, "model.num_scales": 1000, "optim.lr": 2e-5}
+NCSN = {"model.name": "ncsn", "training.sde": "vesde", "training.continuous": False, "model.scale_by_sigma": False}
+NCSN |= {"sampling.predictor": "none", "sampling.corrector": "ald", "model.nonlinearity": "elu", "model.nf": 128}
+NCSN |= {"optim.lr": 1e-3, "optim.warmup": 0, "optim.grad_clip": -1.0, "model.ema_rate": 0.0, "data.image_size": 32}
+NCSN |= {"model.sigma_max": 1, "model.num_scales": 10, "sampling.n_steps_each": 100, "sampling.snr": 0.316}
+CELEBA = {"data.image_size": 64, "data.dataset": "CELEBA"}
+AVERAGED = {"model.ema_rate": 0.999}
+LEVELS_32 = {"model.sigma_max": 50, "model.num_scales": 232, "sampling.n_steps_each": 5, "sampling.snr": 0.176}
+LEVELS_64 = {"model.sigma_max": 90, "model.num_scales": 500, "sampling.n_steps_each": 5, "sampling.snr": 0.128}
+NCSNV2 = NCSN | AVERAGED | {"model.name": "ncsnv2_64", "model.scale_by_sigma": True, "optim.lr": 1e-4}
+LEVELS_128 = {"model.sigma_max": 190, "model.num_scales": 1086, "sampling.n_steps_each": 3, "sampling.snr": 0.095}
+LEVELS_128 |= {"model.name": "ncsnv2_128", "data.image_size": 128, "model.ema_rate": 0.9999, "training.batch_size": 128}
 OFFICIAL: dict[str, dict] = {
     "ve/cifar10_ncsnpp": VE_32 | DISCRETE,
     "ve/cifar10_ncsnpp_continuous": VE_32 | {"model.embedding_type": "fourier", "training.continuous": True},
@@ -55,6 +72,25 @@ OFFICIAL: dict[str, dict] = {
     "ve/ffhq_256_ncsnpp_continuous": VE_256 | {"model.sigma_max": 348},
     "ve/celebahq_ncsnpp_continuous": VE_1024 | {"training.reduce_mean": False},
     "ve/ffhq_ncsnpp_continuous": VE_1024 | {"training.reduce_mean": True},
+    "ve/cifar10_ddpm": DDPM | {"training.sde": "vesde", "training.continuous": False, "model.scale_by_sigma": True},
+    "ve/ncsn/cifar10": NCSN,
+    "ve/ncsn/cifar10_5": NCSN | AVERAGED,
+    "ve/ncsn/cifar10_124": NCSN | LEVELS_32,
+    "ve/ncsn/cifar10_1245": NCSN | LEVELS_32 | AVERAGED,
+    "ve/ncsn/celeba": NCSN | CELEBA,
+    "ve/ncsn/celeba_5": NCSN | CELEBA | AVERAGED,
+    "ve/ncsn/celeba_124": NCSN | CELEBA | LEVELS_64,
+    "ve/ncsn/celeba_1245": NCSN | CELEBA | LEVELS_64 | AVERAGED,
+    "ve/ncsnv2/cifar10": NCSNV2 | LEVELS_32,
+    "ve/ncsnv2/celeba": NCSNV2 | CELEBA | LEVELS_64,
+    "ve/ncsnv2/bedroom": NCSNV2 | LEVELS_128,
+    "vp/ddpm/cifar10": VP_DDPM_DISCRETE,
+    "vp/ddpm/cifar10_unconditional": VP_DDPM_DISCRETE | {"model.conditional": False},
+    "vp/ddpm/cifar10_continuous": VP_DDPM,
+    "vp/ddpm/bedroom": VP_DDPM_256,
+    "vp/ddpm/church": VP_DDPM_256,
+    "vp/ddpm/celebahq": VP_DDPM_256,
+    "subvp/cifar10_ddpm_continuous": VP_DDPM | SUB_VP,
     "vp/cifar10_ddpmpp": VP_32 | DISCRETE | {"sampling.predictor": "ancestral_sampling"},
     "vp/cifar10_ddpmpp_continuous": VP_32,
     "vp/cifar10_ddpmpp_deep_continuous": VP_32 | DEEP,
@@ -85,7 +121,8 @@ CASES = {f"{path}:{name}": (path, name) for path in FILES for name in variants(l
 def reduced(config: ConfigDict) -> ConfigDict:
     """As narrow as the network can be, on images as small as its levels allow, in batches of two."""
     config.model.nf = 4 if config.data.image_size > 256 else 8
-    config.model.num_res_blocks = 1
+    if "num_res_blocks" in config.model:
+        config.model.num_res_blocks = 1
     if config.data.image_size > 64:
         config.data.image_size //= 4 if config.data.image_size <= 256 else 8
     config.training.qc_probes = min(config.training.qc_probes, 2)

@@ -167,7 +167,7 @@ def test_output_residual_goes_on_as_features(skip_rescale, small_unet):
 @every_option
 def test_every_parameter_is_listed_once_for_official_checkpoints(options, base, small_unet):
     network = small_unet(**options)
-    listed = [id(p) for module in network.official_modules() for p in module.parameters()]
+    listed = [id(p) for _, module in network.official_modules() for p in module.parameters()]
     assert len(listed) == len(set(listed))
     assert set(listed) == {id(p) for p in network.parameters()}
 
@@ -765,7 +765,7 @@ def test_network_options_from_a_config():
 @pytest.mark.parametrize(
     ("sde", "config", "message"),
     [
-        ("ve", model_config(name="unet"), "model.name='unet': allowed are mlp, ncsnpp"),
+        ("ve", model_config(name="unet"), "model.name='unet': allowed are ddpm, mlp, ncsn, ncsnpp, ncsnv2"),
         ("ve", model_config("free"), "model.parameterization='free': allowed are unconstrained, conservative"),
         ("vp", model_config(), "model.scale_by_sigma=True: only for VE"),
         ("ve", model_config("conservative", scale_by_sigma=False), "model.scale_by_sigma=False: a conservative model"),

@@ -361,6 +361,29 @@ def test_official_checkpoint_is_sampled_with_its_averages(tmp_path):
         run_lib.sample(config, tmp_path / "c", CPU, golden)
 
 
+@pytest.mark.parametrize("name", ["vp.ddpm.cifar10", "ve.ncsn.cifar10", "ve.ncsnv2.cifar10"])
+def test_networks_without_the_fields_of_the_unet_train_resume_and_sample(name, tmp_path):
+    def config(**overrides):
+        config = importlib.import_module(f"configs.{name}").get_config()
+        config.data.update(dataset="digits", image_size=8, num_channels=1)
+        if "ch_mult" in config.model:
+            config.model.update(ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,))
+        fields = TINY | {"model.num_scales": 30, "sampling.n_steps_each": 2, "eval.num_samples": 2} | overrides
+        known = {field: value for field, value in fields.items() if field.split(".")[1] in config[field.split(".")[0]]}
+        config.update_from_flattened_dict(known)
+        return config
+
+    run_lib.train(config(), tmp_path / "whole", CPU)
+    for n_iters in (5, 12):
+        run_lib.train(config(**{"training.n_iters": n_iters}), tmp_path / "parts", CPU)
+    assert_identical(weights(tmp_path / "whole", 12), weights(tmp_path / "parts", 12))
+    folder = run_lib.sample(config(), tmp_path / "whole", CPU)
+    with np.load(folder / "samples.npz", allow_pickle=False) as file:
+        assert file["images"].shape == (2, 8, 8, 1)
+    with pytest.raises(run_lib.InvalidRun, match=r"holds another run: model\.nf was 8, is 16"):
+        run_lib.train(config(**{"model.nf": 16}), tmp_path / "whole", CPU)
+
+
 def test_settings_of_the_optimiser_are_those_of_the_config(tmp_path):
     """init_from brings the moments of another run, not its settings."""
     run_lib.train(tiny_config(), tmp_path / "u", CPU)
@@ -390,7 +413,7 @@ def test_settings_of_the_optimiser_are_those_of_the_config(tmp_path):
         (dict(data__image_size=16), r"image_size=16"),
         (dict(data__num_channels=3, eval__asym_probes=1), r"num_channels=3"),
         (dict(data__dataset="npz", data__path="nothing.npz"), r"nothing\.npz"),
-        (dict(model__name="x"), r"model\.name='x': allowed are mlp, ncsnpp"),
+        (dict(model__name="x"), r"model\.name='x': allowed are ddpm, mlp, ncsn, ncsnpp, ncsnv2"),
         (dict(model__parameterization="x"), r"model\.parameterization='x': allowed are"),
         (dict(model__sigma_min=20.0), r"model\.sigma_min=20\.0"),
         (dict(model__ema_rate=1.0), r"model\.ema_rate=1\.0"),

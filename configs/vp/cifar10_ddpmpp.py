@@ -3,11 +3,9 @@
 python main.py --config=configs/vp/cifar10_ddpmpp.py --workdir=runs/vp_ddpmpp_discrete --mode=train
 """
 
-from configs.defaults import base_config, use_vp
+from configs.defaults import base_config
+from configs.presets import use_discrete_vp
 
 
 def get_config():
-    config = use_vp(base_config(), "vpsde")
-    config.training.continuous = False
-    config.sampling.predictor = "ancestral_sampling"
-    return config
+    return use_discrete_vp(base_config())

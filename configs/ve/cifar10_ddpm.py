@@ -1,0 +1,11 @@
+"""DDPM's network on CIFAR-10, VE in discrete time (Song et al., ICLR 2021; no public checkpoint).
+
+python main.py --config=configs/ve/cifar10_ddpm.py --workdir=runs/ve_ddpm --mode=train
+"""
+
+from configs.defaults import base_config
+from configs.presets import use_ddpm, use_smld
+
+
+def get_config():
+    return use_ddpm(use_smld(base_config()))

@@ -1,0 +1,10 @@
+"""NCSN on CIFAR-10 (Song and Ermon, NeurIPS 2019: FID 25.32, IS 8.87).
+
+python main.py --config=configs/ve/ncsn/cifar10.py --workdir=runs/cifar10_ncsn --mode=train
+"""
+
+from configs.presets import NCSN_LEVELS, ncsn_config
+
+
+def get_config():
+    return ncsn_config(NCSN_LEVELS)
