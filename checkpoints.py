@@ -6,13 +6,14 @@ read with ``weights_only=True`` after its checksums have been verified; a damage
 before it is used.
 
 The second half reads the checkpoints of score_sde_pytorch and of the QCSBM code, which share one format: a dict with
-``model`` (state dict with names ``module.all_modules.<i>.…``), ``ema`` (a list of averages in parameter order),
-``optimizer`` and ``step``.
+``model`` (state dict with names like ``module.all_modules.<i>.…``), ``ema`` (a list of averages in parameter order),
+``optimizer`` and, in the former, ``step``; and those of the codes of NCSN and NCSNv2, which are lists.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import random
 import zipfile
 from collections.abc import Iterator
@@ -25,11 +26,15 @@ from torch import Tensor, nn
 
 from atomic_write import write_atomically
 from models import layers, ncsnv2
+from models.score import ScoreModel
+from sde_lib import SDE
 
 __all__ = [
     "CheckpointError",
     "CheckpointStore",
+    "PublicCheckpoint",
     "capture_rng_state",
+    "convert_public_checkpoint",
     "load_score_sde_checkpoint",
     "load_state_dict_strictly",
     "read_checkpoint",
@@ -75,6 +80,8 @@ def read_checkpoint(path: str | Path) -> dict:
     except Exception as error:  # torch.load raises half a dozen unrelated types on damaged files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"cannot read checkpoint {path}: {reason}") from error
+    if isinstance(state, list) and len(state) in (2, 4, 5) and isinstance(state[0], dict):
+        return _from_ncsn_list(state)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a checkpoint")
     return state
@@ -163,6 +170,12 @@ def load_state_dict_strictly(module: nn.Module, state: dict[str, Tensor], source
     Raises:
         CheckpointError: the first mismatching names, and how many there are.
     """
+    check_state_dict(module, state, source)
+    module.load_state_dict(state)
+
+
+def check_state_dict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Raise a CheckpointError unless names and shapes are those of a module's weights."""
     own = module.state_dict()
     problems = [f"{name} is missing" for name in own if name not in state]
     problems += [f"{name} is unexpected" for name in state if name not in own]
@@ -174,7 +187,6 @@ def load_state_dict_strictly(module: nn.Module, state: dict[str, Tensor], source
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{source} was made for another architecture: {'; '.join(problems[:3])}{more}")
-    module.load_state_dict(state)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -201,6 +213,19 @@ _OFFICIAL_PARTS: dict[type[nn.Module], dict[str, str]] = {
     layers.FourierEmbedding: {"frequencies": "W"},
     ncsnv2.ResidualBlock: {"norm1": "normalize1", "norm2": "normalize2"},
 }
+
+
+def _from_ncsn_list(values: list) -> dict:
+    """The lists that the codes of NCSN and NCSNv2 write, in score_sde_pytorch's form.
+
+    Those are model and optimiser, then in NCSNv2 epoch and step, then, if it keeps one, the moving average by name.
+    """
+    model, optimizer, *rest = values
+    names = [name.removeprefix("module.") for name in model if name.removeprefix("module.") != "sigmas"]
+    shadow = rest[2] if len(rest) == 3 else {name.removeprefix("module."): tensor for name, tensor in model.items()}
+    step = rest[1] if rest else max((int(state["step"]) for state in optimizer["state"].values()), default=0)
+    ema = {"num_updates": step, "shadow_params": [shadow[name] for name in names if name in shadow]}
+    return {"model": model, "optimizer": optimizer, "ema": ema, "step": step}
 
 
 class PublicNetwork(Protocol):
@@ -231,49 +256,176 @@ def _to_own_layout(tensor: Tensor, official_name: str) -> Tensor:
     return tensor.t()[:, :, None, None] if ".NIN_" in official_name and official_name.endswith(".W") else tensor
 
 
-def load_score_sde_checkpoint(path: str | Path, network: PublicNetwork, ema: bool) -> int:
-    """Load a checkpoint of score_sde_pytorch, or of the QCSBM code, into a network; returns its step.
+class PublicCheckpoint:
+    """A checkpoint of score_sde_pytorch, of the QCSBM code, or of those of NCSN and NCSNv2.
+
+    Args:
+        path: the ``.pth`` file.
+
+    Attributes:
+        step: steps of the optimiser; where a file has no ``step``, as QCSBM's, the updates of its moving average, of
+            which every step is one.
+        num_updates: updates of the moving average.
+
+    Raises:
+        CheckpointError: unreadable, or not of these formats.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path
+        checkpoint = read_checkpoint(path)
+        missing = [key for key in ("model", "ema") if key not in checkpoint]
+        if not missing:
+            missing = [f"ema.{key}" for key in ("shadow_params", "num_updates") if key not in checkpoint["ema"]]
+        if missing:
+            raise CheckpointError(f"{path} is not a score_sde_pytorch checkpoint: it has no {', '.join(missing)}")
+        self.num_updates = int(checkpoint["ema"]["num_updates"])
+        self.step = int(checkpoint.get("step", self.num_updates))
+        self._weights = {name.removeprefix("module."): tensor for name, tensor in checkpoint["model"].items()}
+        # The noise levels are a buffer there, the largest first; here they belong to the SDE.
+        self._noise_levels: Tensor | None = self._weights.pop("sigmas", None)
+        self._averages: list[Tensor] = checkpoint["ema"]["shadow_params"]
+        self._optimizer: dict = checkpoint.get("optimizer") or {}
+
+    def weights(self, network: PublicNetwork) -> dict[str, Tensor]:
+        """The weights under a network's names and in its layout; what it has no name for stands as in the file."""
+        return self._translated(self._weights, network)
+
+    def averages(self, network: PublicNetwork) -> dict[str, Tensor]:
+        """The same of the moving averages; the fixed Fourier frequencies have none and stand for themselves.
+
+        Raises:
+            CheckpointError: not one average for every trainable parameter, in its shape.
+        """
+        trainable = self._trainable()
+        if len(self._averages) != len(trainable):
+            raise CheckpointError(
+                f"{self.path} has {len(self._averages)} averages for {len(trainable)} trainable parameters"
+            )
+        averages = dict(zip(trainable, self._averages, strict=True))
+        for name, average in averages.items():
+            self._check_shape(f"the average of {name}", average, name)
+        return self._translated(self._weights | averages, network)
+
+    def optimizer_state(self, network: PublicNetwork) -> dict[str, dict[str, Tensor]] | None:
+        """Adam's moments ``exp_avg`` and ``exp_avg_sq`` and its ``step``, float32, of every trainable parameter under
+        the network's names and in its layout; None if the file has none.
+
+        The public codes give Adam all parameters, the fixed Fourier frequencies included: these have an index, and no
+        state, as they never have a gradient.
+
+        Raises:
+            CheckpointError: another optimiser than Adam, or states that do not belong to these parameters.
+        """
+        states = self._optimizer.get("state")
+        if not states:
+            return None
+        indices = [index for group in self._optimizer["param_groups"] for index in group["params"]]
+        if len(indices) != len(self._weights):
+            raise CheckpointError(
+                f"{self.path}: its optimiser has {len(indices)} parameters, its model {len(self._weights)}"
+            )
+        index_of = dict(zip(self._weights, indices, strict=True))
+        own_name = {official: own for own, official in official_names(network).items()}
+        translated = {}
+        for name in self._trainable():
+            state = states.get(index_of[name])
+            if state is None or set(state) != {"exp_avg", "exp_avg_sq", "step"}:
+                raise CheckpointError(
+                    f"{self.path}: the optimiser state of {name} is {', '.join(sorted(state or ['nothing']))}; read is "
+                    "Adam's, which is exp_avg, exp_avg_sq, step"
+                )
+            moments = {"step": torch.tensor(float(state["step"]))}
+            for field in ("exp_avg", "exp_avg_sq"):
+                self._check_shape(f"{field} of {name}", state[field], name)
+                moments[field] = _to_own_layout(state[field].float(), name)
+            translated[own_name.get(name, name)] = moments
+        return translated
+
+    def check_noise_levels(self, sde: SDE) -> None:
+        """Compare the σ of a VE model with those that the file was trained with.
+
+        Raises:
+            CheckpointError: other noise levels, naming the config fields.
+        """
+        if sde.name != "ve" or self._noise_levels is None:
+            return
+        theirs = float(self._noise_levels[-1]), float(self._noise_levels[0])
+        ours = float(sde.std(torch.zeros((), dtype=torch.float64))), sde.prior_std
+        if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(theirs, ours, strict=True)):
+            raise CheckpointError(
+                f"model.sigma_min={ours[0]:g}, model.sigma_max={ours[1]:g}: {self.path} was trained with "
+                f"{theirs[0]:g} and {theirs[1]:g}"
+            )
+
+    def _trainable(self) -> list[str]:
+        """The parameters that have gradients, in the order of the file: all but the Fourier frequencies."""
+        return [name for name in self._weights if not name.endswith(".W") or ".NIN_" in name]
+
+    def _check_shape(self, what: str, tensor: Tensor, name: str) -> None:
+        if tensor.shape != self._weights[name].shape:
+            raise CheckpointError(
+                f"{self.path}: {what} has shape {tuple(tensor.shape)}, the parameter {tuple(self._weights[name].shape)}"
+            )
+
+    @staticmethod
+    def _translated(tensors: dict[str, Tensor], network: PublicNetwork) -> dict[str, Tensor]:
+        names = official_names(network)
+        unknown = set(tensors) - set(names.values())
+        translated = {own: _to_own_layout(tensors[name], name) for own, name in names.items() if name in tensors}
+        return translated | {name: tensors[name] for name in tensors if name in unknown}
+
+
+def load_score_sde_checkpoint(path: str | Path, network: PublicNetwork, ema: bool, sde: SDE | None = None) -> int:
+    """Load a public checkpoint into a network; returns its step.
 
     Args:
         path: the ``.pth`` file.
         network: a network built from the matching config.
-        ema: take the moving averages instead of the raw weights. Buffers and the fixed Fourier frequencies have
-            no average and are the same in both.
+        ema: take the moving averages instead of the raw weights.
+        sde: the forward process, to be compared with the noise levels in the file.
 
     Raises:
-        CheckpointError: unreadable, not of this format, or made for another architecture (naming the first
-            parameters that do not match); the network is then unchanged.
+        CheckpointError: unreadable, not of a public format, or made for another architecture (naming the first
+            parameters that do not match) or other noise levels; the network is then unchanged.
     """
-    checkpoint = read_checkpoint(path)
-    missing = [key for key in ("model", "ema", "step") if key not in checkpoint]
-    if not missing:
-        missing = [f"ema.{key}" for key in ("shadow_params", "num_updates") if key not in checkpoint["ema"]]
-    if missing:
-        raise CheckpointError(f"{path} is not a score_sde_pytorch checkpoint: it has no {', '.join(missing)}")
-    weights = {
-        name.removeprefix("module."): tensor
-        for name, tensor in checkpoint["model"].items()
-        # The noise levels are a buffer there; here they belong to the SDE.
-        if name.removeprefix("module.") != "sigmas"
+    checkpoint = PublicCheckpoint(path)
+    if sde is not None:
+        checkpoint.check_noise_levels(sde)
+    load_state_dict_strictly(network, checkpoint.averages(network) if ema else checkpoint.weights(network), path)
+    return checkpoint.step
+
+
+def convert_public_checkpoint(path: str | Path, score_model: ScoreModel, optimizer: torch.optim.Adam) -> dict:
+    """A public checkpoint as one of ours: what training needs to go on with it.
+
+    Args:
+        path: the ``.pth`` file.
+        score_model: built from the matching config, with the network and the SDE that the file was trained with.
+        optimizer: Adam of the trainable parameters of ``score_model``, in their order.
+
+    Returns:
+        ``step``, ``model``, ``ema`` and ``optimizer``, which is None if the file has no optimiser state.
+
+    Raises:
+        CheckpointError: unreadable, not of a public format, or made for another architecture, noise or optimiser.
+    """
+    checkpoint, network = PublicCheckpoint(path), score_model.network
+    checkpoint.check_noise_levels(score_model.sde)
+    weights = checkpoint.weights(network)
+    check_state_dict(network, weights, path)
+    averages, states = checkpoint.averages(network), checkpoint.optimizer_state(network)
+    if states is not None:
+        trainable = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+        state = {index: states[name] for index, name in enumerate(trainable)}
+        states = {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+
+    def of_score_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {f"network.{name}": tensor for name, tensor in tensors.items()}
+
+    return {
+        "step": checkpoint.step,
+        "model": of_score_model(weights),
+        "ema": {"num_updates": checkpoint.num_updates, "model": of_score_model(averages)},
+        "optimizer": states,
     }
-    if ema:
-        # Averages are listed in the order of the parameters that require gradients, which excludes the Fourier
-        # frequencies.
-        trainable = [name for name in weights if name != "all_modules.0.W"]
-        averages = checkpoint["ema"]["shadow_params"]
-        if len(averages) != len(trainable):
-            raise CheckpointError(f"{path} has {len(averages)} averages for {len(trainable)} trainable parameters")
-        for name, average in zip(trainable, averages, strict=True):
-            if average.shape != weights[name].shape:
-                raise CheckpointError(
-                    f"{path}: the average of {name} has shape {tuple(average.shape)}, "
-                    f"the parameter {tuple(weights[name].shape)}"
-                )
-            weights[name] = average
-    names = official_names(network)
-    unexpected = [name for name in weights if name not in set(names.values())]
-    translated = {own: _to_own_layout(weights[name], name) for own, name in names.items() if name in weights}
-    # Names we have no translation for are reported as they stand in the file.
-    translated.update({name: weights[name] for name in unexpected})
-    load_state_dict_strictly(network, translated, path)
-    return int(checkpoint["step"])

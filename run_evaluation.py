@@ -145,7 +145,7 @@ def _load_for_evaluation(run: Run, checkpoint: str | Path | None) -> int:
         step = state["step"]
     else:
         refuse_public_conservative(run.config, source)
-        step = load_score_sde_checkpoint(source, run.ema.model.network, ema=True)
+        step = load_score_sde_checkpoint(source, run.ema.model.network, ema=True, sde=run.sde)
     run.ema.model.to(run.device)
     return step
 

@@ -37,7 +37,7 @@ from checkpoints import (
     CheckpointError,
     CheckpointStore,
     capture_rng_state,
-    load_score_sde_checkpoint,
+    convert_public_checkpoint,
     read_checkpoint,
     restore_rng_state,
 )
@@ -117,7 +117,7 @@ class _Training:
         state = self.run.store.load_latest()
         if state is not None:
             self.run.restore_weights(state, self.run.store.path(state["step"]))
-            self.optimizer.load_state_dict(state["optimizer"])
+            self._load_optimizer(state["optimizer"])
             self.step, self.sums = state["step"], state["sums"]
             if state["data"] != self.run.train_data.fingerprint:
                 logger.warning("the training data are not, or not known to be, those of %s", self.run.workdir)
@@ -137,21 +137,28 @@ class _Training:
                 raise CheckpointError(f"training.init_from={path}: no checkpoint in {path / 'checkpoints'}")
         else:
             state = read_checkpoint(path)
-        if "sums" in state:  # one of ours
-            self.run.restore_weights(state, path)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
-        else:
+        if "sums" not in state:  # not one of ours
             refuse_public_conservative(self.config, path)
-            network, average = self.run.score_model.network, self.run.ema.model.network
-            self.step = load_score_sde_checkpoint(path, network, ema=False)
-            load_score_sde_checkpoint(path, average, ema=True)
-            self.run.ema.num_updates = int(state["ema"]["num_updates"])
+            state = convert_public_checkpoint(path, self.run.score_model, self.optimizer)
+        self.run.restore_weights(state, path)
+        if state["optimizer"] is None:
+            logger.warning("training.init_from=%s has no optimiser state: Adam's moments start from zero", path)
+        else:
+            self._load_optimizer(state["optimizer"])
+        self.step = state["step"]
         if self.step >= self.config.training.n_iters:
             raise ValueError(
                 f"training.n_iters={self.config.training.n_iters}: training.init_from={path} has done "
                 f"{self.step} steps already"
             )
+
+    def _load_optimizer(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state)
+        # The fused Adam walks through memory without regard to strides: another format would pair wrong numbers.
+        for parameter, moments in self.optimizer.state.items():
+            for name, moment in moments.items():
+                if moment.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter).copy_(moment)
 
     def _save(self) -> None:
         rng = gather_object([capture_rng_state()])

@@ -232,7 +232,7 @@ def test_missing_and_foreign_files_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="holds a list"):
         read_checkpoint(tmp_path / "list.pt")
     torch.save({"weights": 1}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match="has no model, ema, step"):
+    with pytest.raises(CheckpointError, match=r"it has no model, ema$"):
         load_score_sde_checkpoint(tmp_path / "other.pt", golden_network("ve_ncsnpp_cifar10"), ema=True)
 
 

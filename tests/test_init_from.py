@@ -1,0 +1,262 @@
+"""Going on from a public checkpoint is going on from the same state in our own format, bit for bit."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference_networks import ddpm_shapes, random_state, refinenet_shapes
+from test_run_lib import (
+    CPU,
+    assert_identical,
+    forget_accelerator,  # noqa: F401 -- for every test here
+    tiny_config,
+    weights,
+)
+from torch import Tensor, nn
+
+import run_lib
+from checkpoints import (
+    CheckpointError,
+    PublicCheckpoint,
+    convert_public_checkpoint,
+    load_score_sde_checkpoint,
+    official_names,
+    read_checkpoint,
+)
+from models import create_network, create_score_model
+from sde_lib import get_sde
+
+DATA = Path(__file__).parent / "data"
+# How a residual block of NCSN++ constructs its parts.
+PARTS = ("GroupNorm_0", "Conv_0", "Dense_0", "GroupNorm_1", "Conv_1", "Conv_2", "Conv2d_0")
+PARTS += ("NIN_0", "NIN_1", "NIN_2", "NIN_3")
+
+
+def construction_order(name: str) -> tuple[int, int, bool]:
+    """Where score_sde_pytorch's U-Net has a parameter."""
+    _, number, *part, leaf = name.split(".")
+    return int(number), PARTS.index(part[0]) if part else -1, leaf in ("bias", "b")
+
+
+def public_layout(tensor: Tensor, name: str) -> Tensor:
+    return tensor[:, :, 0, 0].t() if ".NIN_" in name and name.endswith(".W") else tensor
+
+
+def to_public(state: dict, network: nn.Module) -> dict:
+    """One of our checkpoints as score_sde_pytorch would have written it, whose Adam is given every parameter: the fixed
+    Fourier frequencies, which are the first, take the index 0 but have no state."""
+    own = {official: name for name, official in official_names(network).items()}
+    order = sorted(own, key=construction_order)
+    trainable = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    model = {"module.sigmas": torch.linspace(10, 0.01, 1000, dtype=torch.float64)}
+    shadow_params, moments = [], {}
+    for index, official in enumerate(order):
+        name = own[official]
+        model[f"module.{official}"] = public_layout(state["model"][f"network.{name}"], official).contiguous()
+        if name in trainable:
+            shadow_params.append(public_layout(state["ema"]["model"][f"network.{name}"], official).contiguous())
+            adam = state["optimizer"]["state"][trainable.index(name)]
+            moments[index] = {"step": int(adam["step"])}
+            for field in ("exp_avg", "exp_avg_sq"):
+                moments[index][field] = public_layout(adam[field], official).contiguous()
+    group = {"lr": 2e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "amsgrad": False}
+    return {
+        "optimizer": {"state": moments, "param_groups": [group | {"params": list(range(len(order)))}]},
+        "model": model,
+        "ema": {"decay": 0.999, "num_updates": state["ema"]["num_updates"], "shadow_params": shadow_params},
+        "step": state["step"],
+    }
+
+
+@pytest.fixture(scope="module")
+def u_run(tmp_path_factory) -> tuple[Path, dict]:
+    """A U run's checkpoint of step 6, and the same in the public format."""
+    workdir = tmp_path_factory.mktemp("u")
+    run_lib.train(tiny_config(training__n_iters=6), workdir, CPU)
+    path = workdir / "checkpoints" / "step_00000006.pt"
+    public = to_public(read_checkpoint(path), create_network(tiny_config()))
+    assert 0 not in public["optimizer"]["state"] and len(public["optimizer"]["state"]) > 50
+    return path, public
+
+
+@pytest.mark.parametrize("model", ["u", "qc"])
+def test_going_on_from_a_public_checkpoint(model, u_run, tmp_path):
+    own, public = u_run
+    torch.save(public, tmp_path / "checkpoint_6.pth")
+    for name, start in (("own", own), ("public", tmp_path / "checkpoint_6.pth")):
+        run_lib.train(tiny_config(model, training__init_from=str(start)), tmp_path / name, CPU)
+    assert_identical(weights(tmp_path / "own", 12), weights(tmp_path / "public", 12))
+    states = [read_checkpoint(tmp_path / name / "checkpoints" / "step_00000012.pt") for name in ("own", "public")]
+    assert [state["ema"]["num_updates"] for state in states] == [12, 12]
+
+
+def test_qcsbm_saves_no_step(u_run, tmp_path):
+    """The paper's own checkpoints lack it; the number of updates of the moving average is it."""
+    own, public = u_run
+    torch.save({key: value for key, value in public.items() if key != "step"}, tmp_path / "checkpoint.pth")
+    assert PublicCheckpoint(tmp_path / "checkpoint.pth").step == 6
+    for name, start in (("own", own), ("public", tmp_path / "checkpoint.pth")):
+        run_lib.train(tiny_config("qc", training__init_from=str(start), training__n_iters=8), tmp_path / name, CPU)
+    assert_identical(weights(tmp_path / "own", 8), weights(tmp_path / "public", 8))
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"state": {}, "param_groups": []}, None])
+def test_without_an_optimiser_state_the_moments_start_from_zero(optimizer, u_run, tmp_path, caplog):
+    _, public = u_run
+    stripped = {key: value for key, value in public.items() if key != "optimizer"}
+    torch.save(stripped if optimizer is None else stripped | {"optimizer": optimizer}, tmp_path / "stripped.pth")
+    start = str(tmp_path / "stripped.pth")
+    run_lib.train(tiny_config(training__init_from=start, training__n_iters=8), tmp_path / "w", CPU)
+    assert "stripped.pth has no optimiser state: Adam's moments start from zero" in caplog.text
+    state = read_checkpoint(tmp_path / "w" / "checkpoints" / "step_00000008.pt")
+    assert {int(moments["step"]) for moments in state["optimizer"]["state"].values()} == {2}
+    assert state["ema"]["num_updates"] == 8
+
+
+def broken(public: dict, how: str) -> dict:
+    optimizer = {"state": dict(public["optimizer"]["state"]), "param_groups": public["optimizer"]["param_groups"]}
+    public = {**public, "optimizer": optimizer}
+    if how == "one parameter short":
+        optimizer["param_groups"] = [{**optimizer["param_groups"][0], "params": list(range(1, 60))}]
+    elif how == "amsgrad":
+        optimizer["state"][1] = optimizer["state"][1] | {"max_exp_avg_sq": optimizer["state"][1]["exp_avg_sq"]}
+    elif how == "no state":
+        del optimizer["state"][1]
+    elif how == "another shape":
+        optimizer["state"][1] = optimizer["state"][1] | {"exp_avg": torch.zeros(3)}
+    elif how == "an average short":
+        public["ema"] = public["ema"] | {"shadow_params": public["ema"]["shadow_params"][1:]}
+    elif how == "another noise":
+        public["model"] = public["model"] | {"module.sigmas": torch.linspace(50, 0.01, 1000)}
+    elif how == "another network":
+        public["model"] = {name: t for name, t in public["model"].items() if not name.endswith("all_modules.1.bias")}
+        public["ema"] = public["ema"] | {"shadow_params": public["ema"]["shadow_params"][:1]}
+    return public
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("one parameter short", r"public\.pth: its optimiser has 59 parameters, its model \d+$"),
+        ("amsgrad", r"optimiser state of all_modules\.1\.weight is exp_avg, exp_avg_sq, max_exp_avg_sq, step; read is"),
+        ("no state", r"optimiser state of all_modules\.1\.weight is nothing"),
+        ("another shape", r"exp_avg of all_modules\.1\.weight has shape \(3,\), the parameter \(32, 16\)"),
+        ("an average short", r"has \d+ averages for \d+ trainable parameters"),
+        ("another noise", r"model\.sigma_min=0\.01, model\.sigma_max=10: .*public\.pth was trained with 0\.01 and 50"),
+        ("another network", r"another architecture: time_mlp\.0\.bias is missing$"),
+        ("too far", r"training\.n_iters=6: training\.init_from=.* has done 6 steps already"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_work(how, message, u_run, tmp_path):
+    torch.save(broken(u_run[1], how), tmp_path / "public.pth")
+    n_iters = 6 if how == "too far" else 12
+    config = tiny_config(training__init_from=str(tmp_path / "public.pth"), training__n_iters=n_iters)
+    with pytest.raises(run_lib.InvalidRun, match=message) as error:
+        run_lib.train(config, tmp_path / "w", CPU)
+    assert "\n" not in str(error.value) and not (tmp_path / "w").exists()
+
+
+def test_noise_levels_are_compared_in_evaluation_too(u_run, tmp_path):
+    torch.save(broken(u_run[1], "another noise"), tmp_path / "public.pth")
+    with pytest.raises(run_lib.InvalidRun, match=r"model\.sigma_max=10: .* was trained with 0\.01 and 50"):
+        run_lib.sample(tiny_config(), tmp_path / "w", CPU, tmp_path / "public.pth")
+
+
+# ---------------------------------------------------------------------------------------------------- the moments alone
+
+
+def reduced(path: str, **fields):
+    config = importlib.import_module(f"configs.{path}").get_config()
+    config.model.update(fields)
+    return config
+
+
+SHAPES = {
+    "ve.cifar10_ncsnpp_continuous": (reduced("ve.cifar10_ncsnpp_continuous", nf=8, num_res_blocks=1), None),
+    "vp.cifar10_ddpmpp_continuous": (reduced("vp.cifar10_ddpmpp_continuous", nf=8, num_res_blocks=1), None),
+    "vp.ddpm.cifar10": (reduced("vp.ddpm.cifar10", nf=8), ddpm_shapes(8, (1, 2, 2, 2), 2, (1,))),
+    "ve.ncsn.cifar10": (reduced("ve.ncsn.cifar10", nf=4), refinenet_shapes(64, 4, 10)),
+    "ve.ncsnv2.cifar10": (reduced("ve.ncsnv2.cifar10", nf=4), refinenet_shapes(64, 4)),
+}
+
+
+@pytest.mark.parametrize("old_keys", [False, True], ids=["index", "id"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_moment_finds_its_parameter(name, old_keys, tmp_path):
+    """Distinct random moments; old versions of torch key them by addresses instead of 0, 1, …"""
+    config, shapes = SHAPES[name]
+    if shapes is None:
+        golden = "ve_ncsnpp_cifar10" if "ncsnpp" in name else "vp_ddpmpp_cifar10"
+        model = read_checkpoint(DATA / f"{golden}.pth")["model"]
+        shapes = {key.removeprefix("module."): tuple(t.shape) for key, t in model.items() if key != "module.sigmas"}
+    frozen = [key for key in shapes if key == "all_modules.0.W"]
+    state = random_state(shapes)
+    first, second = random_state(shapes, seed=1), random_state(shapes, seed=2)
+    keys = [140_000_000_000 + 80 * i if old_keys else i for i in range(len(shapes))]
+    adam = {
+        key: {"step": 123, "exp_avg": first[parameter], "exp_avg_sq": second[parameter]}
+        for key, parameter in zip(keys, shapes, strict=True)
+        if parameter not in frozen
+    }
+    checkpoint = {
+        "model": {f"module.{parameter}": tensor for parameter, tensor in state.items()},
+        "ema": {"num_updates": 123, "shadow_params": [t for parameter, t in state.items() if parameter not in frozen]},
+        "optimizer": {"state": adam, "param_groups": [{"params": keys}]},
+        "step": 123,
+    }
+    torch.save(checkpoint, tmp_path / "public.pth")
+    score_model = create_score_model(config, get_sde(config))
+    parameters = [p for p in score_model.parameters() if p.requires_grad]
+    converted = convert_public_checkpoint(tmp_path / "public.pth", score_model, torch.optim.Adam(parameters))
+    names = official_names(score_model.network)
+    trainable = [parameter for parameter, p in score_model.network.named_parameters() if p.requires_grad]
+    assert len(converted["optimizer"]["state"]) == len(trainable) == len(shapes) - len(frozen)
+    assert bool(frozen) == ("ncsnpp" in name)
+    for index, own in enumerate(trainable):
+        moments, official = converted["optimizer"]["state"][index], names[own]
+        assert moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameters[index].shape
+        assert torch.equal(public_layout(moments["exp_avg"], official), first[official]), own
+        assert torch.equal(public_layout(moments["exp_avg_sq"], official), second[official]), own
+        assert moments["step"] == 123
+
+
+# --------------------------------------------------------------------------------------- the lists of NCSN and NCSNv2
+
+
+@pytest.mark.parametrize("kind", ["ncsn", "ncsnv2", "ncsnv2 without average"])
+def test_lists_of_the_codes_of_ncsn(kind, tmp_path):
+    path = "ve.ncsn.cifar10" if kind == "ncsn" else "ve.ncsnv2.cifar10"
+    config, shapes = SHAPES[path]
+    state, averages, moments = (random_state(shapes, seed=seed) for seed in range(3))
+    model = {f"module.{name}": tensor for name, tensor in state.items()}
+    if kind != "ncsn":
+        model = {"module.sigmas": torch.from_numpy(np.geomspace(50, 0.01, 232)).float()} | model
+    adam = {i: {"step": 500, "exp_avg": m, "exp_avg_sq": m**2} for i, m in enumerate(moments.values())}
+    values = [model, {"state": adam, "param_groups": [{"params": list(range(len(shapes)))}]}]
+    if kind != "ncsn":
+        values += [3, 500]  # epoch, step
+    if kind == "ncsnv2":
+        values.append(dict(reversed(averages.items())))  # by name, without the prefix
+    else:
+        averages = state
+    torch.save(values, tmp_path / "checkpoint.pth")
+
+    checkpoint, network = PublicCheckpoint(tmp_path / "checkpoint.pth"), create_network(config)
+    assert (checkpoint.step, checkpoint.num_updates) == (500, 500)
+    checkpoint.check_noise_levels(get_sde(config))
+    for ema, expected in ((False, state), (True, averages)):
+        assert load_score_sde_checkpoint(tmp_path / "checkpoint.pth", network, ema=ema, sde=get_sde(config)) == 500
+        parameters = dict(network.named_parameters())
+        assert all(torch.equal(parameters[own], expected[name]) for own, name in official_names(network).items())
+    states = checkpoint.optimizer_state(network)
+    assert all(torch.equal(states[own]["exp_avg"], moments[name]) for own, name in official_names(network).items())
+
+
+def test_other_lists_are_no_checkpoints(tmp_path):
+    torch.save([{"a": torch.zeros(1)}], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="holds a list, not a checkpoint"):
+        PublicCheckpoint(tmp_path / "list.pth")
