@@ -193,6 +193,19 @@ class GaussianMixture(NoisedDistribution):
         mean = (share[:, :, None] * scores).sum(1)
         return (share * ((scores**2).sum(2) - (1 / variance).sum(2))).sum(1) - (mean**2).sum(1)
 
+    def responsibilities(self, x: Tensor, t: Tensor) -> Tensor:
+        """r_k (B, K), the probability that x_t belongs to component k; arguments as for ``log_prob``."""
+        return self._components(*self._noise_at(x, t))[0].softmax(1)
+
+    def moments(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (D,) and covariance (D, D) of x_t at one time."""
+        t = torch.as_tensor(t, dtype=torch.float64)
+        alpha, sigma = self.sde.mean_coefficient(t), self.sde.std(t)
+        mean = self.weights @ self.means
+        within = torch.einsum("k,kde->de", self.weights, self.covariances)
+        between = (self.weights[:, None] * (self.means - mean)).T @ (self.means - mean)
+        return alpha * mean, alpha**2 * (within + between) + sigma**2 * torch.eye(self.dimension, dtype=torch.float64)
+
     def _components(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Per component: log w_k p_k(x) (B, K), its score (B, K, D), and its variances (B, K, D) in its eigenbasis."""
         bases = self.bases.to(x)

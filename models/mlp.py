@@ -1,13 +1,16 @@
-"""The small network of the 2-D examples (Chao et al., ICML 2023, Section 3.2 and its code)."""
+"""Small networks for points: of the 2-D examples (Chao et al., ICML 2023, Section 3.2) and of the tutorial."""
 
 from __future__ import annotations
 
 import itertools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ACTIVATIONS", "NoiseConditionalMLP", "Swish"]
+from models.layers import PositionalEmbedding
+
+__all__ = ["ACTIVATIONS", "NoiseConditionalMLP", "Swish", "TimeConditionalMLP"]
 
 
 class Swish(nn.Module):
@@ -64,3 +67,62 @@ def _linear_layers(widths: tuple[int, ...]) -> nn.Sequential:
     for size, following in itertools.pairwise(widths):
         layers += [nn.Linear(size, following), Swish(following)]
     return nn.Sequential(*layers[:-1])
+
+
+class TimeConditionalMLP(nn.Module):
+    """h(x, label[, class]): points x (B, D), time labels (B,), classes (B,) → (B, E); every layer knows the label.
+
+    z₀ = W x/c, then residual layers z ← z + Lₖ silu((1 + aₖ) z + bₖ), whose scale aₖ and shift bₖ are linear in
+    features of the label's sinusoidal embedding, as in the residual blocks of image models; h = W′ silu(z), 0 at first.
+    A class adds features of its own.
+
+    Args:
+        dimension: D.
+        outputs: E; D if not given.
+        num_classes: of a class-conditional network, which has a further class, ``num_classes``, for "none".
+        width: of z and of the label's features.
+        depth: number of residual layers.
+        input_scale: c, the size of typical points.
+
+    Raises:
+        ValueError: a size that is not positive.
+    """
+
+    def __init__(
+        self,
+        dimension: int,
+        *,
+        outputs: int | None = None,
+        num_classes: int = 0,
+        width: int = 64,
+        depth: int = 3,
+        input_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        outputs = dimension if outputs is None else outputs
+        if min(dimension, outputs, width, depth) < 1 or num_classes < 0 or not input_scale > 0:
+            raise ValueError(
+                f"dimension={dimension}, outputs={outputs}, num_classes={num_classes}, width={width}, depth={depth}, "
+                f"input_scale={input_scale}: need positive numbers, and num_classes at least 0"
+            )
+        self.input_scale = input_scale
+        embedding = PositionalEmbedding(32)
+        self.label = nn.Sequential(embedding, nn.Linear(embedding.out_features, width))
+        self.classes = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.first = nn.Linear(dimension, width)
+        self.modulations = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(depth))
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.last = nn.Linear(width, outputs)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, label: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        features = self.label(label.to(x.dtype))
+        if class_labels is not None:
+            features = features + self.classes(class_labels)
+        features = F.silu(features)
+        z = self.first(x / self.input_scale)
+        for modulation, layer in zip(self.modulations, self.layers, strict=True):
+            scale, shift = modulation(features).chunk(2, dim=1)
+            z = z + layer(F.silu((1 + scale) * z + shift))
+        return self.last(F.silu(z))

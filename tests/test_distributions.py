@@ -11,7 +11,7 @@ import mpmath
 import pytest
 import torch
 from ml_collections import ConfigDict
-from oracles import gaussian_2d, mixture_2d
+from oracles import assert_moments_match, gaussian_2d, mixture_2d
 from scipy.integrate import quad
 from scipy.special import ndtr
 from torch import Tensor
@@ -388,6 +388,27 @@ def test_a_mixture_of_one_gaussian_is_that_gaussian():
     for method in ("log_prob", "score", "divergence"):
         expected = getattr(gaussian, method)(x, times(t, x))
         torch.testing.assert_close(getattr(mixture, method)(x, times(t, x)), expected, rtol=1e-12, atol=1e-12)
+    for value, expected in zip(mixture.moments(t), gaussian.moments(t), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_components_and_moments_of_a_mixture(noise):
+    sde, t = NOISES[noise]
+    mixture = mixture_3d(sde)
+    x = mixture.sample(100_000, torch.Generator().manual_seed(3))
+    mean, std = sde.marginal(x, times(t, x))
+    x = mean + std[:, None] * torch.randn(x.shape, dtype=torch.float64)
+    expected, covariance = mixture.moments(t)
+    assert_moments_match(x, expected, covariance, allowance=0.01)
+    # Bayes' rule, one component at a time.
+    joint = []
+    for k, weight in enumerate(mixture.weights):
+        component = GaussianMixture(sde, torch.ones(1), mixture.means[k, None], mixture.covariances[k, None])
+        joint.append(weight * component.log_prob(x, times(t, x)).exp())
+    shares = mixture.responsibilities(x, times(t, x))
+    torch.testing.assert_close(shares, torch.stack(joint, 1) / sum(joint)[:, None], rtol=1e-9, atol=1e-9)
+    assert ((shares.mean(0) - mixture.weights).abs() < 4 * (0.25 / len(x)) ** 0.5).all()
 
 
 # ---------------------------------------------------------------------------------------------- evaluation in chunks

@@ -1,0 +1,1 @@
+"""From score matching to conditional generation: a tutorial on score-based models, on densities known exactly."""
