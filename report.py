@@ -201,8 +201,8 @@ def _paper_section(runs: Sequence[Run]) -> str:
     if known:
         different = {(run.path, table): differing_settings(run, table) for run in known for table in (2, 3)}
         parts.append(
-            "The paper's number stands beside ours, in parentheses where the run has not the paper's setting; what "
-            "differs is listed below."
+            "The paper's number stands beside ours, in parentheses where the run's setting is not the paper's; the "
+            "settings that differ are listed below."
         )
         parts.append(_beside_paper(known, 2, TABLE_2, different))
         ode = [run for run in known if (run.metrics["sampler"] or "").startswith("ODE")]

@@ -102,7 +102,8 @@ _TRAINING: dict[str, tuple[Any, ...]] = {
 }
 _STEPS = 700_000
 _QC_STARTS_AT = 600_000
-_QC = {"training.qc_weight": (1e-4,), "training.qc_interval": (1,)}
+# None: the run is from before the field existed, when every sample had the term.
+_QC = {"training.qc_weight": (1e-4,), "training.qc_interval": (1,), "training.qc_stride": (1, None)}
 _QC_PROBES = {2: 16, 3: 1}
 _QC_BATCH = {2: 8, 3: 128}
 _LIKELIHOODS = ("rk45, rtol 0.001, atol 1e-05", "scipy, rtol 0.001, atol 1e-05")
@@ -173,7 +174,7 @@ def _likelihood_and_asymmetry(run: Run) -> list[str]:
         if not (likelihood or "").endswith(_LIKELIHOODS):
             different.append(_difference("likelihood", likelihood, _LIKELIHOODS[0]))
         if images is None or images != run.number("test_images"):
-            different.append(f"{_shown(images)} test images for NLL (paper: all)")
+            different.append(_difference("test images for NLL", images, "all"))
     if run.number("asym") is not None and run.number("asym_levels") != _ASYM_LEVELS:
         different.append(_difference("noise levels of Asym", run.number("asym_levels"), _ASYM_LEVELS))
     return different

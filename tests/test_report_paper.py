@@ -12,7 +12,7 @@ from synthetic_runs import make_run
 
 import report
 from report_paper import PAPER, differing_settings
-from report_runs import load_run, load_runs
+from report_runs import dataset_key, load_run, load_runs
 
 # What an evaluation by the paper's protocol writes into metrics.json.
 PROTOCOL = {
@@ -27,16 +27,17 @@ PROTOCOL = {
     "num_samples": 50_000,
     "features": "inception",
 }
-SAMPLING = {"training.qc_probes": 1, "training.batch_size": 128}  # QC of Table 3
 
 
-def paper_run(path: Path, model: str, overrides: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """A run of configs/qcsbm/cifar10.py, evaluated by the paper's protocol, with changes to its metrics."""
-    config = importlib.import_module("configs.qcsbm.cifar10").get_config(model)
+def paper_run(
+    path: Path, model: str, overrides: dict[str, Any] | None = None, *, dataset: str = "cifar10", **changes: Any
+) -> Path:
+    """A run of a config of configs/qcsbm, evaluated by the paper's protocol, with changes to its metrics."""
+    config = importlib.import_module(f"configs.qcsbm.{dataset}").get_config(model)
     config.update_from_flattened_dict(overrides or {})
     run = make_run(path, **(PROTOCOL | changes))
     (run / "config.json").write_text(config.to_json())
-    first = 600_050 if model == "qc" else 50
+    first = 600_050 if model.startswith("qc") else 50
     log = [{"step": first + 50 * k, "dsm": 1.0} for k in range(9)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     return run
@@ -52,14 +53,14 @@ def rows(text: str, caption: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
 
 
+@pytest.mark.parametrize("dataset", PAPER)
 @pytest.mark.parametrize(
-    ("model", "table", "overrides"),
-    [("u", 2, {}), ("u", 3, {}), ("c", 2, {}), ("c", 3, {}), ("qc", 2, {}), ("qc", 3, SAMPLING)],
+    ("model", "tables"), [("u", {2, 3}), ("c", {2, 3}), ("qc", {2}), ("qc_sampling", {3})], ids=lambda value: str(value)
 )
-def test_our_configs_have_the_setting_of_the_paper(
-    tmp_path: Path, model: str, table: int, overrides: dict[str, Any]
-) -> None:
-    assert differing_settings(load_run(paper_run(tmp_path / "run", model, overrides)), table) == []
+def test_our_configs_have_the_setting_of_the_paper(tmp_path: Path, dataset: str, model: str, tables: set[int]) -> None:
+    run = load_run(paper_run(tmp_path / "run", model, dataset=dataset))
+    assert dataset_key(run.dataset) == dataset
+    assert {table for table in (2, 3) if not differing_settings(run, table)} == tables
 
 
 def test_table_2_has_the_paper_beside_ours(tmp_path: Path) -> None:
@@ -99,7 +100,8 @@ def test_table_3_has_both_counts_of_network_evaluations(tmp_path: Path) -> None:
         ((2, 3), "c", {"training.batch_size": 64}, {}, "training.batch_size 64 (paper: 128)"),
         ((2, 3), "u", {}, {"checkpoint_step": 5000}, "step evaluated 5000 (paper: 700000)"),
         ((2, 3), "qc", {"training.qc_weight": 0.04}, {}, "training.qc_weight 0.04 (paper: 1e-4)"),
-        ((2,), "u", {}, {"nll_images": 100}, "100 test images for NLL (paper: all)"),
+        ((2, 3), "qc", {"training.qc_stride": 4}, {}, "training.qc_stride 4 (paper: 1)"),
+        ((2,), "u", {}, {"nll_images": 100}, "test images for NLL 100 (paper: all)"),
         ((2,), "u", {}, {"likelihood": None}, "likelihood not recorded (paper: rk45, rtol 0.001, atol 1e-05)"),
         ((2,), "u", {}, {"asym_levels": 20}, "noise levels of Asym 20 (paper: 100)"),
         ((3,), "u", {}, {"num_samples": 1000}, "samples 1000 (paper: 50000)"),
