@@ -36,11 +36,11 @@ TINY = {
     "eval.batch_size": 20,
 }
 PROCESSES = ("ve_v1", "vp_v2")
-STEPS = dict(steps=(2, 20), heun_steps=(2,))
+STEPS = {"exponential_integrator": (2, 20), "ancestral_sampling": (3,), "heun": (2,)}
 
 
 def make_tasks(workdir: Path, **options) -> list[digits.Task]:
-    options = dict(processes=PROCESSES, seeds=1, overrides=TINY) | STEPS | options
+    options = dict(processes=PROCESSES, seeds=1, steps=STEPS, overrides=TINY) | options
     return digits.make_tasks(workdir, **options)
 
 
@@ -75,13 +75,17 @@ def test_processes_are_those_of_the_paper_and_theory():
 
 @pytest.mark.parametrize(
     ("process", "sampler", "steps"),
-    [("ve_v1", "exponential_integrator", 5), ("vp", "exponential_integrator", 5), ("vp", "heun", 5)],
+    [
+        ("ve_v1", "exponential_integrator", 5),
+        ("vp", "exponential_integrator", 5),
+        ("vp", "ancestral_sampling", 5),
+        ("vp", "heun", 5),
+    ],
 )
 def test_gaussian_prediction_agrees_with_monte_carlo(tmp_path, process, sampler, steps):
     """Samples of ``sampling`` with the exact score of digits dequantised by drawing. Few steps, at which W₂ is far
     above what 4000 samples of 64 dimensions add to it."""
-    own, other = ((steps,), ()) if sampler != "heun" else ((), (steps,))
-    tasks = make_tasks(tmp_path, processes=[process], steps=own, heun_steps=other)
+    tasks = make_tasks(tmp_path, processes=[process], steps={sampler: [steps]})
     [row] = digits.gaussian_rows(tasks)
     config = tasks[0].config
     data, _ = datasets.get_dataset(config)
@@ -102,14 +106,14 @@ def test_gaussian_prediction_agrees_with_monte_carlo(tmp_path, process, sampler,
     assert row["w2"] == pytest.approx(distance, rel=0.03)
 
 
-def test_heun_is_sampled_with_the_steps_and_evaluations_that_it_is_reported_with(finished):
+def test_samples_are_those_of_the_sampler_and_steps_that_are_reported(finished):
     folder, results = finished
     for row in results.rows:
         assert row["nfe"] == digits.evaluations(row["sampler"], row["K"])
     samples = folder / "runs" / "vp_v2" / "seed_0" / "samples"
     names = {path.name for path in samples.iterdir()}
-    pc = "step_00000008-pc-exponential_integrator-none"
-    assert names == {"step_00000008-ode-heun-2", f"{pc}-2", f"{pc}-20"}
+    pc = ("exponential_integrator-none-2", "exponential_integrator-none-20", "ancestral_sampling-none-3")
+    assert names == {"step_00000008-ode-heun-2", *(f"step_00000008-pc-{name}" for name in pc)}
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -157,9 +161,9 @@ def test_whole_experiment(finished):
     folder, results = finished
     stored = json.loads((folder / "results.json").read_text())
     keys = {(row["process"], row["seed"], row["sampler"], row["K"]) for row in stored["rows"]}
-    plan = {("exponential_integrator", 2), ("exponential_integrator", 20), ("heun", 2)}
-    assert keys == {(p, 0, *pair) for p in PROCESSES for pair in plan} and len(stored["rows"]) == 6
-    assert len(stored["gaussian"]) == 6 and stored["feature_test_accuracy"] > 0.97
+    plan = {(sampler, k) for sampler, steps in STEPS.items() for k in steps}
+    assert keys == {(p, 0, *pair) for p in PROCESSES for pair in plan} and len(stored["rows"]) == 8
+    assert len(stored["gaussian"]) == 8 and stored["feature_test_accuracy"] > 0.97
     # 8 steps of training are next to none.
     assert all(row["fid"] > 5 and row["fid_se"] > 0 for row in stored["rows"])
     assert (folder / "table.md").read_text() == digits.table(results)
@@ -177,13 +181,13 @@ def test_work_that_is_done_is_reported_and_not_done_again(finished, tmp_path, mo
     monkeypatch.setattr(digits, "measure", lambda *arguments: pytest.fail("sampled again"))
     done.clear()
     rows = digits.sample(task, done.append)
-    assert rows == results.rows[:3] and sum(done) == 40 * (3 + 21 + 5)
+    assert rows == results.rows[:4] and sum(done) == 40 * (3 + 21 + 4 + 5)
 
 
 def test_more_steps_are_added_and_what_is_damaged_or_of_other_settings_is_made_again(finished, tmp_path, caplog):
     folder, results = finished
     shutil.copytree(folder, tmp_path / "copy")
-    [task] = make_tasks(tmp_path / "copy", processes=["vp_v2"], steps=(2, 3, 20), heun_steps=())
+    [task] = make_tasks(tmp_path / "copy", processes=["vp_v2"], steps={"exponential_integrator": (2, 3, 20)})
     stored = Path(task.directory) / "fid"
     (stored / "exponential_integrator-2.json").write_text("{")
     other = json.loads((stored / "exponential_integrator-20.json").read_text()) | {"num_samples": 50, "fid": 0.1}
@@ -245,7 +249,7 @@ def test_killed_at_any_moment_and_resumed_ends_with_identical_results(finished, 
         (dict(processes=["ve", "ve_v4"]), "--processes=ve_v4: allowed are ve, ve_v1, "),
         (dict(processes=[]), "--processes is empty"),
         (dict(seeds=0), "--seeds=0: at least 1"),
-        (dict(steps=(), heun_steps=()), "--steps and --heun_steps are both empty"),
+        (dict(steps={"heun": ()}), "--steps, --ancestral_steps, --heun_steps are all empty"),
         (dict(overrides={"training.n_iters": 0}), "training.n_iters=0: at least 1"),
         (dict(overrides={"eval.num_samples": 39}), "eval.num_samples=39: .* at least 40"),
     ],

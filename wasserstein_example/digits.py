@@ -1,11 +1,11 @@
 """FID against the number of sampling steps for nine forward processes trained on digits, and what theory says to it.
 
-    python -m wasserstein_example.digits --workdir=W [--processes=ve,vp,…] [--seeds=2] [--steps=…] [--heun_steps=…]
+    python -m wasserstein_example.digits --workdir=W [--processes=ve,vp,…] [--seeds=2] [--jobs=2] [--steps=…]
 
 Every process of ``configs/wasserstein/digits.py`` is trained with every seed, and every model sampled with each number
-K of steps by two samplers: the exponential integrator, which the paper analyses, and Heun's method for the
-probability-flow ODE, two network evaluations a step. FID is that of 1000 samples to the training set, in the features
-of a classifier of digits (``feature_classifier``).
+K of steps by three samplers: the exponential integrator, which the paper analyses, ancestral sampling, which is common
+in practice, and Heun's method for the probability-flow ODE, two network evaluations a step. FID is that of 1000 samples
+to the training set, in the features of a classifier of digits (``feature_classifier``).
 
 Beside it the exact W₂ between N(m, Σ), with the mean and covariance of the training set, and the law of the same
 sampler with that Gaussian's own score (``gaussian_law``): what discretisation, starting from the prior and stopping
@@ -64,7 +64,21 @@ EXPERIMENT = "wasserstein_example on digits"
 VERSION = 1
 """To be raised when a fix changes what training, sampling or FID compute; a folder of another version is refused."""
 
-SAMPLERS = {"exponential_integrator": "exponential integrator", "heun": "probability flow, Heun"}
+
+class Sampler(NamedTuple):
+    """How it is called, the flag of its numbers of steps, their default, and network evaluations a step."""
+
+    title: str
+    flag: str
+    steps: tuple[int, ...]
+    evaluations: int
+
+
+SAMPLERS = {
+    "exponential_integrator": Sampler("exponential integrator", "steps", (5, 10, 20, 50, 100, 200, 500), 1),
+    "ancestral_sampling": Sampler("ancestral", "ancestral_steps", (5, 10, 20, 50, 100), 1),
+    "heun": Sampler("flow, Heun", "heun_steps", (5, 10, 20, 50), 2),
+}
 NAMES = {process: f"{'vp' if process in VP else 've'}_{fields['model.schedule']}" for process, fields in MODELS.items()}
 """The theory's names of the config's processes."""
 FEATURE_SEED = 42
@@ -99,7 +113,7 @@ class Task(NamedTuple):
 
 def evaluations(sampler: str, steps: int) -> int:
     """Network evaluations for one sample, the last of which removes noise."""
-    return (2 if sampler == "heun" else 1) * steps + 1
+    return SAMPLERS[sampler].evaluations * steps + 1
 
 
 # ------------------------------------------------------------------------------------------------ training and sampling
@@ -218,6 +232,10 @@ class Results(NamedTuple):
     gaussian: list[dict]
     feature_test_accuracy: float
 
+    @property
+    def samplers(self) -> list[str]:
+        return list(dict.fromkeys(name for name, _ in self.plan))
+
     def steps(self, sampler: str) -> list[int]:
         return [steps for name, steps in self.plan if name == sampler]
 
@@ -259,10 +277,8 @@ def table(results: Results) -> str:
         "correlation, over processes, with the W₂ of the table that follows.\n"
     ]
     titles = [theory.TITLES[NAMES[process]] for process in results.processes]
-    for sampler, name in SAMPLERS.items():
-        steps = results.steps(sampler)
-        if not steps:
-            continue
+    for sampler in results.samplers:
+        name, steps = SAMPLERS[sampler].title, results.steps(sampler)
         columns = [results.fid(sampler, k) for k in steps]
         rows = [(title, *(_with_range(fid[i]) for fid in columns)) for i, title in enumerate(titles)]
         below = {
@@ -296,39 +312,30 @@ def draw_fid(results: Results) -> Figure:
 
     Bars reach from the smallest to the largest FID of all seeds.
     """
-    figure = figures.new_figure(7.2, 6.2)
-    axes = figure.subplots(2, 2, sharex=True, sharey="row")
-    names = {NAMES[process]: process for process in results.processes}
-    ticks = sorted({steps for _, steps in results.plan})
-    for column, (family, members) in zip(axes.T, figures.FAMILIES.items(), strict=True):
-        chosen = [name for name in members if name in names]
-        for name in chosen:
-            i = results.processes.index(names[name])
-            for sampler, line in (("exponential_integrator", "o-"), ("heun", "s--")):
-                steps = results.steps(sampler)
-                if not steps:
-                    continue
-                style = {"color": figures.COLOURS[name], "linewidth": 1.1, "markersize": 2.5}
-                values = np.array([results.fid(sampler, k)[i] for k in steps])
-                mean = values.mean(1)
-                reach = np.abs(np.stack((values.min(1), values.max(1))) - mean)
-                column[0].errorbar(steps, mean, reach, fmt=line, capsize=1.5, elinewidth=0.8, **style)
-                column[1].plot(steps, [results.w2(sampler, k)[i] for k in steps], line, **style)
-        for ax in column:
+    figure = figures.new_figure(7.2, 5.6)
+    axes = figure.subplots(2, len(results.samplers), sharex="col", sharey="row", squeeze=False)
+    handles = []
+    for (measured, predicted), sampler in zip(axes.T, results.samplers, strict=True):
+        steps = results.steps(sampler)
+        for i, process in enumerate(results.processes):
+            name, line = NAMES[process], "o--" if process in VP else "o-"
+            style = {"color": figures.COLOURS[name], "linewidth": 1.0, "markersize": 2.2}
+            values = np.array([results.fid(sampler, k)[i] for k in steps])
+            mean = values.mean(1)
+            reach = np.abs(np.stack((values.min(1), values.max(1))) - mean)
+            measured.errorbar(steps, mean, reach, fmt=line, capsize=1.5, elinewidth=0.8, **style)
+            predicted.plot(steps, [results.w2(sampler, k)[i] for k in steps], line, **style)
+            if measured is axes[0, 0]:
+                handles.append(Line2D([], [], linestyle=line[1:], color=style["color"], label=theory.TITLES[name]))
+        for ax in (measured, predicted):
             ax.set(xscale="log", yscale="log")
-            ax.set_xticks(ticks, [str(k) for k in ticks])
+            ax.set_xticks(steps, [str(k) for k in steps])
             ax.set_xticks([], minor=True)
-        column[0].set_title(f"{family}: trained networks")
-        column[1].set(title=f"{family}: Gaussian, exact score", xlabel="sampling steps K")
-        handles = [Line2D([], [], color=figures.COLOURS[name], label=theory.TITLES[name][3:]) for name in chosen]
-        column[0].legend(handles=handles, loc="best", frameon=False)
-    axes[0, 0].set_ylabel("FID (digits features)")
-    axes[1, 0].set_ylabel("W₂ (range of a pixel)")
-    lines = [
-        Line2D([], [], color="0.3", marker="o", markersize=2.5, label="exponential integrator"),
-        Line2D([], [], color="0.3", marker="s", markersize=2.5, linestyle="--", label="Heun, 2 evaluations a step"),
-    ]
-    figure.legend(handles=lines, loc="outside lower center", ncols=2, frameon=False)
+        measured.set_title(SAMPLERS[sampler].title)
+        predicted.set_xlabel("sampling steps K")
+    axes[0, 0].set_ylabel("trained networks: FID (digits features)")
+    axes[1, 0].set_ylabel("Gaussian, exact score: W₂ (range of a pixel)")
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
@@ -340,8 +347,7 @@ def make_tasks(
     *,
     processes: Sequence[str],
     seeds: int,
-    steps: Sequence[int],
-    heun_steps: Sequence[int],
+    steps: Mapping[str, Sequence[int]],
     device: str = "cpu",
     overrides: Mapping[str, object] | None = None,
 ) -> list[Task]:
@@ -351,7 +357,7 @@ def make_tasks(
         workdir: W.
         processes: names of ``configs/wasserstein/digits.py``.
         seeds: seeds 0 … N − 1.
-        steps, heun_steps: numbers of steps of the exponential integrator and of Heun's method; either may be empty.
+        steps: numbers of steps of each of ``SAMPLERS``; one that is not named, or has none, is left out.
         device: of every run.
         overrides: of fields of every config.
 
@@ -366,9 +372,10 @@ def make_tasks(
         raise ValueError("--processes is empty: give at least one")
     if seeds < 1:
         raise ValueError(f"--seeds={seeds}: at least 1")
-    plan = (*(("exponential_integrator", k) for k in steps), *(("heun", k) for k in heun_steps))
+    plan = tuple((sampler, k) for sampler in SAMPLERS for k in steps.get(sampler, ()))
     if not plan:
-        raise ValueError("--steps and --heun_steps are both empty: give at least one number of steps")
+        names = ", ".join(f"--{sampler.flag}" for sampler in SAMPLERS.values())
+        raise ValueError(f"{names} are all empty: give at least one number of steps")
     root = Path(workdir)
     tasks = [
         Task(process, seed, str(root / "runs" / process / f"seed_{seed}"), str(root / "cache"), device, plan, {})
@@ -428,8 +435,9 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Folder for the runs, results.json, table.md and fid.png.", required=True)
     flags.DEFINE_list("processes", list(MODELS), "Forward processes, names of configs/wasserstein/digits.py.")
     flags.DEFINE_integer("seeds", 2, "Seeds 0 … N−1 of every process.")
-    flags.DEFINE_list("steps", "5,10,20,50,100,200,500", "Steps K of the exponential integrator; may be empty.")
-    flags.DEFINE_list("heun_steps", "5,10,20,50,100", "Steps K of Heun's method, of two evaluations; may be empty.")
+    for sampler in SAMPLERS.values():
+        description = f"Numbers of steps K: {sampler.title}. Empty: without it."
+        flags.DEFINE_list(sampler.flag, [str(k) for k in sampler.steps], description)
     flags.DEFINE_integer("jobs", available_cores(), "Processes that share the runs, about 1 GB each.")
     flags.DEFINE_string("device", "cpu", "auto, cpu, cuda or mps.")
 
@@ -439,13 +447,12 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
     given = flags.FLAGS
     try:
+        steps = {
+            name: parse_counts(sampler.flag, given[sampler.flag].value) if given[sampler.flag].value else ()
+            for name, sampler in SAMPLERS.items()
+        }
         tasks = make_tasks(
-            given.workdir,
-            processes=given.processes,
-            seeds=given.seeds,
-            steps=parse_counts("steps", given.steps) if given.steps else (),
-            heun_steps=parse_counts("heun_steps", given.heun_steps) if given.heun_steps else (),
-            device=given.device,
+            given.workdir, processes=given.processes, seeds=given.seeds, steps=steps, device=given.device
         )
         print(table(run(given.workdir, tasks, jobs=given.jobs)))
     except (ValueError, FloatingPointError, OSError, BrokenProcessPool) as error:
