@@ -20,23 +20,32 @@ Song, Vahdat, Mardani, Kautz (ΠGDM, ICLR 2023); Dhariwal and Nichol (NeurIPS 20
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from conservativeness import vjp
-from measurements import LinearOperator
+from measurements import BlockMean, ChannelMean, LinearOperator, Mask, MatrixOperator, radon_transform
 from randomness import Generator, normal_like
-from sampling import ConditionalScore
+from sampling import ConditionalScore, Projection
 from sde_lib import SDE, ScoreFunction, expand
 
 __all__ = [
+    "CLASS_CONDITIONS",
+    "CONDITION_FIELDS",
+    "MEASUREMENTS",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "DiffusionPosteriorSampling",
     "MeasurementProjection",
     "PseudoinverseGuidance",
+    "check_condition",
+    "condition_on_measurement",
+    "get_operator",
 ]
 
 
@@ -252,3 +261,206 @@ class ClassifierFreeGuidance(ConditionalScore):
             return self.score(x, t, labels if self.weight else null)
         without = self.score(x, t, null)
         return without + self.weight * (self.score(x, t, labels) - without)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From a config
+
+CLASS_CONDITIONS = ("class", "class_free")
+"""Values of ``sampling.condition`` that ask for a class."""
+
+MEASUREMENTS: dict[str, Callable[..., LinearOperator]] = {
+    "inpaint": lambda sampling, shape, device: Mask(known_pixels(sampling.mask, shape).to(device)),
+    "colorize": lambda sampling, shape, device: ChannelMean(shape, device),
+    "super_resolution": lambda sampling, shape, device: BlockMean(shape, sampling.factor, device),
+    "ct": lambda sampling, shape, device: radon_transform(shape, sampling.num_views, device),
+    "linear": lambda sampling, shape, device: MatrixOperator(_read_matrix(sampling.operator).to(device), shape),
+}
+"""Values of ``sampling.condition`` that measure an image, and the operator of each."""
+
+CONDITIONINGS = ("projection", "dps", "pigdm")
+
+CONDITION_FIELDS = (
+    *("condition", "conditioning", "guidance_weight", "class_label", "mask", "factor", "num_views", "operator"),
+    *("measurement_noise", "num_images", "samples_per_image"),
+)
+"""Fields of ``config.sampling`` that unconditional sampling does not read."""
+
+_HALVES: dict[str, tuple[float, float, float, float]] = {
+    "top": (0, 0, 0.5, 1),
+    "bottom": (0.5, 0, 1, 1),
+    "left": (0, 0, 1, 0.5),
+    "right": (0, 0.5, 1, 1),
+    "center": (0.25, 0.25, 0.75, 0.75),
+}
+"""Unknown parts by name: from and to, as fractions of height, width, height and width."""
+
+
+def check_condition(config) -> None:
+    """Whether ``config.sampling`` asks for something that its sampler and the network can do.
+
+    Raises:
+        ValueError: unknown condition or conditioning, a number outside its range, or a combination without a meaning.
+    """
+    sampling, num_classes = config.sampling, config.model.get("num_classes", 0)
+    condition, conditioning, weight = sampling.condition, sampling.conditioning, sampling.guidance_weight
+    if condition not in ("", *MEASUREMENTS, *CLASS_CONDITIONS):
+        raise ValueError(
+            f"sampling.condition={condition!r}: allowed are {', '.join((*MEASUREMENTS, *CLASS_CONDITIONS))}, or none"
+        )
+    if conditioning not in CONDITIONINGS:
+        raise ValueError(f"sampling.conditioning={conditioning!r}: allowed are {', '.join(CONDITIONINGS)}")
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"sampling.guidance_weight={weight}: allowed are numbers from 0 on")
+    guided = condition in CLASS_CONDITIONS or (condition in MEASUREMENTS and conditioning != "projection")
+    if weight != 1 and not guided:
+        how = "unconditional sampling" if not condition else f"sampling.condition={condition!r} by projection"
+        raise ValueError(f"sampling.guidance_weight={weight}: {how} has no guidance")
+    if sampling.class_label != -1 and condition not in CLASS_CONDITIONS:
+        raise ValueError(
+            f"sampling.class_label={sampling.class_label}: only for sampling.condition {' or '.join(CLASS_CONDITIONS)}"
+        )
+    if condition == "class_free" and not num_classes:
+        raise ValueError("sampling.condition='class_free': needs a network that knows classes, model.num_classes > 0")
+    unconditional_needed = condition != "class_free" or weight != 1
+    if num_classes and not config.training.label_dropout and unconditional_needed:
+        raise ValueError(
+            f"sampling.condition={condition!r}, sampling.guidance_weight={weight}: a network trained with "
+            "training.label_dropout=0 has no unconditional score; it can do 'class_free' with weight 1"
+        )
+    if condition in MEASUREMENTS:
+        _check_measurement(sampling)
+
+
+def _check_measurement(sampling) -> None:
+    for name in ("num_images", "samples_per_image"):
+        if sampling[name] < 1:
+            raise ValueError(f"sampling.{name}={sampling[name]}: at least 1")
+    if not 0 <= sampling.measurement_noise < math.inf:
+        raise ValueError(f"sampling.measurement_noise={sampling.measurement_noise}: allowed are numbers from 0 on")
+    if sampling.conditioning == "projection" and sampling.method == "ode" and sampling.solver != "heun":
+        raise ValueError(
+            f"sampling.solver={sampling.solver!r}: a projection follows every step, so needs 'heun'; or use "
+            "sampling.conditioning=pigdm"
+        )
+    if sampling.conditioning == "dps" and (
+        sampling.method != "pc" or sampling.predictor == "none" or sampling.corrector != "none"
+    ):
+        raise ValueError(
+            "sampling.conditioning='dps': its move follows a predictor's step, so needs sampling.method=pc, a "
+            "predictor, and sampling.corrector=none"
+        )
+
+
+def get_operator(config, image_shape: tuple[int, int, int], device: torch.device | str = "cpu") -> LinearOperator:
+    """What ``config.sampling.condition`` measures of images (C, H, W).
+
+    Raises:
+        ValueError: it does not suit such images.
+        FileNotFoundError: there is no such mask or matrix.
+    """
+    sampling = config.sampling
+    try:
+        return MEASUREMENTS[sampling.condition](sampling, image_shape, device)
+    except ValueError as error:
+        raise ValueError(f"sampling.condition={sampling.condition!r}: {error}") from None
+
+
+def condition_on_measurement(
+    config,
+    sde: SDE,
+    score: ScoreFunction,
+    operator: LinearOperator,
+    y: Tensor,
+    *,
+    prior_variance: float,
+) -> tuple[ScoreFunction, Projection | None]:
+    """The score and the projection that ``config.sampling.conditioning`` makes of measurements y (B, m).
+
+    Args:
+        config: checked by ``check_condition``.
+        sde, score, operator: the forward process, the unconditional score, A.
+        y: measurements.
+        prior_variance: of the data, for ΠGDM.
+    """
+    sampling = config.sampling
+    if sampling.conditioning == "projection":
+        return score, MeasurementProjection(sde, operator, y, sampling.measurement_noise)
+    if sampling.conditioning == "dps":
+        dps = DiffusionPosteriorSampling(sde, score, operator, y, step_size=sampling.guidance_weight)
+        return dps, dps
+    guided = PseudoinverseGuidance(
+        sde,
+        score,
+        operator,
+        y,
+        sampling.measurement_noise,
+        prior_variance=prior_variance,
+        weight=sampling.guidance_weight,
+    )
+    return guided, None
+
+
+def known_pixels(mask: str, image_shape: tuple[int, int, int]) -> Tensor:
+    """Booleans (C, H, W) from a description of what is unknown: left, right, top or bottom half; center, half as high
+    and wide; a box 'top,left,height,width' in pixels; or the file of an image of this size, white where unknown.
+
+    Raises:
+        ValueError: none of these, a box that is not within the image, an image of another size, or nothing unknown.
+        FileNotFoundError: there is no such file.
+    """
+    _, height, width = image_shape
+    known = torch.ones(height, width, dtype=torch.bool)
+    parts = mask.split(",")
+    if mask in _HALVES:
+        top, left, bottom, right = (
+            round(part * size) for part, size in zip(_HALVES[mask], (height, width) * 2, strict=True)
+        )
+        known[top:bottom, left:right] = False
+    elif len(parts) == 4 and all(part.strip().isdecimal() for part in parts):
+        top, left, rows, columns = map(int, parts)
+        if min(rows, columns) < 1 or top + rows > height or left + columns > width:
+            raise ValueError(
+                f"sampling.mask={mask!r}: the box top,left,height,width is not within the {height}x{width} image"
+            )
+        known[top : top + rows, left : left + columns] = False
+    else:
+        known = _read_mask(mask, height, width)
+    if known.all() or not known.any():
+        raise ValueError(f"sampling.mask={mask!r}: {'nothing' if known.all() else 'everything'} is unknown")
+    return known.expand(image_shape).contiguous()
+
+
+def _read_mask(mask: str, height: int, width: int) -> Tensor:
+    from PIL import Image
+
+    allowed = f"{', '.join(_HALVES)}, top,left,height,width, or the file of an image"
+    if not Path(mask).suffix:
+        raise ValueError(f"sampling.mask={mask!r}: allowed are {allowed}")
+    if not Path(mask).is_file():
+        raise FileNotFoundError(f"sampling.mask={mask!r}: no such file; allowed are {allowed}")
+    try:
+        with Image.open(mask) as image:
+            pixels = np.asarray(image.convert("L"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"sampling.mask={mask!r}: not an image that can be read: {error}") from None
+    if pixels.shape != (height, width):
+        raise ValueError(
+            f"sampling.mask={mask!r}: is {pixels.shape[1]}x{pixels.shape[0]}, the images are {width}x{height}"
+        )
+    return torch.from_numpy(pixels < 128)
+
+
+def _read_matrix(path: str) -> Tensor:
+    """A matrix (m, D) from a .npy file."""
+    if not path:
+        raise ValueError("sampling.operator is not set: give a .npy file with a matrix (m, channels·height·width)")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"sampling.operator={path!r}: no such file")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"sampling.operator={path!r}: not a .npy file that can be read: {error}") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise ValueError(f"sampling.operator={path!r}: holds no matrix of numbers")
+    return torch.from_numpy(array.astype(np.float64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -15,7 +16,7 @@ FLAGS = flags.FLAGS
 
 config_flags.DEFINE_config_file("config", None, "The experiment; override fields with --config.x.y=VALUE.")
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
-flags.DEFINE_enum("mode", None, ["train", "eval", "sample"], "What to do.")
+flags.DEFINE_enum("mode", None, ["train", "eval", "sample", "train_classifier"], "What to do.")
 flags.DEFINE_string("device", "auto", "auto, cpu, cuda or mps.")
 flags.DEFINE_string("precision", "fp32", "fp32, bf16 or fp16 (mixed).")
 flags.DEFINE_integer("accumulation_steps", 1, "Split each process's share of a batch into so many passes.")
@@ -27,7 +28,7 @@ flags.mark_flags_as_required(["config", "workdir", "mode"])
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
-    if FLAGS.checkpoint and FLAGS.mode == "train":
+    if FLAGS.checkpoint and FLAGS.mode in ("train", "train_classifier"):
         sys.exit("--checkpoint: only for --mode=eval or sample; training starts from --config.training.init_from")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
@@ -38,19 +39,31 @@ def main(argv: list[str]) -> None:
         if FLAGS.mode == "train":
             run_lib.train(FLAGS.config, FLAGS.workdir, runtime)
         elif FLAGS.mode == "eval":
-            metrics = run_lib.evaluate(FLAGS.config, FLAGS.workdir, runtime, FLAGS.checkpoint)
-            if os.environ.get("RANK", "0") == "0":
-                for name, value in sorted(metrics.items()):
-                    print(f"{name:24} {value:.6g}" if isinstance(value, float) else f"{name:24} {value}")
+            _print(run_lib.evaluate(FLAGS.config, FLAGS.workdir, runtime, FLAGS.checkpoint))
+        elif FLAGS.mode == "train_classifier":
+            _print(run_lib.train_classifier(FLAGS.config, FLAGS.workdir, runtime))
         else:
-            print(run_lib.sample(FLAGS.config, FLAGS.workdir, runtime, FLAGS.checkpoint))
+            folder = run_lib.sample(FLAGS.config, FLAGS.workdir, runtime, FLAGS.checkpoint)
+            if _is_main_process():
+                _print(json.loads((folder / "metrics.json").read_text()))
+                print(folder)
     except (run_lib.InvalidRun, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except run_lib.Interrupted as interruption:
         print(interruption, file=sys.stderr)
         sys.exit(128 + interruption.signal_number)
-    except KeyboardInterrupt:  # in evaluation, which keeps every finished batch as it goes
+    except KeyboardInterrupt:  # in evaluation and sampling, which keep every finished batch, or the classifier's steps
         sys.exit("stopped; the same command resumes")
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print(metrics: dict) -> None:
+    if _is_main_process():
+        for name, value in sorted(metrics.items()):
+            print(f"{name:24} {value:.6g}" if isinstance(value, float) else f"{name:24} {value}")
 
 
 if __name__ == "__main__":

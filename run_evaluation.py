@@ -1,4 +1,4 @@
-"""Evaluation and sampling of a run: every stage over all processes, every finished batch kept.
+"""Evaluation of a run: every stage over all processes, every finished batch kept.
 
 An evaluation depends neither on the number of processes nor, unless a solver that treats the batch as one system is
 chosen (scipy, dopri5), on the batch size.
@@ -18,16 +18,18 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from ml_collections import ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
 import datasets
 from checkpoints import CheckpointError, load_score_sde_checkpoint, load_state_dict_strictly, read_checkpoint
 from conservativeness import asymmetry
+from controllable_generation import CONDITION_FIELDS, MEASUREMENTS
 from evaluation import sample_quality
 from feature_classifier import train_classifier
 from features import dataset_features, extract_features
 from likelihood import bits_per_dim
 from randomness import SampleGenerators, normal_like
+from run_classifier import load_classifier
 from run_setup import (
     FREE_IN_EVALUATION,
     Run,
@@ -39,7 +41,7 @@ from run_setup import (
 )
 from sde_lib import expand
 
-__all__ = ["draw", "evaluate", "refuse_public_conservative", "sample", "spread"]
+__all__ = ["draw", "evaluate", "refuse_public_conservative", "spread"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,30 +89,6 @@ def evaluate(
     return metrics
 
 
-def sample(
-    config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), checkpoint: str | Path | None = None
-) -> Path:
-    """Draw ``config.eval.num_samples`` samples from a checkpoint; return the folder with samples.npz and grid.png.
-
-    Raises:
-        InvalidRun: bad config, data, checkpoint or working directory.
-    """
-    with checked():
-        run = _run_for_evaluation(config, workdir, runtime, checkpoint)
-        step = _load_for_evaluation(run, checkpoint)
-    arrays = _sample_stage(run)
-    sampling = config.sampling
-    how = f"pc-{sampling.predictor}-{sampling.corrector}" if sampling.method == "pc" else f"ode-{sampling.solver}"
-    if sampling.method == "pc" or sampling.solver == "heun":
-        how += f"-{sampling.num_steps or config.model.num_scales}"
-    folder = run.workdir / "samples" / f"step_{step:08d}-{how}"
-    if run.accelerator.is_main_process:
-        nfe = arrays["nfe"].mean()
-        write_arrays(folder / "samples.npz", images=arrays["images"], num_levels=run.train_data.num_levels, nfe=nfe)
-        save_image_grid(folder / "grid.png", arrays["images"], run.train_data.num_levels)
-    return folder
-
-
 def _run_for_evaluation(
     config: ConfigDict, workdir: str | Path, runtime: Runtime, checkpoint: str | Path | None
 ) -> Run:
@@ -122,6 +100,8 @@ def _run_for_evaluation(
 def _check_evaluation(run: Run) -> None:
     """What would otherwise fail only after hours of sampling."""
     settings = run.config.eval
+    if run.config.sampling.condition in MEASUREMENTS:
+        raise ValueError(f"sampling.condition={run.config.sampling.condition!r}: only with --mode=sample")
     if settings.enable_sampling and run.train_data.num_classes is None:
         raise ValueError(
             f"data.dataset={run.config.data.dataset!r}: it has no labels to train the feature classifier of FID on; "
@@ -147,6 +127,8 @@ def _load_for_evaluation(run: Run, checkpoint: str | Path | None) -> int:
         refuse_public_conservative(run.config, source)
         step = load_score_sde_checkpoint(source, run.ema.model.network, ema=True, sde=run.sde)
     run.ema.model.to(run.device)
+    if run.config.sampling.condition == "class":
+        run.classifier = load_classifier(run)
     return step
 
 
@@ -161,15 +143,16 @@ def refuse_public_conservative(config: ConfigDict, source: object) -> None:
 def _sampler_name(config: ConfigDict) -> str:
     sampling = config.sampling
     steps = sampling.num_steps or config.model.num_scales
+    guided = f"; {sampling.condition}, weight {sampling.guidance_weight:g}" if sampling.condition else ""
     if sampling.method == "pc":
         corrector, end = sampling.corrector, "" if sampling.noise_removal else ", not denoised"
         if corrector != "none":
             repeats = f", {sampling.n_steps_each} per step" if sampling.n_steps_each > 1 else ""
             corrector += f" (snr {sampling.snr:g}{repeats})"
-        return f"PC, {sampling.predictor} + {corrector}, {steps} steps{end}"
+        return f"PC, {sampling.predictor} + {corrector}, {steps} steps{end}{guided}"
     if sampling.solver == "heun":
-        return f"ODE, heun, {steps} steps"
-    return f"ODE, {sampling.solver}, rtol {sampling.rtol:g}, atol {sampling.atol:g}"
+        return f"ODE, heun, {steps} steps{guided}"
+    return f"ODE, {sampling.solver}, rtol {sampling.rtol:g}, atol {sampling.atol:g}{guided}"
 
 
 def _likelihood_name(config: ConfigDict) -> str:
@@ -187,17 +170,15 @@ def _stage(
     ``compute`` maps indices (b,) to arrays of b rows. The result is kept in W/eval/NAME.npz; the batches on the
     way there in W/eval/parts/.
     """
-    weights = hashlib.blake2b(digest_size=16)
-    for parameter_name, tensor in sorted(run.ema.model.state_dict().items()):
-        weights.update(parameter_name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     identity = {
         "version": _EVALUATION_VERSION,
         "stage": name,
         "size": size,
         "seed": run.config.seed,
-        "weights": weights.hexdigest(),
+        "weights": _weights_key(run.ema.model),
         "training": {name: run.config.training[name] for name in ("sde", "continuous")},
-        "model": json.loads(run.config.model.to_json()),
+        # Without classes, which came later, the keys of evaluations are those from before.
+        "model": {k: v for k, v in json.loads(run.config.model.to_json()).items() if k != "num_classes" or v},
         "precision": run.runtime.precision,
         **settings,
     }
@@ -231,6 +212,13 @@ def _stage(
         shutil.rmtree(parts)
     run.accelerator.wait_for_everyone()
     return result
+
+
+def _weights_key(module: nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read_arrays(path: Path, key: str) -> dict[str, np.ndarray] | None:
@@ -268,8 +256,9 @@ def _evaluate_nll(run: Run) -> dict:
     def compute(positions: Tensor) -> dict[str, np.ndarray]:
         indices = spread(positions, count, len(data))
         generator = SampleGenerators((run.config.seed, "likelihood"), indices.tolist())
-        x = run.to_model(data.batch(indices)[0], generator, dequantize=True).to(run.device)
-        result = run.likelihood(run.score, x, generator)
+        images, labels = data.batch(indices)
+        x = run.to_model(images, generator, dequantize=True).to(run.device)
+        result = run.likelihood(run.score_of_class(labels.to(run.device)), x, generator)
         bits = bits_per_dim(result.log_prob, run.dimension, num_levels=data.num_levels, centered=centered)
         return {"nll_bits_per_dim": bits.cpu().numpy(), "nfe": np.full(len(x), result.nfe)}
 
@@ -295,12 +284,13 @@ def _evaluate_asymmetry(run: Run) -> dict:
     def compute(items: Tensor) -> dict[str, np.ndarray]:
         indices, level = spread(items // levels, images_per_level, len(data)), items % levels
         generator = SampleGenerators((run.config.seed, "asymmetry"), items.tolist())
-        images = data.batch(indices)[0]
+        images, labels = data.batch(indices)
         x0 = run.to_model(images, generator, dequantize=run.config.data.uniform_dequantization).to(run.device)
         t = times[level].to(run.device)
         mean, std = run.sde.marginal(x0, t)
         xt = mean + expand(std, x0) * normal_like(x0, generator)
-        result = asymmetry(run.score, xt, t, probes=settings.asym_probes or None, generator=generator)
+        score = run.score_of_class(labels.to(run.device))
+        result = asymmetry(score, xt, t, probes=settings.asym_probes or None, generator=generator)
         return {"asym": result.asym.cpu().numpy(), "nasym": result.nasym.cpu().numpy()}
 
     identity = {
@@ -328,7 +318,7 @@ def draw(run: Run, indices: Sequence[int], *, progress: bool = False) -> tuple[n
     """Samples number ``indices`` as uint8 levels (B, H, W, C), and network evaluations per sample."""
     generator = SampleGenerators((run.config.seed, "samples"), indices)
     like = torch.zeros((len(indices), *run.train_data.image_shape), device=run.device)
-    samples = run.sampler(run.score, like, generator, progress=progress)
+    samples = run.sampler(run.sampling_score(indices), like, generator, progress=progress)
     return run.to_pixels(samples.x).permute(0, 2, 3, 1).cpu().numpy(), samples.nfe
 
 
@@ -338,13 +328,22 @@ def _sample_stage(run: Run) -> dict[str, np.ndarray]:
         return {"images": images, "nfe": np.full(len(images), nfe)}
 
     settings = {
-        "sampling": run.config.sampling.to_dict(),
+        "sampling": _sampling_settings(run),
         "centered": run.config.data.centered,
         "dequantized": run.config.data.uniform_dequantization,
         "num_levels": run.train_data.num_levels,
         "image_shape": run.train_data.image_shape,
     }
     return _stage(run, "sample_items", run.config.eval.num_samples, settings, compute)
+
+
+def _sampling_settings(run: Run) -> dict:
+    """What decides samples, beside weights and model; without a condition the keys are those from before there were
+    any."""
+    settings = run.config.sampling.to_dict()
+    if not settings["condition"]:
+        return {name: value for name, value in settings.items() if name not in CONDITION_FIELDS}
+    return settings if run.classifier is None else {**settings, "classifier": _weights_key(run.classifier)}
 
 
 def _evaluate_samples(run: Run) -> dict:

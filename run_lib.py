@@ -6,13 +6,15 @@ A run lives in a working directory W:
     W/checkpoints/           see ``checkpoints``
     W/metrics.jsonl          one row per logged step
     W/tensorboard/           the same, for TensorBoard
-    W/samples/               grids of samples made while training, or asked for
+    W/samples/               grids of samples made while training; samples that were asked for
+    W/classifier/            see ``run_classifier``
     W/eval/                  metrics.json, and the per-image results it was computed from
 
 Everything random but dropout is keyed by (seed, purpose, step or index), and dropout's streams are in the checkpoint,
 so a run that was interrupted continues to the very same result.
 
-This file is training, and the door to the rest: ``run_setup`` builds and checks a run, ``run_evaluation`` measures it.
+This file is training, and the door to the rest: ``run_setup`` builds and checks a run, ``run_evaluation`` measures it,
+``run_sampling`` draws samples from it, ``run_classifier`` trains the classifier that may guide them.
 """
 
 from __future__ import annotations
@@ -44,8 +46,10 @@ from checkpoints import (
 from losses import Objective
 from metrics_log import MetricsLog
 from pixels import random_flip
-from randomness import SampleGenerators, seed_from
-from run_evaluation import draw, evaluate, refuse_public_conservative, sample, spread
+from randomness import SampleGenerators, seed_from, uniform
+from run_classifier import train_classifier
+from run_evaluation import draw, evaluate, refuse_public_conservative, spread
+from run_sampling import sample
 from run_setup import (
     FREE_IN_TRAINING,
     GRID_IMAGES,
@@ -59,7 +63,7 @@ from run_setup import (
 )
 from splits import TensorSplit
 
-__all__ = ["Interrupted", "InvalidRun", "Runtime", "evaluate", "sample", "train"]
+__all__ = ["Interrupted", "InvalidRun", "Runtime", "evaluate", "sample", "train", "train_classifier"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +77,8 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
     with checked():
+        if config.sampling.condition not in ("", "class_free"):
+            raise ValueError(f"sampling.condition={config.sampling.condition!r}: not while training")
         training = _Training(Run(config, workdir, runtime, free_fields=FREE_IN_TRAINING))
     training.loop()
 
@@ -186,7 +192,8 @@ class _Training:
         share = self.config.training.batch_size // self.accelerator.num_processes
         return range(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
 
-    def _images(self, step: int) -> Tensor:
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images and labels."""
         indices = datasets.batch_indices(
             self.config.seed,
             step,
@@ -195,22 +202,22 @@ class _Training:
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
         )
-        return self.run.train_data.batch(indices)[0]
+        return self.run.train_data.batch(indices)
 
-    def _batches(self) -> Iterator[Tensor]:
-        """The images of this and all later steps; files are decoded one step ahead in a thread."""
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of this and all later steps; files are decoded one step ahead in a thread."""
         steps = range(self.step, self.config.training.n_iters)
         if isinstance(self.run.train_data, TensorSplit):
             # Already in memory: a thread would bring OpenMP workers of its own, which cost more than they save.
-            yield from map(self._images, steps)
+            yield from map(self._batch, steps)
             return
         with ThreadPoolExecutor(1) as reader:
-            upcoming = reader.submit(self._images, steps[0])
+            upcoming = reader.submit(self._batch, steps[0])
             for step in steps:
-                images = upcoming.result()
+                batch = upcoming.result()
                 if step < steps[-1]:
-                    upcoming = reader.submit(self._images, step + 1)
-                yield images
+                    upcoming = reader.submit(self._batch, step + 1)
+                yield batch
 
     # -- the loop
 
@@ -227,8 +234,8 @@ class _Training:
         last_row = (started, self.step)
         bar = self.run.progress(total=n_iters, initial=self.step, unit="step", desc=f"train {self.run.workdir.name}")
         with self._signals(), bar, log or contextlib.nullcontext():
-            for images in self._batches():
-                self._train_step(images)
+            for batch in self._batches():
+                self._train_step(batch)
                 bar.update()
                 self.run.report_progress(1)
                 stopping = self._should_stop()
@@ -256,7 +263,7 @@ class _Training:
                 if (snapshot or at_end) and every.snapshot_sampling:
                     self._sample_grid()
 
-    def _train_step(self, images: Tensor) -> None:
+    def _train_step(self, batch: tuple[Tensor, Tensor]) -> None:
         config, accelerator = self.config, self.accelerator
         self.objective.train()
         # step + 1: the source's step/warmup makes the first step one of size zero.
@@ -264,17 +271,18 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = config.optim.lr * warmup
         micro_batches = zip(
-            images.chunk(self.run.runtime.accumulation_steps),
+            *(part.chunk(self.run.runtime.accumulation_steps) for part in batch),
             np.array_split(np.array(self._positions()), self.run.runtime.accumulation_steps),
             strict=True,
         )
-        for micro, positions in micro_batches:
+        for images, labels, positions in micro_batches:
             with accelerator.accumulate(self.objective):
                 generator = SampleGenerators((config.seed, "train", self.step), positions)
-                x0 = self.run.to_model(micro, generator, dequantize=config.data.uniform_dequantization)
+                x0 = self.run.to_model(images, generator, dequantize=config.data.uniform_dequantization)
                 if config.data.random_flip:
                     x0 = random_flip(x0, generator)
-                terms = self.objective(x0.to(self.run.device), generator, step=self.step)
+                labels = self._class_labels(labels, generator)
+                terms = self.objective(x0.to(self.run.device), generator, step=self.step, class_labels=labels)
                 accelerator.backward(terms["loss"])
                 if accelerator.sync_gradients:
                     limit = config.optim.grad_clip if config.optim.grad_clip >= 0 else math.inf
@@ -286,6 +294,15 @@ class _Training:
                 self.sums[name] = [total + value.detach(), count + 1]
         self.run.ema.update(accelerator.unwrap_model(self.objective).score_model)
         self.step += 1
+
+    def _class_labels(self, labels: Tensor, generator: SampleGenerators | None) -> Tensor | None:
+        """What a network that knows classes is told of them (b,): with a generator, now and then, none."""
+        num_classes, dropout = self.run.num_classes, self.config.training.label_dropout
+        if not num_classes:
+            return None
+        if dropout and generator is not None:
+            labels = torch.where(uniform((len(labels),), generator) < dropout, num_classes, labels)
+        return labels.to(self.run.device)
 
     def _check_finite(self) -> None:
         """A loss or gradient that was not finite in any step since the last row leaves its mark in the sum."""
@@ -317,9 +334,10 @@ class _Training:
         same times and noise."""
         count = min(self.config.eval.batch_size, len(self.run.test_data))
         generator = SampleGenerators((self.config.seed, "test loss"), range(count))
-        images, _ = self.run.test_data.batch(spread(torch.arange(count), count, len(self.run.test_data)))
+        images, labels = self.run.test_data.batch(spread(torch.arange(count), count, len(self.run.test_data)))
         x0 = self.run.to_model(images, generator, dequantize=self.config.data.uniform_dequantization)
-        return float(self.test_objective(x0.to(self.run.device), generator)["dsm"])
+        labels = self._class_labels(labels, None)
+        return float(self.test_objective(x0.to(self.run.device), generator, class_labels=labels)["dsm"])
 
     def _sample_grid(self) -> None:
         if self.accelerator.is_main_process:

@@ -7,7 +7,7 @@ import json
 import math
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,14 +26,16 @@ from atomic_write import write_atomically
 from checkpoints import CheckpointStore, load_state_dict_strictly
 from configs.defaults import base_config
 from conservativeness import EXACT_MAX_DIMENSION
+from controllable_generation import CLASS_CONDITIONS, ClassifierFreeGuidance, ClassifierGuidance, check_condition
 from experiment_dir import differences, flatten
 from likelihood import get_likelihood
 from losses import Objective, get_objective
 from models import EMA, create_score_model
+from models.classifier import NoiseConditionalClassifier
 from models.score import ScoreModel
 from randomness import Generator, uniform
 from sampling import get_sampler
-from sde_lib import SDE, get_sde
+from sde_lib import SDE, ScoreFunction, get_sde
 
 __all__ = [
     "FREE_IN_EVALUATION",
@@ -60,6 +62,7 @@ FREE_IN_TRAINING = (
     "eval.",
     "sampling.",
     "likelihood.",
+    "classifier.",
     "data.path",
     "data.root",
     "data.download",
@@ -152,6 +155,7 @@ class Run:
         self.workdir = Path(workdir)
         self.runtime = runtime
         _check_numbers(config)
+        check_condition(config)
         self.sde: SDE = get_sde(config)
         torch.manual_seed(config.seed)
         self.score_model: ScoreModel = create_score_model(config, self.sde)
@@ -163,7 +167,9 @@ class Run:
         self._check_batch_size()
         with self.main_process_first():
             self.train_data, self.test_data = datasets.get_dataset(config)
+            self._check_classes()
             self._check_workdir(free_fields)
+        self.classifier: NoiseConditionalClassifier | None = None  # loaded where sampling is guided by it
         self.store = CheckpointStore(
             self.workdir / "checkpoints",
             keep=config.training.keep_checkpoints,
@@ -177,6 +183,11 @@ class Run:
     @property
     def dimension(self) -> int:
         return math.prod(self.train_data.image_shape)
+
+    @property
+    def num_classes(self) -> int:
+        """Of the network, which in its place among the labels has one that stands for no class; 0: it knows none."""
+        return self.config.model.get("num_classes", 0)
 
     def main_process_first(self) -> contextlib.AbstractContextManager:
         return self.accelerator.main_process_first()
@@ -202,10 +213,45 @@ class Run:
         x = pixels.unscale(x.float(), self.config.data.centered)
         return pixels.to_pixels(x, self.train_data.num_levels, self.config.data.uniform_dequantization)
 
-    def score(self, x: Tensor, t: Tensor) -> Tensor:
-        """The score of the moving average, in the precision asked for; float32 in and out."""
+    def score(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """The score of the moving average, in the precision asked for; float32 in and out. From a network that knows
+        classes it is the unconditional one unless labels (B,) are given."""
+        if class_labels is None and self.num_classes:
+            class_labels = torch.full((len(x),), self.num_classes, device=x.device)
         with self.accelerator.autocast():
-            return self.ema.model(x, t).to(x.dtype)
+            return self.ema.model(x, t, class_labels).to(x.dtype)
+
+    def score_of_class(self, class_labels: Tensor) -> ScoreFunction:
+        """The score that a network which knows classes has for these (B,), of data; of one which does not, its own."""
+        return ClassifierFreeGuidance(self.score, class_labels, self.num_classes) if self.num_classes else self.score
+
+    def wanted_labels(self, indices: Sequence[int]) -> Tensor:
+        """The classes (B,) that ``sampling.condition`` wants of samples number ``indices``."""
+        label, numbers = self.config.sampling.class_label, torch.tensor(indices, device=self.device)
+        return numbers % self.train_data.num_classes if label == -1 else torch.full_like(numbers, label)
+
+    def sampling_score(self, indices: Sequence[int]) -> ScoreFunction:
+        """The score for samples number ``indices``: of their class, or unconditional."""
+        sampling = self.config.sampling
+        if sampling.condition == "class_free":
+            labels = self.wanted_labels(indices)
+            return ClassifierFreeGuidance(self.score, labels, self.num_classes, weight=sampling.guidance_weight)
+        if sampling.condition == "class":
+            labels = self.wanted_labels(indices)
+            return ClassifierGuidance(self.score, self.classifier.log_probs, labels, weight=sampling.guidance_weight)
+        return self.score
+
+    def _check_classes(self) -> None:
+        sampling, own, available = self.config.sampling, self.num_classes, self.train_data.num_classes
+        dataset = f"data.dataset={self.config.data.dataset!r}"
+        if own and own != available:
+            raise ValueError(f"model.num_classes={own}: {dataset} has {available or 'no'} classes")
+        if sampling.condition in CLASS_CONDITIONS and available is None:
+            raise ValueError(f"sampling.condition={sampling.condition!r}: {dataset} has no classes")
+        if sampling.condition in CLASS_CONDITIONS and not -1 <= sampling.class_label < available:
+            raise ValueError(
+                f"sampling.class_label={sampling.class_label}: allowed are 0 to {available - 1}, or -1 for all in turn"
+            )
 
     def _check_batch_size(self) -> None:
         batch_size = self.config.training.batch_size
@@ -271,8 +317,10 @@ def _check_numbers(config: ConfigDict) -> None:
         raise ValueError(f"optim.lr={config.optim.lr}: allowed are positive numbers")
     if config.optim.optimizer != "Adam":
         raise ValueError(f"optim.optimizer={config.optim.optimizer!r}: allowed is Adam")
-    if config.model.get("num_classes", 0):
-        raise ValueError(f"model.num_classes={config.model.num_classes}: runs are unconditional, leave it out")
+    if not 0 <= config.training.label_dropout < 1:
+        raise ValueError(f"training.label_dropout={config.training.label_dropout}: a probability in [0, 1)")
+    if config.training.label_dropout and not config.model.get("num_classes", 0):
+        raise ValueError(f"training.label_dropout={config.training.label_dropout}: needs model.num_classes > 0")
     dimension = config.data.num_channels * config.data.image_size**2
     if config.eval.asym_probes == 0 and dimension > EXACT_MAX_DIMENSION:
         raise ValueError(

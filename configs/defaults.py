@@ -32,6 +32,7 @@ def base_config() -> ConfigDict:
     config.training.n_iters = 1300001
     config.training.likelihood_weighting = False
     config.training.reduce_mean = False
+    config.training.label_dropout = 0.0  # how often a class is withheld from a network with classes
     config.training.init_from = ""  # checkpoint or run to start from: weights, EMA, optimiser and step
     config.training.qc_weight = 0.0  # weight of the antisymmetric part of the Jacobian; > 0 makes a QC model
     config.training.qc_probes = 1
@@ -85,6 +86,7 @@ def base_config() -> ConfigDict:
     config.model.progressive_input = "residual"
     config.model.progressive_combine = "sum"
     config.model.init_scale = 0.0
+    config.model.num_classes = 0  # of the data set, for a network that is given the class; 0: it is not
 
     config.sampling = ConfigDict()
     config.sampling.method = "pc"  # pc, ode
@@ -98,6 +100,32 @@ def base_config() -> ConfigDict:
     config.sampling.solver = "rk45"  # of the ode method: rk45, scipy, dopri5, heun
     config.sampling.rtol = 1e-5
     config.sampling.atol = 1e-5
+    # What is given: inpaint, colorize, super_resolution, ct, linear (of the first test images); class, class_free
+    config.sampling.condition = ""
+    config.sampling.conditioning = "projection"  # on a measurement: projection, dps, pigdm
+    config.sampling.guidance_weight = 1.0  # of class, class_free and pigdm; the step size of dps
+    config.sampling.class_label = -1  # -1: every class in turn
+    # Unknown to inpaint: left, right, top, bottom, center; "top,left,height,width"; an image file, white where unknown
+    config.sampling.mask = "bottom"
+    config.sampling.factor = 2  # of super_resolution
+    config.sampling.num_views = 23  # of ct
+    config.sampling.operator = ""  # of linear: a .npy file with a matrix
+    config.sampling.measurement_noise = 0.0  # standard deviation, in the units of the images as the model sees them
+    config.sampling.num_images = 8  # that are measured
+    config.sampling.samples_per_image = 4
+
+    # The classifier of noised images for sampling.condition=class: --mode=train_classifier
+    config.classifier = ConfigDict()
+    config.classifier.nf = 64
+    config.classifier.ch_mult = (1, 2, 2, 2)
+    config.classifier.num_res_blocks = 2
+    config.classifier.dropout = 0.1
+    config.classifier.batch_size = 128
+    config.classifier.n_iters = 50000
+    config.classifier.lr = 3e-4
+    config.classifier.weight_decay = 0.05
+    config.classifier.log_freq = 100
+    config.classifier.save_freq = 2000
 
     config.likelihood = ConfigDict()
     config.likelihood.divergence = "rademacher"  # rademacher, gaussian, exact

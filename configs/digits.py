@@ -2,6 +2,7 @@
 
 python main.py --config=configs/digits.py:u --workdir=runs/digits/u --mode=train
 python main.py --config=configs/digits.py:u --workdir=runs/digits/u --mode=eval
+python main.py --config=configs/digits.py:u --workdir=runs/digits/u --mode=train_classifier
 
 `make demo` trains and evaluates all three; the expected numbers are in the README, the choice of qc_weight in
 docs/choosing_qc_weight.md. Data are dequantised in training too: of 17 grey levels the bits/dim would suffer.
@@ -13,6 +14,7 @@ MODELS = {
     "u": {},
     "c": {"model.parameterization": "conservative", "training.n_iters": 800},
     "qc": {"training.qc_weight": 4e-2},
+    "conditional": {"model.num_classes": 10, "training.label_dropout": 0.2, "sampling.condition": "class_free"},
 }
 
 
@@ -26,6 +28,7 @@ def get_config(model="u"):
     config.training.update(
         batch_size=128, n_iters=2500, eval_freq=200, snapshot_freq=600, snapshot_freq_for_preemption=200
     )
+    config.classifier.update(nf=32, ch_mult=(1, 2), num_res_blocks=1, n_iters=1500, lr=1e-3, save_freq=250)
     config.sampling.num_steps = 100
     config.eval.update(batch_size=360, num_samples=1000, asym_levels=20, asym_images=24, asym_probes=0)
     return choose(config, model, MODELS)

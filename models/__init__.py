@@ -20,6 +20,9 @@ __all__ = ["EMA", "ConservativeScore", "ScoreModel", "UnconstrainedScore", "crea
 
 def _unet(config) -> UNet:
     model = config.model
+    num_classes = model.get("num_classes", 0)
+    if num_classes < 0:
+        raise ValueError(f"model.num_classes={num_classes}: at least 0")
     return UNet(
         image_size=config.data.image_size,
         num_channels=config.data.num_channels,
@@ -42,7 +45,8 @@ def _unet(config) -> UNet:
         progressive_input=model.progressive_input,
         progressive_combine=model.progressive_combine,
         init_scale=model.init_scale,
-        num_classes=model.get("num_classes", 0),
+        # One more label stands for no class.
+        num_classes=num_classes + 1 if num_classes else 0,
     )
 
 
@@ -116,6 +120,8 @@ def create_network(config) -> nn.Module:
     name = config.model.name.lower()
     if name not in NETWORKS:
         raise ValueError(f"model.name={config.model.name!r}: allowed are {', '.join(sorted(NETWORKS))}")
+    if name != "ncsnpp" and config.model.get("num_classes", 0):
+        raise ValueError(f"model.num_classes={config.model.num_classes}: only model.name='ncsnpp' knows classes")
     return NETWORKS[name](config)
 
 

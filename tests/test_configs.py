@@ -138,7 +138,8 @@ def test_every_config_builds_and_steps(path, name):
     get_sampler(config, sde)
     get_likelihood(config, sde)
     x0 = torch.rand(2, config.data.num_channels, config.data.image_size, config.data.image_size)
-    terms = objective(x0)
+    labels = torch.tensor([0, config.model.num_classes]) if config.model.num_classes else None
+    terms = objective(x0, class_labels=labels)
     terms["loss"].backward()
     assert torch.isfinite(terms["loss"]) and ("qc" in terms) == (config.training.qc_weight > 0)
     gradients = [p.grad for p in objective.parameters() if p.requires_grad]
