@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import imagenet32
 from randomness import seed_from
 from splits import UNREADABLE_IMAGE, FileSplit, Split, TensorSplit, crop_and_resize, first_line
 
@@ -264,6 +265,15 @@ def _given_path(request: _Request, wanted: str) -> Path:
     return Path(request.path).expanduser()
 
 
+def _given_root(request: _Request) -> Path:
+    if not request.root:
+        raise ValueError(
+            f"config.data.root is not set; '{request.dataset}' wants the folder that holds it, or (torchvision's sets) "
+            "into which --config.data.download=True puts it"
+        )
+    return Path(request.root).expanduser()
+
+
 def _from_torchvision(request: _Request, torchvision_class: str, half: str, **options: object) -> Any:
     """The object of torchvision for one half, read from ``config.data.root``.
 
@@ -273,20 +283,30 @@ def _from_torchvision(request: _Request, torchvision_class: str, half: str, **op
     """
     import torchvision.datasets  # slow to import, and not needed for other sets
 
-    if not request.root:
-        raise ValueError(
-            f"config.data.root is not set; '{request.dataset}' wants the folder that holds it, or into which "
-            "--config.data.download=True puts it"
-        )
-    root = Path(request.root).expanduser()
+    root, cls = _given_root(request), getattr(torchvision.datasets, torchvision_class)
     try:
-        return getattr(torchvision.datasets, torchvision_class)(root, download=request.download, **options)
+        return cls(root, download=request.download, **options)
     except (RuntimeError, OSError, ImportError, AssertionError, KeyError, TypeError, ValueError) as error:
         # Whatever torchvision stumbles over in these files means that the set is not there in full.
         remedy = "it could not be fetched" if request.download else "--config.data.download=True fetches it"
         raise FileNotFoundError(
-            f"config.data.root={root} holds no intact {request.dataset} ({half}); {remedy} ({first_line(error)})"
+            f"config.data.root={root} holds no intact {request.dataset} ({half}): expected in it are "
+            f"{', '.join(_expected_files(cls))}; {remedy} ({first_line(error)})"
         ) from error
+
+
+def _expected_files(cls: type) -> list[str]:
+    """The files of a set of torchvision below its root, unpacked; read off what torchvision itself looks for."""
+    name = cls.__name__
+    if name.startswith("CIFAR"):
+        files = [file for file, _ in (*cls.train_list, *cls.test_list)]
+        return [f"{cls.base_folder}/{file}" for file in (*files, cls.meta["filename"])]
+    if name == "SVHN":
+        return [cls.split_list[half][1] for half in ("train", "test")]
+    if name == "CelebA":
+        labels = [file for _, _, file in cls.file_list if file.endswith(".txt")]
+        return [f"{cls.base_folder}/{file}" for file in (*labels, "img_align_celeba/*.jpg")]
+    return [f"{name}/raw/{Path(file).stem}" for file, _ in cls.resources]
 
 
 def _load_mnist(request: _Request) -> tuple[Split, Split]:
@@ -307,6 +327,12 @@ def _load_svhn(request: _Request) -> tuple[Split, Split]:
     halves = [_from_torchvision(request, "SVHN", half, split=half) for half in ("train", "test")]
     arrays = [(half.data.transpose(0, 2, 3, 1), half.labels) for half in halves]
     return _in_memory(request, "svhn", arrays, num_classes=10)
+
+
+def _load_imagenet32(request: _Request) -> tuple[Split, Split]:
+    """The official validation images are the test half."""
+    halves = imagenet32.read_imagenet32(_given_root(request))
+    return _in_memory(request, "imagenet32", halves, num_classes=imagenet32.NUM_CLASSES)
 
 
 def _load_celeba(request: _Request) -> tuple[Split, Split]:
@@ -334,6 +360,7 @@ _LOADERS: dict[str, Callable[[_Request], tuple[Split, Split]]] = {
     "cifar10": _load_cifar,
     "cifar100": _load_cifar,
     "svhn": _load_svhn,
+    "imagenet32": _load_imagenet32,
     "celeba": _load_celeba,
 }
 
@@ -351,12 +378,12 @@ def load_dataset(
     """The training and the test half of a set.
 
     Args:
-        name: ``digits``, ``npz``, ``folder``, ``mnist``, ``cifar10``, ``cifar100``, ``svhn`` or ``celeba``, in upper
-            or lower case.
+        name: ``digits``, ``npz``, ``folder``, ``mnist``, ``cifar10``, ``cifar100``, ``svhn``, ``imagenet32`` or
+            ``celeba``, in upper or lower case.
         image_size: height and width in pixels.
         num_channels: 1 (grey) or 3 (RGB). Images in a folder are converted; other sets must have as many.
         path: the file of ``npz`` or the folder of ``folder``.
-        root: where torchvision's sets are, or are to be put.
+        root: where published sets are, or torchvision's are to be put.
         download: whether torchvision may fetch a set that is not in ``root``.
         resize: whether images of another size are cut to a central square and resized. CelebA always is.
 

@@ -19,6 +19,7 @@ import pytest
 import scipy.io
 import torch
 from PIL import Image
+from traps import Trap
 
 import datasets
 from datasets import get_dataset, load_dataset
@@ -208,16 +209,6 @@ def test_npz_never_unpickles(tmp_path):
     assert not trace.exists()
     pickle.loads(pickle.dumps(Trap(trace)))
     assert trace.exists()  # the trap works
-
-
-class Trap:
-    """Creates a file when unpickled."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
 
 
 def test_npz_files_that_are_damaged_or_absent(tmp_path):
@@ -418,6 +409,13 @@ def test_folder_fingerprint(tmp_path):
 
 
 NATIVE = {"mnist": (28, 1), "cifar10": (32, 3), "cifar100": (32, 3), "svhn": (32, 3), "celeba": (64, 3)}
+FILES = {
+    "mnist": ["MNIST/raw/train-images-idx3-ubyte", "MNIST/raw/t10k-labels-idx1-ubyte"],
+    "cifar10": [f"cifar-10-batches-py/{file}" for file in ("data_batch_5", "test_batch", "batches.meta")],
+    "cifar100": [f"cifar-100-python/{file}" for file in ("train", "test", "meta")],
+    "svhn": ["train_32x32.mat, test_32x32.mat"],
+    "celeba": ["celeba/list_eval_partition.txt", "celeba/img_align_celeba/"],
+}
 
 
 def md5(path: Path) -> str:
@@ -432,6 +430,7 @@ def test_missing_torchvision_set(tmp_path, name):
         f"config.data.root={tmp_path}",
         name,
         "--config.data.download=True",
+        *FILES[name],
         name=name.upper(),
         image_size=size,
         num_channels=channels,
