@@ -36,6 +36,7 @@ from report_figures import write_figures
 from report_paper import PAPER, PAPER_SOURCE, PREDICTOR_STEPS, TABLE_2, TABLE_3, differing_settings
 from report_runs import (
     COLUMNS,
+    INCEPTION,
     NASYM_ROUND_OFF,
     PROTOCOL,
     WITH_ERROR,
@@ -97,9 +98,13 @@ def _leaders(runs: Sequence[Run], column: Column) -> set[int]:
 
 
 def _features_comparable(runs: Sequence[Run]) -> bool:
-    """FID and its kin depend on the features, and their bias on the number of samples: both must be the same."""
-    measured = [run for run in runs if any(run.number(c.key) is not None for c in COLUMNS if c.from_features)]
-    return len({(run.metrics["features"], run.metrics["num_samples"]) for run in measured}) <= 1
+    """FID and its kin depend on the features, and their bias on the numbers of images: all must be the same."""
+    keys = ("features", "num_samples", "reference", "num_reference")
+    return len({tuple(run.metrics[key] for key in keys) for run in _with_features(runs)}) <= 1
+
+
+def _with_features(runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if any(run.number(c.key) is not None for c in COLUMNS if c.from_features)]
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -169,15 +174,15 @@ def _test_images_notes(runs: Sequence[Run]) -> list[str]:
 def _features_note(runs: Sequence[Run]) -> str:
     notes = []
     if not _features_comparable(runs):
-        listed = "; ".join(
-            f"{run.name}: {run.metrics['features'] or 'not recorded'}, {_format_count(run.number('num_samples'))}"
-            for run in runs
-        )
         notes.append(
             "FID, KID, IS, precision and recall of these runs must not be compared with one another, and none is in "
-            f"bold: features or number of samples differ ({listed})."
+            "bold: features, numbers of images or what was compared with differ "
+            f"({'; '.join(f'{run.name}: {_features_used(run)}' for run in runs)})."
         )
-    for features in sorted({run.metrics["features"] for run in runs if run.metrics["features"]} - {"inception"}):
+    elif used := {_features_used(run) for run in _with_features(runs)}:
+        backends = {run.metrics["backend"] or "not recorded" for run in _with_features(runs)}
+        notes.append(f"Features: {used.pop()}; FID, KID and IS computed by {' and '.join(sorted(backends))}.")
+    for features in sorted({run.metrics["features"] for run in runs if run.metrics["features"]} - set(INCEPTION)):
         accuracies = sorted(
             {
                 run.number("feature_test_accuracy")
@@ -187,11 +192,19 @@ def _features_note(runs: Sequence[Run]) -> str:
         )
         listed = " or ".join(f"{100 * accuracy:.1f} %" for accuracy in accuracies)
         accuracy = f"its test accuracy is {listed}" if accuracies else "its test accuracy was not recorded"
+        if features.startswith("inception-"):
+            accuracy = "not the published weights"
         notes.append(
             f"FID, KID, IS, precision and recall come from the features of {features} ({accuracy}): they are "
             "comparable within this report only, not with Inception FID."
         )
     return "\n\n".join(notes)
+
+
+def _features_used(run: Run) -> str:
+    features, reference = run.metrics["features"] or "not recorded", run.metrics["reference"]
+    compared = f" against {_format_count(run.number('num_reference'))} ({reference})" if reference else ""
+    return f"{features}, {_format_count(run.number('num_samples'))} samples{compared}"
 
 
 def _paper_section(runs: Sequence[Run]) -> str:
@@ -274,12 +287,13 @@ def _csv_text(runs: Sequence[Run]) -> str:
     keys = [key for c in COLUMNS for key in (c.key, f"{c.key}_se") if key == c.key or c.key in WITH_ERROR]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    descriptions = ("run", "model", "dataset", "qc_weight", "path", "sampler", "likelihood", "features")
+    measured = ("sampler", "likelihood", "features", "reference", "backend")
+    descriptions = ("run", "model", "dataset", "qc_weight", "path", *measured)
     keys += ["feature_test_accuracy", *PROTOCOL]
     writer.writerow([*descriptions, *keys])
     for run in runs:
         described = [run.name, run.model, run.dataset, repr(run.qc_weight), str(run.path)]
-        described += [run.metrics[key] or "" for key in ("sampler", "likelihood", "features")]
+        described += [run.metrics[key] or "" for key in measured]
         numbers = [run.metrics[key] for key in keys]
         writer.writerow([*described, *("" if value is None else repr(value) for value in numbers)])
     return buffer.getvalue()

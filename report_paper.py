@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from report_runs import Run, short
+from report_runs import INCEPTION, Run, short
 
 __all__ = ["PAPER", "PAPER_SOURCE", "PREDICTOR_STEPS", "TABLE_2", "TABLE_3", "differing_settings"]
 
@@ -110,7 +110,6 @@ _LIKELIHOODS = ("rk45, rtol 0.001, atol 1e-05", "scipy, rtol 0.001, atol 1e-05")
 _ASYM_LEVELS = 100
 _SAMPLER = f"PC, reverse_diffusion + langevin (snr 0.16), {PREDICTOR_STEPS} steps"
 _NUM_SAMPLES = 50_000
-_FEATURES = "inception"
 
 
 def differing_settings(run: Run, table: int) -> list[str]:
@@ -184,6 +183,8 @@ def _sampling(run: Run) -> list[str]:
     pairs = {
         "sampler": (run.metrics["sampler"], _SAMPLER),
         "samples": (run.number("num_samples"), _NUM_SAMPLES),
-        "features": (run.metrics["features"], _FEATURES),
+        "images compared with": (run.number("num_reference"), _NUM_SAMPLES),
     }
+    if run.metrics["features"] not in INCEPTION:
+        pairs["features"] = (run.metrics["features"], INCEPTION[0])
     return [_difference(what, ours, paper) for what, (ours, paper) in pairs.items() if ours != paper]

@@ -20,6 +20,7 @@ import numpy as np
 
 __all__ = [
     "COLUMNS",
+    "INCEPTION",
     "NASYM_ROUND_OFF",
     "PROTOCOL",
     "WITH_ERROR",
@@ -68,9 +69,13 @@ COLUMNS = (
     Column("checkpoint_step", "Step"),
 )
 WITH_ERROR = ("nll_bits_per_dim", "asym", "nasym", "kid")
-# How the numbers were measured: which part of the test set, how many noise levels, probes and predictor steps.
-PROTOCOL = ("nll_images", "asym_images", "test_images", "asym_levels", "asym_probes", "sampling_steps")
+# How the numbers were measured: which part of the test set, how many noise levels, probes, predictor steps, and images
+# that samples were compared with.
+PROTOCOL = ("nll_images", "asym_images", "test_images", "asym_levels", "asym_probes", "sampling_steps", "num_reference")
 _NUMBERS = (*(c.key for c in COLUMNS), *(f"{key}_se" for key in WITH_ERROR), "feature_test_accuracy", *PROTOCOL)
+
+# Features of the Inception network of 2015, from torch-fidelity or TF-Hub, as in the literature.
+INCEPTION = ("inception", "inception-tfhub")
 
 # In single precision J − Jᵀ of an exactly conservative score is round-off: about 1e-7 of J, times what the depth of
 # the network adds. NAsym is the square of such a ratio; 1e-8 is a relative asymmetry of 1e-4.
@@ -232,7 +237,7 @@ def _read_metrics(file: Path) -> dict[str, Any]:
         value = metrics.setdefault(key, None)
         if value is not None and not _is_number(value):
             raise ValueError(f"{file}: {key}={value!r}; a number or null is needed")
-    for key in ("features", "sampler", "likelihood"):
+    for key in ("features", "reference", "backend", "sampler", "likelihood"):
         value = metrics.setdefault(key, None)
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{file}: {key}={value!r}; a string or null is needed")

@@ -154,15 +154,29 @@ def test_bold_needs_a_lead_over_the_runner_up(tmp_path: Path) -> None:
 def test_mixed_features_are_said_to_be_incomparable(tmp_path: Path) -> None:
     text = text_of([make_run(tmp_path / "a"), make_run(tmp_path / "b", features="inception")])
     assert "must not be compared with one another" in text
-    assert "a: classifier-digits, 1000; b: inception, 1000" in text
+    assert "(a: classifier-digits, 1000 samples; b: inception, 1000 samples)" in text
+    statistics = dict(features="inception", reference="cifar10_stats.npz", num_reference=50_000)
+    text = text_of([make_run(tmp_path / "c", features="inception"), make_run(tmp_path / "d", **statistics)])
+    assert "d: inception, 1000 samples against 50000 (cifar10_stats.npz)" in text
+    assert "must not be compared with one another" in text
+
+
+def test_what_gave_the_numbers_is_said(tmp_path: Path) -> None:
+    measured = dict(features="inception", reference="training images", num_reference=50_000)
+    paths = [make_run(tmp_path / backend, backend=backend, **measured) for backend in ("torch", "tensorflow-gan")]
+    expected = "Features: inception, 1000 samples against 50000 (training images)"
+    assert f"{expected}; FID, KID and IS computed by tensorflow-gan and torch." in text_of(paths)
+    assert f"{expected}; FID, KID and IS computed by torch." in text_of(paths[:1])
 
 
 def test_classifier_features_are_said_not_to_be_inception(digits: tuple[Path, ...], tmp_path: Path) -> None:
     text = text_of(digits)
     assert "classifier-digits (its test accuracy is 97.5 %)" in text
     assert "comparable within this report only, not with Inception FID" in text
-    inception = text_of([make_run(tmp_path / "inception" / "u", features="inception")])
-    assert "comparable within" not in inception
+    for features in ("inception", "inception-tfhub"):
+        assert "comparable within" not in text_of([make_run(tmp_path / features / "u", features=features)])
+    other = text_of([make_run(tmp_path / "other" / "u", features="inception-12345678")])
+    assert "inception-12345678 (not the published weights): they are comparable within" in other
 
 
 # --------------------------------------------------------------------------------------------------------- comparisons

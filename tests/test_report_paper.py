@@ -26,6 +26,7 @@ PROTOCOL = {
     "nfe_sampling": 2001,
     "num_samples": 50_000,
     "features": "inception",
+    "num_reference": 50_000,
 }
 
 
@@ -105,6 +106,8 @@ def test_table_3_has_both_counts_of_network_evaluations(tmp_path: Path) -> None:
         ((2,), "u", {}, {"likelihood": None}, "likelihood not recorded (paper: rk45, rtol 0.001, atol 1e-05)"),
         ((2,), "u", {}, {"asym_levels": 20}, "noise levels of Asym 20 (paper: 100)"),
         ((3,), "u", {}, {"num_samples": 1000}, "samples 1000 (paper: 50000)"),
+        ((3,), "u", {}, {"num_reference": 10_000}, "images compared with 10000 (paper: 50000)"),
+        ((3,), "u", {}, {"features": "inception-12345678"}, "features inception-12345678 (paper: inception)"),
         ((3,), "u", {}, {"features": "classifier-x"}, "features classifier-x (paper: inception)"),
         ((3,), "u", {}, {"sampler": "PC, reverse_diffusion + none, 1000 steps"}, "sampler PC, reverse_diffusion"),
     ],
