@@ -13,6 +13,8 @@ Every metric is a pure function, in float64, of features (N, F) and logits (N, K
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -24,6 +26,8 @@ from features import Features, check_matrix
 from randomness import seed_from
 
 __all__ = [
+    "OWN_BACKEND",
+    "Backend",
     "density_coverage",
     "fid",
     "frechet_distance",
@@ -36,19 +40,27 @@ __all__ = [
 
 
 def sample_quality(
-    real: Features, generated: Features, *, seed: int, k: int = 3, device: torch.device | str = "cpu"
+    real: np.ndarray,
+    generated: Features,
+    *,
+    seed: int,
+    k: int = 3,
+    device: torch.device | str = "cpu",
+    backend: Backend | None = None,
 ) -> dict[str, float]:
     """All metrics of a generated set against a real one.
 
-    The inception score uses 10 splits from 5000 generated images on and a single split below (its standard deviation
-    over splits is then 0): splits of a few images would bias the score, which is bounded by the split's size.
+    The inception score is that of all images together, as tensorflow-gan computes it, and so as in the tables of Song
+    et al. (2021) and Chao et al. (2023). Its standard deviation is over 10 splits (Salimans et al. 2016) from 5000
+    images on, and 0 below: a split of a few images would bias the score, which is bounded by the split's size.
 
     Args:
-        real: features of the data, (N, F) and (N, K).
-        generated: features of the samples, (M, F) and (M, K).
+        real: features of the data, (N, F).
+        generated: features and logits of the samples, (M, F) and (M, K).
         seed: chooses the subsets of KID.
         k: which nearest neighbour sets the radii of precision, recall, density and coverage.
         device: where distances between features are computed.
+        backend: who computes FID, KID and the inception score; None: this module.
 
     Returns:
         ``fid, kid, kid_se, inception_score, inception_score_std, precision, recall, density, coverage``.
@@ -56,20 +68,38 @@ def sample_quality(
     Raises:
         ValueError: if the feature dimensions differ or either set has fewer than max(k + 1, 4) images.
     """
-    kid_mean, kid_se = kid(real.pool, generated.pool, seed=seed)
-    score, score_std = inception_score(generated.logits, splits=10 if len(generated) >= 5000 else 1)
-    precision, recall, density, coverage = _neighbourhood_overlap(real.pool, generated.pool, k, 512, device)
+    backend = backend or OWN_BACKEND
+    kid_mean, kid_se = kid(real, generated.pool, seed=seed, mmd2=backend.mmd2)
+    splits = 10 if len(generated) >= 5000 else 1
+    precision, recall, density, coverage = _neighbourhood_overlap(real, generated.pool, k, 512, device)
     return {
-        "fid": fid(real.pool, generated.pool),
+        "fid": backend.fid(real, generated.pool),
         "kid": kid_mean,
         "kid_se": kid_se,
-        "inception_score": score,
-        "inception_score_std": score_std,
+        "inception_score": backend.inception_score(generated.logits),
+        "inception_score_std": inception_score(generated.logits, splits)[1],
         "precision": precision,
         "recall": recall,
         "density": density,
         "coverage": coverage,
     }
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of what the field computes with tensorflow-gan.
+
+    Attributes:
+        name: for reports.
+        fid: features (N, F) and (M, F) to the Fréchet distance; see :func:`fid`.
+        mmd2: features (N, F) and (M, F) to the squared kernel distance; see :func:`polynomial_mmd2`.
+        inception_score: logits (N, K) to the score of all of them together; see :func:`inception_score`.
+    """
+
+    name: str
+    fid: Callable[[np.ndarray, np.ndarray], float]
+    mmd2: Callable[[np.ndarray, np.ndarray], float]
+    inception_score: Callable[[np.ndarray], float]
 
 
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
@@ -90,8 +120,7 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
         raise ValueError("Fréchet distance needs finite means and covariances")
 
     root_overlap = np.linalg.svd(_symmetric_root(cov1) @ _symmetric_root(cov2), compute_uv=False).sum()
-    distance = np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * root_overlap
-    return max(float(distance), 0.0)  # equal Gaussians may give zero minus rounding
+    return _squared_distance(mean1, mean2, np.trace(cov1), np.trace(cov2), root_overlap)
 
 
 def _symmetric_root(covariance: np.ndarray) -> np.ndarray:
@@ -112,7 +141,20 @@ def fid(real: np.ndarray, generated: np.ndarray) -> float:
         ValueError: if F differs, a set has fewer than 2 rows, or a feature is not finite.
     """
     _check_pools(real, generated, 2, "FID")
+    if max(len(real), len(generated)) < real.shape[1]:
+        # With centred rows X and Y the covariances are XᵀX/(N−1) and YᵀY/(M−1), and the singular values of
+        # C₁^½ C₂^½ are those of XYᵀ/√((N−1)(M−1)): a small matrix where features outnumber images.
+        x, y = (np.asarray(a, dtype=np.float64) for a in (real, generated))
+        mean1, mean2 = x.mean(axis=0), y.mean(axis=0)
+        x, y = (x - mean1) / np.sqrt(len(x) - 1), (y - mean2) / np.sqrt(len(y) - 1)
+        root_overlap = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+        return _squared_distance(mean1, mean2, np.sum(x**2), np.sum(y**2), root_overlap)
     return frechet_distance(*_mean_and_covariance(real), *_mean_and_covariance(generated))
+
+
+def _squared_distance(mean1: np.ndarray, mean2: np.ndarray, trace1: float, trace2: float, root_overlap: float) -> float:
+    distance = np.sum((mean1 - mean2) ** 2) + trace1 + trace2 - 2 * root_overlap
+    return max(float(distance), 0.0)  # equal Gaussians may give zero minus rounding
 
 
 def _mean_and_covariance(pool: np.ndarray, block: int = 4096) -> tuple[np.ndarray, np.ndarray]:
@@ -149,11 +191,17 @@ def polynomial_mmd2(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def kid(
-    real: np.ndarray, generated: np.ndarray, *, num_subsets: int = 100, subset_size: int = 1000, seed: int
+    real: np.ndarray,
+    generated: np.ndarray,
+    *,
+    num_subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int,
+    mmd2: Callable[[np.ndarray, np.ndarray], float] = polynomial_mmd2,
 ) -> tuple[float, float]:
     r"""Kernel distance of features (N, F) and (M, F), and its standard error (Bińkowski et al. 2018).
 
-    The mean of ``polynomial_mmd2`` over random subsets drawn without replacement. A subset never takes more than half
+    The mean of ``mmd2`` over random subsets drawn without replacement. A subset never takes more than half
     of the smaller set: small sets shrink it to that, because the error is estimated from how subsets differ.
 
     Subsets of n out of N overlap, so the spread v (a variance) over B subsets understates the error of their mean. The
@@ -175,7 +223,7 @@ def kid(
     def subset(pool: np.ndarray) -> np.ndarray:
         return pool[torch.randperm(len(pool), generator=generator)[:size].numpy()]
 
-    values = np.array([polynomial_mmd2(subset(real), subset(generated)) for _ in range(num_subsets)])
+    values = np.array([mmd2(subset(real), subset(generated)) for _ in range(num_subsets)])
     variance = values.var(ddof=1) * (size / (smaller - size) + 1 / num_subsets)
     return float(values.mean()), float(np.sqrt(variance))
 
@@ -215,8 +263,10 @@ def precision_recall(
     """Improved precision and recall of features (N, F) and (M, F) (Kynkäänniemi et al. 2019, Eqs. 1 and 2).
 
     Precision: the fraction of generated features within a real feature's distance to its k-th nearest real neighbour.
-    Recall: the same with the roles exchanged. Distances are computed for ``block`` rows at a time against a whole set,
-    so that memory grows as block · max(N, M) numbers.
+    Recall: the same with the roles exchanged. Distances are computed for ``block`` rows at a time against a whole set.
+    What is held in double precision is both sets and, for the distances of a block, at most three such arrays:
+    8 [(N + M) F + 3 block · max(N, M)] bytes. For 50 000 and 50 000 features of F = 2048 that is 8 (2.05e8 + 7.7e7) =
+    2.3 GB with the default block, where all distances at once would be 20 GB for each of the three pairs of sets.
 
     Raises:
         ValueError: if F differs, a set has fewer than k + 1 rows, a feature is not finite, or k < 1.
@@ -248,34 +298,37 @@ def _neighbourhood_overlap(
     if k < 1:
         raise ValueError(f"precision and recall: k must be at least 1, not {k}")
     _check_pools(real, generated, k + 1, f"precision and recall with k = {k}")
-    x = torch.from_numpy(np.asarray(real, dtype=np.float64)).to(device)
-    y = torch.from_numpy(np.asarray(generated, dtype=np.float64)).to(device)
+    x, y = (torch.from_numpy(a).to(device).to(torch.float64, copy=True) for a in (real, generated))
     centre = x.mean(0)  # distances come from inner products, which cancel less near the origin
-    x, y = x - centre, y - centre
+    x -= centre
+    y -= centre
     # Distances that are equal in exact arithmetic must compare as equal (a sample may be a copy of a neighbour, or
     # many may coincide): radii are rounded up and distances down by the rounding error of an inner product.
     rounding = 2 * x.shape[1] * torch.finfo(torch.float64).eps
+    x_norms, y_norms = (torch.cat([rows.square().sum(1) for rows in a.split(block)]) for a in (x, y))
 
-    def squared_radii(points: Tensor) -> Tensor:
+    def squared_radii(points: Tensor, norms: Tensor) -> Tensor:
         radii = []
         for start in range(0, len(points), block):
-            distances = _squared_distances(points[start : start + block], points, 1 + rounding)
+            part = slice(start, start + block)
+            distances = _squared_distances(points[part], norms[part], points, norms, 1 + rounding)
             rows = torch.arange(len(distances), device=points.device)
             distances[rows, start + rows] = torch.inf  # a point is not its own neighbour
             radii.append(distances.topk(k, dim=1, largest=False).values[:, -1])
         return torch.cat(radii)
 
-    real_radii, generated_radii = squared_radii(x), squared_radii(y)
+    real_radii, generated_radii = squared_radii(x, x_norms), squared_radii(y, y_norms)
     inside_any_real = balls_entered = 0
     real_inside_any = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     real_covered = torch.zeros_like(real_inside_any)
     for start in range(0, len(y), block):
-        distances = _squared_distances(y[start : start + block], x, 1 - rounding)
+        part = slice(start, start + block)
+        distances = _squared_distances(y[part], y_norms[part], x, x_norms, 1 - rounding)
         in_real_ball = distances <= real_radii
         inside_any_real += int(in_real_ball.any(1).sum())
         balls_entered += int(in_real_ball.sum())
         real_covered |= in_real_ball.any(0)
-        real_inside_any |= (distances <= generated_radii[start : start + block, None]).any(0)
+        real_inside_any |= (distances <= generated_radii[part, None]).any(0)
     return (
         inside_any_real / len(y),
         float(real_inside_any.double().mean()),
@@ -284,9 +337,10 @@ def _neighbourhood_overlap(
     )
 
 
-def _squared_distances(a: Tensor, b: Tensor, factor: float) -> Tensor:
-    """factor · (‖aᵢ‖² + ‖bⱼ‖²) − 2 aᵢᵀbⱼ for rows (N, F) and (M, F): squared distances (N, M) when the factor is 1."""
-    sums = factor * (a.square().sum(1)[:, None] + b.square().sum(1))
+def _squared_distances(a: Tensor, a_norms: Tensor, b: Tensor, b_norms: Tensor, factor: float) -> Tensor:
+    """factor · (‖aᵢ‖² + ‖bⱼ‖²) − 2 aᵢᵀbⱼ for rows (N, F) and (M, F) and their squared norms (N,) and (M,): squared
+    distances (N, M) when the factor is 1."""
+    sums = factor * (a_norms[:, None] + b_norms)
     return sums.addmm_(a, b.T, alpha=-2)
 
 
@@ -297,3 +351,7 @@ def _check_pools(first: np.ndarray, second: np.ndarray, minimum: int, metric: st
             raise ValueError(f"{metric} needs at least {minimum} images in each set, not {len(values)}")
     if first.shape[1] != second.shape[1]:
         raise ValueError(f"{metric}: feature dimensions differ, {first.shape[1]} and {second.shape[1]}")
+
+
+OWN_BACKEND = Backend("torch", fid, polynomial_mmd2, lambda logits: inception_score(logits, 1)[0])
+"""This module's own functions, in float64."""

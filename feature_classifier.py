@@ -11,7 +11,6 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from atomic_write import write_atomically
-from features import file_stem, key_digest
+from features import canonical, file_stem, key_digest, reproducible_convolutions
 from randomness import seed_from, uniform
 from splits import Split
 
@@ -77,6 +76,8 @@ class ClassifierFeatures:
         test_accuracy: fraction of the test split classified correctly.
     """
 
+    dimension = _WIDTH
+
     def __init__(
         self,
         network: nn.Module,
@@ -110,7 +111,7 @@ class ClassifierFeatures:
             )
         if len(images) and int(images.max()) >= self.num_levels:
             raise ValueError(f"{self.name}: pixels must be 0 … {self.num_levels - 1}, but one is {int(images.max())}")
-        with _reproducible_convolutions():
+        with reproducible_convolutions():
             return self.network(_scaled(images.to(self.device), self.num_levels))
 
 
@@ -160,7 +161,7 @@ def train_classifier(
         "version": _CLASSIFIER_VERSION,
         "seed": seed,
     }
-    weights_path = Path(cache_dir) / f"classifier-{file_stem(train.name)}-{key_digest(recipe)}.pt"
+    weights_path = Path(cache_dir) / f"classifier-{file_stem(train.name)}-{key_digest(canonical(recipe))}.pt"
     record_path = weights_path.with_suffix(".json")
 
     network = None
@@ -184,7 +185,7 @@ def train_classifier(
     return ClassifierFeatures(
         network,
         name=f"classifier-{file_stem(train.name)}",
-        key=f"classifier-{key_digest(recipe)}-{record['weights']}",
+        key=f"classifier-{key_digest(canonical(recipe))}-{record['weights']}",
         test_accuracy=record["test_accuracy"],
         image_shape=train.image_shape,
         num_levels=train.num_levels,
@@ -220,7 +221,7 @@ def _fit(network: nn.Module, train: Split, *, seed: int, device: torch.device | 
     generator = torch.Generator().manual_seed(seed_from(seed, "classifier training"))
     network.train()
     with (
-        _reproducible_convolutions(),
+        reproducible_convolutions(),
         tqdm(total=steps, desc="feature classifier", unit="step", disable=not progress) as bar,
     ):
         for _ in range(epochs):
@@ -253,7 +254,7 @@ def _shifted(x: Tensor, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def _accuracy(network: nn.Module, split: Split, device: torch.device | str) -> float:
     correct = 0
-    with _reproducible_convolutions():
+    with reproducible_convolutions():
         for indices in torch.arange(len(split)).split(512):
             images, labels = split.batch(indices)
             _, logits = network(_scaled(images.to(device), split.num_levels))
@@ -264,11 +265,6 @@ def _accuracy(network: nn.Module, split: Split, device: torch.device | str) -> f
 def _scaled(images: Tensor, num_levels: int) -> Tensor:
     """Levels 0 … num_levels − 1 to [−1, 1]."""
     return images.float() * (2 / (num_levels - 1)) - 1
-
-
-def _reproducible_convolutions() -> AbstractContextManager[None]:
-    """On a GPU: deterministic algorithms in full float32. Without effect elsewhere."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def _weights_digest(state: Mapping[str, Tensor]) -> str:

@@ -16,19 +16,21 @@ FLAGS = flags.FLAGS
 
 config_flags.DEFINE_config_file("config", None, "The experiment; override fields with --config.x.y=VALUE.")
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
-flags.DEFINE_enum("mode", None, ["train", "eval", "sample", "train_classifier"], "What to do.")
+flags.DEFINE_enum(
+    "mode", None, ["train", "eval", "sample", "stats", "train_classifier"], "What to do; stats: the data's features for FID."
+)
 flags.DEFINE_string("device", "auto", "auto, cpu, cuda or mps.")
 flags.DEFINE_string("precision", "fp32", "fp32, bf16 or fp16 (mixed).")
 flags.DEFINE_integer("accumulation_steps", 1, "Split each process's share of a batch into so many passes.")
 flags.DEFINE_string("checkpoint", None, "File to evaluate or sample from; default: the newest in the workdir.")
-flags.DEFINE_string("cache_dir", "", "Where evaluation keeps features that several runs can share.")
+flags.DEFINE_string("cache_dir", "", "Where eval and stats keep features of the data, which several runs can share.")
 flags.mark_flags_as_required(["config", "workdir", "mode"])
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
-    if FLAGS.checkpoint and FLAGS.mode in ("train", "train_classifier"):
+    if FLAGS.checkpoint and FLAGS.mode not in ("eval", "sample"):
         sys.exit("--checkpoint: only for --mode=eval or sample; training starts from --config.training.init_from")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
@@ -42,6 +44,10 @@ def main(argv: list[str]) -> None:
             _print(run_lib.evaluate(FLAGS.config, FLAGS.workdir, runtime, FLAGS.checkpoint))
         elif FLAGS.mode == "train_classifier":
             _print(run_lib.train_classifier(FLAGS.config, FLAGS.workdir, runtime))
+        elif FLAGS.mode == "stats":
+            path = run_lib.statistics(FLAGS.config, FLAGS.workdir, runtime)
+            if _is_main_process():
+                print(path)
         else:
             folder = run_lib.sample(FLAGS.config, FLAGS.workdir, runtime, FLAGS.checkpoint)
             if _is_main_process():

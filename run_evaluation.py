@@ -24,9 +24,10 @@ import datasets
 from checkpoints import CheckpointError, load_score_sde_checkpoint, load_state_dict_strictly, read_checkpoint
 from conservativeness import asymmetry
 from controllable_generation import CONDITION_FIELDS, MEASUREMENTS
-from evaluation import sample_quality
+from evaluation import OWN_BACKEND, sample_quality
 from feature_classifier import train_classifier
-from features import dataset_features, extract_features
+from features import FeatureExtractor, Features, key_digest, read_statistics, statistics_file
+from inception import InceptionFeatures, find_weights
 from likelihood import bits_per_dim
 from randomness import SampleGenerators, normal_like
 from run_classifier import load_classifier
@@ -41,7 +42,7 @@ from run_setup import (
 )
 from sde_lib import expand
 
-__all__ = ["draw", "evaluate", "refuse_public_conservative", "spread"]
+__all__ = ["draw", "evaluate", "refuse_public_conservative", "spread", "statistics"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +69,15 @@ def evaluate(
     with checked():
         run = _run_for_evaluation(config, workdir, runtime, checkpoint)
         step = _load_for_evaluation(run, checkpoint)
-        _check_evaluation(run)
+        if run.config.sampling.condition in MEASUREMENTS:
+            raise ValueError(f"sampling.condition={run.config.sampling.condition!r}: only with --mode=sample")
+        quality = _SampleQuality(run) if config.eval.enable_sampling else None
     enabled = config.eval
     metrics: dict = {"checkpoint_step": step, "sampler": _sampler_name(config), "test_images": len(run.test_data)}
     names = "nll_bits_per_dim nll_bits_per_dim_se nfe_likelihood nll_images likelihood asym asym_se nasym nasym_se "
     names += "asym_images asym_levels asym_probes sampling_steps fid kid kid_se "
     names += "inception_score inception_score_std precision recall density coverage nfe_sampling num_samples "
-    names += "features feature_test_accuracy"
+    names += "features feature_test_accuracy reference num_reference backend"
     metrics.update(dict.fromkeys(names.split()))
     if not (run.workdir / "config.json").exists():  # a checkpoint from elsewhere
         run.write_config()
@@ -82,8 +85,8 @@ def evaluate(
         metrics.update(_evaluate_nll(run))
     if enabled.enable_asymmetry:
         metrics.update(_evaluate_asymmetry(run))
-    if enabled.enable_sampling:
-        metrics.update(_evaluate_samples(run))
+    if quality is not None:
+        metrics.update(quality.evaluate())
     if run.accelerator.is_main_process:
         write_text(run.workdir / "eval" / "metrics.json", json.dumps(metrics, indent=1, sort_keys=True) + "\n")
     return metrics
@@ -95,20 +98,6 @@ def _run_for_evaluation(
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise CheckpointError(f"--checkpoint={checkpoint}: no such file")
     return Run(config, workdir, runtime, free_fields=FREE_IN_EVALUATION)
-
-
-def _check_evaluation(run: Run) -> None:
-    """What would otherwise fail only after hours of sampling."""
-    settings = run.config.eval
-    if run.config.sampling.condition in MEASUREMENTS:
-        raise ValueError(f"sampling.condition={run.config.sampling.condition!r}: only with --mode=sample")
-    if settings.enable_sampling and run.train_data.num_classes is None:
-        raise ValueError(
-            f"data.dataset={run.config.data.dataset!r}: it has no labels to train the feature classifier of FID on; "
-            "use --config.eval.enable_sampling=False, and --mode=sample for samples"
-        )
-    if settings.enable_sampling and settings.num_samples < 4:
-        raise ValueError(f"eval.num_samples={settings.num_samples}: FID and its relatives need at least 4")
 
 
 def _load_for_evaluation(run: Run, checkpoint: str | Path | None) -> int:
@@ -165,10 +154,9 @@ def _likelihood_name(config: ConfigDict) -> str:
 def _stage(
     run: Run, name: str, size: int, settings: dict, compute: Callable[[Tensor], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """Compute per-item arrays for items 0 … size−1 in batches over all processes, keeping finished work.
+    """Per-item arrays of the moving average's weights, kept in W/eval/NAME.npz; see ``_in_parts``.
 
-    ``compute`` maps indices (b,) to arrays of b rows. The result is kept in W/eval/NAME.npz; the batches on the
-    way there in W/eval/parts/.
+    ``settings`` are what decides the result beside the weights and the model.
     """
     identity = {
         "version": _EVALUATION_VERSION,
@@ -185,30 +173,41 @@ def _stage(
     if {"scipy", "dopri5"} & {run.config.sampling.solver, run.config.likelihood.solver}:
         identity["batch_size"] = run.config.eval.batch_size  # these integrate a batch as one system
     key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
-    folder = run.workdir / "eval"
+    return _in_parts(run, run.workdir / "eval" / f"{name}.npz", key, size, compute)
+
+
+def _in_parts(
+    run: Run, path: Path, key: str, size: int, compute: Callable[[Tensor], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Compute per-item arrays for items 0 … size−1 in batches over all processes, keeping finished work.
+
+    ``compute`` maps indices (b,) to arrays of b rows. The result is kept in the file ``path``; the batches on the way
+    there in W/eval/parts/. Both carry ``key``, and a file of another key, or a damaged one, is computed again.
+    """
+    name = path.stem
     batches = datasets.epoch_batches(
         size, run.config.eval.batch_size, run.accelerator.process_index, run.accelerator.num_processes
     )
-    result = _read_arrays(folder / f"{name}.npz", key)
+    result = _read_arrays(path, key)
     # All processes must take the same branch even if one cannot read the file.
     if all(gather_object([result is not None])):
         run.report_progress(sum(map(len, batches)))
         return result
 
-    parts = folder / "parts" / f"{name}-{key}"
+    parts = run.workdir / "eval" / "parts" / f"{name}-{key_digest(key)}"
     collected = []
     for indices in run.progress(iterable=batches, desc=f"{name} {run.workdir.name}", unit="batch"):
-        path = parts / f"{int(indices[0])}-{int(indices[-1])}.npz"
-        arrays = _read_arrays(path, key)
+        part = parts / f"{int(indices[0])}-{int(indices[-1])}.npz"
+        arrays = _read_arrays(part, key)
         if arrays is None:
             arrays = compute(indices)
-            write_arrays(path, key=key, **arrays)
+            write_arrays(part, key=key, **arrays)
         run.report_progress(len(indices))
         collected.append(arrays)
     collected = gather_object(collected)
     result = {field: np.concatenate([part[field] for part in collected]) for field in collected[0]}
     if run.accelerator.is_main_process:
-        write_arrays(folder / f"{name}.npz", key=key, **result)
+        write_arrays(path, key=key, **result)
         shutil.rmtree(parts)
     run.accelerator.wait_for_everyone()
     return result
@@ -228,11 +227,12 @@ def _read_arrays(path: Path, key: str) -> dict[str, np.ndarray] | None:
     try:
         # Opened here because numpy leaves a damaged file open.
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {field: file[field] for field in file.files}
+            if str(file["key"]) != key:
+                return None
+            return {field: file[field] for field in file.files if field != "key"}
     except Exception as error:  # numpy and zipfile raise half a dozen unrelated types on damaged files
         logger.warning("%s is damaged (%s) and is computed again", path, error)
         return None
-    return arrays if str(arrays.pop("key", "")) == key else None
 
 
 def spread(positions: Tensor, count: int, size: int) -> Tensor:
@@ -327,14 +327,17 @@ def _sample_stage(run: Run) -> dict[str, np.ndarray]:
         images, nfe = draw(run, indices.tolist(), progress=run.shows_progress)
         return {"images": images, "nfe": np.full(len(images), nfe)}
 
-    settings = {
+    return _stage(run, "sample_items", run.config.eval.num_samples, _sample_settings(run), compute)
+
+
+def _sample_settings(run: Run) -> dict:
+    return {
         "sampling": _sampling_settings(run),
         "centered": run.config.data.centered,
         "dequantized": run.config.data.uniform_dequantization,
         "num_levels": run.train_data.num_levels,
         "image_shape": run.train_data.image_shape,
     }
-    return _stage(run, "sample_items", run.config.eval.num_samples, settings, compute)
 
 
 def _sampling_settings(run: Run) -> dict:
@@ -346,28 +349,158 @@ def _sampling_settings(run: Run) -> dict:
     return settings if run.classifier is None else {**settings, "classifier": _weights_key(run.classifier)}
 
 
-def _evaluate_samples(run: Run) -> dict:
-    """FID, KID, IS, precision and recall of samples against the training set."""
-    config = run.config
-    arrays = _sample_stage(run)
-    metrics: dict = {"nfe_sampling": float(arrays["nfe"].mean()), "num_samples": len(arrays["images"])}
-    if config.sampling.method == "pc":
-        metrics["sampling_steps"] = config.sampling.num_steps or config.model.num_scales
-    if run.accelerator.is_main_process:
-        num_levels = run.train_data.num_levels
-        write_arrays(run.workdir / "eval" / "samples.npz", images=arrays["images"], num_levels=num_levels)
-        save_image_grid(run.workdir / "eval" / "samples.png", arrays["images"], num_levels)
-        cache = Path(run.runtime.cache_dir or run.workdir / "eval" / "cache")
-        extractor = train_classifier(
-            run.train_data, run.test_data, seed=config.seed, cache_dir=cache, device=run.device
-        )
-        batch_size = config.eval.batch_size
-        real = dataset_features(run.train_data, extractor, cache_dir=cache, batch_size=batch_size)
+class _SampleQuality:
+    """FID, KID, IS, precision and recall of samples against the training set.
+
+    What could fail only after hours of sampling is checked, and what is small is loaded, on construction.
+
+    Raises:
+        ValueError: a field of ``config.eval`` is wrong, or a file that it names.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        settings = run.config.eval
+        _check_feature_settings(run)
+        if settings.num_samples < 4:
+            raise ValueError(f"eval.num_samples={settings.num_samples}: FID and its relatives need at least 4")
+        self.backend = OWN_BACKEND
+        if settings.backend == "tfgan" and run.accelerator.is_main_process:  # it computes the metrics
+            from tfgan_backend import tfgan_backend
+
+            self.backend = tfgan_backend()
+        # The classifier is trained later: that is work.
+        self.extractor = None if settings.features == "classifier" else _feature_extractor(run)
+        self.statistics = None
+        if settings.stats_path:
+            self.statistics = read_statistics(settings.stats_path, self.extractor.dimension)
+
+    def evaluate(self) -> dict:
+        run, config = self.run, self.run.config
+        arrays = _sample_stage(run)
         images = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2)
-        generated = extract_features(extractor, images.split(batch_size), len(images))
-        # The distances between features are in double precision, which MPS does not have.
-        device = "cpu" if run.device.type == "mps" else run.device
-        metrics.update(sample_quality(real, generated, seed=config.seed, device=device))
-        metrics.update(features=extractor.name, feature_test_accuracy=extractor.test_accuracy)
-    run.accelerator.wait_for_everyone()
-    return metrics
+        if run.accelerator.is_main_process:
+            num_levels = run.train_data.num_levels
+            write_arrays(run.workdir / "eval" / "samples.npz", images=arrays["images"], num_levels=num_levels)
+            save_image_grid(run.workdir / "eval" / "samples.png", arrays["images"], num_levels)
+        extractor = self.extractor or _feature_extractor(run)
+        if self.statistics is None:
+            path, reference = _training_statistics(run, extractor)
+            real, described = reference["pool_3"], "training images"
+        else:
+            path, real = config.eval.stats_path, self.statistics
+            described = Path(path).name
+        generated = _stage(
+            run,
+            "sample_features",
+            len(images),
+            {**_sample_settings(run), "extractor": extractor.key},
+            lambda indices: _features(extractor, images[indices]),
+        )
+        metrics: dict = {
+            "nfe_sampling": float(arrays["nfe"].mean()),
+            "num_samples": len(images),
+            "features": extractor.name,
+            "feature_test_accuracy": getattr(extractor, "test_accuracy", None),
+            "reference": described,
+            "num_reference": len(real),
+            "backend": self.backend.name,
+        }
+        if config.sampling.method == "pc":
+            metrics["sampling_steps"] = config.sampling.num_steps or config.model.num_scales
+        if run.accelerator.is_main_process:
+            # The distances between features are in double precision, which MPS does not have.
+            device = "cpu" if run.device.type == "mps" else run.device
+            features = Features(generated["pool_3"], generated["logits"])
+            metrics.update(sample_quality(real, features, seed=config.seed, device=device, backend=self.backend))
+        run.accelerator.wait_for_everyone()
+        return metrics
+
+
+def _check_feature_settings(run: Run) -> None:
+    settings = run.config.eval
+    for field, allowed in (("features", ("inception", "classifier")), ("backend", ("torch", "tfgan"))):
+        if settings[field] not in allowed:
+            raise ValueError(f"eval.{field}={settings[field]!r}: allowed are {', '.join(allowed)}")
+    if settings.tfhub_inception and settings.backend != "tfgan":
+        raise ValueError(f"eval.tfhub_inception={settings.tfhub_inception}: needs --config.eval.backend=tfgan")
+    if settings.num_reference and settings.num_reference < 4:
+        raise ValueError(
+            f"eval.num_reference={settings.num_reference}: FID and its relatives need at least 4, or 0 for all"
+        )
+    if settings.features == "classifier":
+        for field in ("inception_path", "inception_sha256", "stats_path", "tfhub_inception"):
+            if settings[field]:
+                raise ValueError(f"eval.{field}={settings[field]}: is of Inception, but eval.features='classifier'")
+        if run.train_data.num_classes is None:
+            raise ValueError(
+                f"eval.features='classifier': data.dataset={run.config.data.dataset!r} has no labels to train it on; "
+                "use --config.eval.features=inception, or --config.eval.enable_sampling=False and --mode=sample"
+            )
+    elif settings.tfhub_inception and (settings.inception_path or settings.inception_sha256):
+        raise ValueError(
+            f"eval.tfhub_inception={settings.tfhub_inception}: takes the place of eval.inception_path and "
+            "eval.inception_sha256; leave those empty"
+        )
+
+
+def _feature_extractor(run: Run) -> FeatureExtractor:
+    """The extractor that ``config.eval`` asks for; a classifier is trained if it is not in the cache."""
+    settings, num_levels = run.config.eval, run.train_data.num_levels
+    if settings.tfhub_inception:
+        from tfgan_backend import TFHubFeatures
+
+        return TFHubFeatures(settings.tfhub_inception, num_levels=num_levels)
+    with run.main_process_first():
+        if settings.features == "classifier":
+            return train_classifier(
+                run.train_data,
+                run.test_data,
+                seed=run.config.seed,
+                cache_dir=_cache(run),
+                device=run.device,
+                progress=run.shows_progress,
+            )
+        weights = find_weights(settings.inception_path)
+    return InceptionFeatures(weights, sha256=settings.inception_sha256, num_levels=num_levels, device=run.device)
+
+
+def _cache(run: Run) -> Path:
+    return Path(run.runtime.cache_dir or run.workdir / "eval" / "cache")
+
+
+def _features(extractor: FeatureExtractor, images: Tensor) -> dict[str, np.ndarray]:
+    pool, logits = extractor(images)
+    return {"pool_3": pool.float().cpu().numpy(), "logits": logits.float().cpu().numpy()}
+
+
+def _training_statistics(run: Run, extractor: FeatureExtractor) -> tuple[Path, dict[str, np.ndarray]]:
+    """The file of ``pool_3`` and ``logits`` of the training images that samples are compared with, and its arrays."""
+    data = run.train_data
+    # Deviation from QCSBM, which takes as many from a shuffled set.
+    count = min(run.config.eval.num_reference or len(data), len(data))
+    path, key = statistics_file(data, extractor, _cache(run), count)
+
+    def compute(indices: Tensor) -> dict[str, np.ndarray]:
+        return _features(extractor, data.batch(spread(indices, count, len(data)))[0])
+
+    return path, _in_parts(run, path, key, count, compute)
+
+
+def statistics(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> Path:
+    """Compute the features of the training images that samples are compared with; return the file that keeps them.
+
+    An evaluation with the same cache finds them there, whatever the model; another one takes the file by
+    ``config.eval.stats_path``.
+
+    Raises:
+        InvalidRun: bad config, data or working directory, or features that are not to be had.
+    """
+    with checked():
+        if config.eval.stats_path:
+            raise ValueError(f"eval.stats_path={config.eval.stats_path}: there is nothing to compute; leave it empty")
+        # The statistics are those of the data: what else the working directory holds does not matter.
+        run = Run(config, workdir, runtime, free_fields=("",))
+        _check_feature_settings(run)
+        extractor = _feature_extractor(run)
+    return _training_statistics(run, extractor)[0]

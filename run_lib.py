@@ -48,7 +48,7 @@ from metrics_log import MetricsLog
 from pixels import random_flip
 from randomness import SampleGenerators, seed_from, uniform
 from run_classifier import train_classifier
-from run_evaluation import draw, evaluate, refuse_public_conservative, spread
+from run_evaluation import draw, evaluate, refuse_public_conservative, spread, statistics
 from run_sampling import sample
 from run_setup import (
     FREE_IN_TRAINING,
@@ -63,7 +63,7 @@ from run_setup import (
 )
 from splits import TensorSplit
 
-__all__ = ["Interrupted", "InvalidRun", "Runtime", "evaluate", "sample", "train", "train_classifier"]
+__all__ = ["Interrupted", "InvalidRun", "Runtime", "evaluate", "sample", "statistics", "train", "train_classifier"]
 
 logger = logging.getLogger(__name__)
 

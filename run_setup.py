@@ -104,7 +104,7 @@ class Runtime:
     precision: str = "fp32"
     accumulation_steps: int = 1
     cache_dir: str = ""
-    """Where evaluation keeps the feature classifier and the data's features; empty: W/eval/cache."""
+    """Where the feature classifier and the data's features are kept; empty: W/eval/cache."""
     on_progress: Callable[[int], None] | None = None
     """Told how many more training steps or evaluated items are done, in place of progress bars."""
 
@@ -305,6 +305,7 @@ def _check_numbers(config: ConfigDict) -> None:
         "eval.batch_size": 1,
         "eval.num_samples": 1,
         "eval.nll_images": 0,
+        "eval.num_reference": 0,
         "eval.asym_levels": 1,
         "eval.asym_images": 0,
         "eval.asym_probes": 0,

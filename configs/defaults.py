@@ -14,10 +14,10 @@ def base_config() -> ConfigDict:
     config.label = ""  # name of the run in reports; empty: its folder
 
     config.data = ConfigDict()
-    config.data.dataset = "CIFAR10"  # digits, npz, folder, MNIST, CIFAR10, CIFAR100, SVHN, CELEBA
+    config.data.dataset = "CIFAR10"  # digits, npz, folder, MNIST, CIFAR10, CIFAR100, SVHN, IMAGENET32, CELEBA
     config.data.path = ""  # the .npz file or image folder of one's own
-    config.data.root = "data"  # where torchvision's data sets live
-    config.data.download = False  # fetch them if they are not there
+    config.data.root = "data"  # where published data sets live
+    config.data.download = False  # fetch those of torchvision if they are not there
     config.data.image_size = 32
     config.data.num_channels = 3
     config.data.resize = False  # crop and resize images of another size, instead of refusing them
@@ -140,6 +140,15 @@ def base_config() -> ConfigDict:
     config.eval.enable_asymmetry = True
     config.eval.enable_sampling = True
     config.eval.num_samples = 50000
+    # FID and its relatives: inception, or classifier, trained on the set's own labels; such numbers compare only with
+    # each other
+    config.eval.features = "inception"
+    config.eval.inception_path = ""  # torch-fidelity's weights; empty: torch's cache, fetched into there if need be
+    config.eval.inception_sha256 = ""  # of weights other than the published ones
+    config.eval.num_reference = 50000  # training images, evenly spaced, to compare samples with; 0: all
+    config.eval.stats_path = ""  # .npz with pool_3 of the data, instead of computing it
+    config.eval.backend = "torch"  # of FID, KID and IS: torch, tfgan
+    config.eval.tfhub_inception = ""  # with tfgan: the folder of TF-Hub's Inception, to take the features from
     config.eval.nll_images = 0  # test images for bits/dim, spread over the set; 0: all
     config.eval.asym_levels = 100  # noise levels t = i/levels
     config.eval.asym_images = 0  # test images per level; 0: all

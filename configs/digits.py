@@ -30,5 +30,6 @@ def get_config(model="u"):
     )
     config.classifier.update(nf=32, ch_mult=(1, 2), num_res_blocks=1, n_iters=1500, lr=1e-3, save_freq=250)
     config.sampling.num_steps = 100
-    config.eval.update(batch_size=360, num_samples=1000, asym_levels=20, asym_images=24, asym_probes=0)
+    config.eval.update(batch_size=360, num_samples=1000, features="classifier")
+    config.eval.update(asym_levels=20, asym_images=24, asym_probes=0)
     return choose(config, model, MODELS)

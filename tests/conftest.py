@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -44,6 +47,31 @@ def pytest_configure(config) -> None:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory) -> tuple[Path, str]:
+    """A file of random weights of torch-fidelity's Inception, and its SHA-256: right in shape and in nothing else.
+
+    The scale of the weights keeps features of order one, so that images can be told apart.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *arguments, **options):
+            pass
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save({}, path)
+    network = Untrained("inception", ["2048", "logits_unbiased"], path)
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, tensor in network.state_dict().items():
+        if tensor.ndim > 1:
+            tensor = torch.randn(tensor.shape, generator=generator) * (2 / tensor[0].numel()) ** 0.5
+        state[name] = tensor
+    torch.save(state, path)
+    return path, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture

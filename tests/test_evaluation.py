@@ -13,6 +13,7 @@ from sklearn.metrics.pairwise import polynomial_kernel
 
 import evaluation
 from evaluation import (
+    Backend,
     density_coverage,
     fid,
     frechet_distance,
@@ -81,8 +82,16 @@ def test_fid_is_the_distance_of_the_fitted_gaussians():
     expected = frechet_distance(x64.mean(0), np.cov(x64, rowvar=False), y64.mean(0), np.cov(y64, rowvar=False))
     assert fid(x, y) == pytest.approx(expected, rel=1e-11)
     assert fid(x, x[::-1]) < 1e-12
-    # Fewer images than dimensions.
-    assert fid(normal(2, 5, 30), normal(2, 5, 30)) < 1e-12
+
+
+def test_fid_of_fewer_images_than_dimensions():
+    x, y = normal(0, 20, 30) + 2, 1.5 * normal(1, 12, 30)
+    expected = frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False))
+    assert fid(x, y) == pytest.approx(expected, rel=1e-11)
+    assert fid(x, x[::-1]) < 1e-12
+    # One of the two sets is large enough: the general formula.
+    large = normal(2, 40, 30)
+    assert fid(x, large) == pytest.approx(fid(large, x), rel=1e-11)
 
 
 def test_fid_accumulates_in_blocks():
@@ -298,7 +307,7 @@ def test_unusable_features_are_refused():
 def test_sample_quality_collects_the_metrics():
     real = Features(normal(0, 80, 6), normal(1, 80, 5))
     generated = Features(1.2 * normal(2, 70, 6), 3 * normal(3, 70, 5))
-    quality = sample_quality(real, generated, seed=4, k=2)
+    quality = sample_quality(real.pool, generated, seed=4, k=2)
     assert quality["fid"] == fid(real.pool, generated.pool)
     assert (quality["kid"], quality["kid_se"]) == kid(real.pool, generated.pool, seed=4)
     assert (quality["inception_score"], quality["inception_score_std"]) == inception_score(generated.logits, 1)
@@ -308,8 +317,37 @@ def test_sample_quality_collects_the_metrics():
     json.dumps(quality)  # plain numbers
 
 
-def test_ten_splits_from_five_thousand_images_on():
-    real = Features(normal(0, 10, 2), normal(1, 10, 4))
+def test_the_inception_score_is_of_all_images_and_its_spread_over_ten_splits():
+    real = normal(0, 10, 2)
     pool, logits = normal(2, 5000, 2), 2 * normal(3, 5000, 4)
-    assert sample_quality(real, Features(pool, logits), seed=0)["inception_score_std"] > 0
+    quality = sample_quality(real, Features(pool, logits), seed=0)
+    assert quality["inception_score"] == pytest.approx(inception_score(logits, 1)[0], rel=1e-6)
+    assert quality["inception_score_std"] == pytest.approx(inception_score(logits, 10)[1], rel=1e-4)
+    assert quality["inception_score_std"] > 0
     assert sample_quality(real, Features(pool[:-1], logits[:-1]), seed=0)["inception_score_std"] == 0
+
+
+def test_a_backend_computes_what_it_says_it_does():
+    """KID as the mean over the same subsets, whoever computes the distance of one."""
+    seen = []
+
+    def distance(x: np.ndarray, y: np.ndarray) -> float:
+        seen.append((x, y))
+        return polynomial_mmd2(x, y) + 1
+
+    real, generated = normal(0, 80, 6), Features(1.2 * normal(2, 70, 6), 3 * normal(3, 70, 5))
+    own = sample_quality(real, generated, seed=4)
+    other = sample_quality(real, generated, seed=4, backend=Backend("x", lambda a, b: 2.0, distance, lambda z: 3.0))
+    assert len(seen) == 100 and seen[0][0].shape == (35, 6)
+    assert other["kid"] == pytest.approx(own["kid"] + 1, rel=1e-12)
+    assert other["kid_se"] == pytest.approx(own["kid_se"], rel=1e-9)
+    assert (other["fid"], other["inception_score"]) == (2.0, 3.0)
+    assert all(own[name] == other[name] for name in ("precision", "recall", "density", "coverage"))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_features_are_left_as_they_were(dtype):
+    real, generated = normal(0, 20, 3).astype(dtype) + 5, normal(1, 20, 3).astype(dtype)
+    kept = real.copy(), generated.copy()
+    precision_recall(real, generated)
+    assert np.array_equal(real, kept[0]) and np.array_equal(generated, kept[1])

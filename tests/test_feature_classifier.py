@@ -14,7 +14,7 @@ import feature_classifier
 from datasets import load_dataset
 from evaluation import sample_quality
 from feature_classifier import train_classifier
-from features import Features, extract_features
+from features import Features
 from splits import TensorSplit
 
 
@@ -47,13 +47,13 @@ def test_classifier_recognises_digits(digits, tmp_path):
 
     # The features order sets as the eye does: test digits, noisy digits, noise.
     def features(images: torch.Tensor) -> Features:
-        return extract_features(extractor, images.split(100), len(images))
+        return Features(*(values.numpy() for values in extractor(images)))
 
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 17, test.images.shape, generator=generator)
     noisy = (0.6 * test.images + 0.4 * noise).round()
     real = features(train.images)
-    scores = [sample_quality(real, features(x.to(torch.uint8)), seed=0) for x in (test.images, noisy, noise)]
+    scores = [sample_quality(real.pool, features(x.to(torch.uint8)), seed=0) for x in (test.images, noisy, noise)]
     assert scores[0]["fid"] < scores[1]["fid"] < scores[2]["fid"]
     assert abs(scores[0]["kid"]) < 5 * scores[0]["kid_se"]
     assert scores[1]["kid"] > 5 * scores[1]["kid_se"]

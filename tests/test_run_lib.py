@@ -353,7 +353,8 @@ def test_official_checkpoint_is_sampled_with_its_averages(tmp_path):
         with np.load(folder / "samples.npz", allow_pickle=False) as file:
             samples.append(file["images"])
     assert np.array_equal(*samples) and samples[0].std() > 10
-    # FID needs labels for its classifier, which this file has not: said before any sampling.
+    # The feature classifier needs labels, which this file has not: said before any sampling.
+    config.eval.features = "classifier"
     with pytest.raises(run_lib.InvalidRun, match="no labels"):
         run_lib.evaluate(config, tmp_path / "eval", CPU, golden)
     config.model.parameterization = "conservative"
