@@ -16,9 +16,8 @@ FLAGS = flags.FLAGS
 
 config_flags.DEFINE_config_file("config", None, "The experiment; override fields with --config.x.y=VALUE.")
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
-flags.DEFINE_enum(
-    "mode", None, ["train", "eval", "sample", "stats", "train_classifier"], "What to do; stats: the data's features for FID."
-)
+MODES = ["train", "eval", "sample", "stats", "train_classifier"]
+flags.DEFINE_enum("mode", None, MODES, "What to do; stats is for the data's features that FID needs.")
 flags.DEFINE_string("device", "auto", "auto, cpu, cuda or mps.")
 flags.DEFINE_string("precision", "fp32", "fp32, bf16 or fp16 (mixed).")
 flags.DEFINE_integer("accumulation_steps", 1, "Split each process's share of a batch into so many passes.")

@@ -96,7 +96,7 @@ def test_commands_of_make_start() -> None:
         ("```\npython nowhere.py\n```", "no such file: nowhere.py"),
         ("`python -m gaussian_example.nowhere --workdir=W`", "No module named gaussian_example.nowhere"),
         ("```\npython main.py --config=configs/digits.py:v --workdir=W --mode=train\n```", "config argument 'v'"),
-        ("```\npython main.py --config=configs/digits.py --workdir=W --mode=trian\n```", "<train|eval|sample>"),
+        ("```\npython main.py --config=configs/digits.py --workdir=W --mode=trian\n```", "<train|eval|sample|"),
         ("`python main.py --config=configs/digits.py --workdir=W`", "--mode"),
         ("`python main.py --precison=bf16 …`", "precison"),
         ("`python main.py --config.training.qc_wieght=1 …`", "no field"),
@@ -105,7 +105,7 @@ def test_commands_of_make_start() -> None:
         ("`torchrun --nproc_per_nod=2 --n main.py …`", "nproc"),
         ("`torchrun --nproc_per_node=2 main.py --precison=bf16 …`", "precison"),
         ("`accelerate launch --num_proceses=2 main.py …`", "num_proceses"),
-        ("`accelerate launch --num_processes=2 main.py --mode=x …`", "<train|eval|sample>"),
+        ("`accelerate launch --num_processes=2 main.py --mode=x …`", "<train|eval|sample|"),
         ("`srun --nodes=2 torchrun --nnodes=2 nowhere.py`", "no such file: nowhere.py"),
         ("```\nfor w in 1 x; do\n  python main.py --config.optim.lr=$w --config.optim.lrr=$w …\ndone\n```", "no field"),
         ("`--config.training.qc_wieght`", "no such flag: --config.training.qc_wieght"),
@@ -153,11 +153,11 @@ def test_every_command_runs_somewhere() -> None:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inception_weights: tuple[Path, str]) -> Path:
     """A folder that looks like the repository's, in which every experiment is small.
 
     Networks have 8 channels, training 4 steps with checkpoints at 2 and 4, whatever set is asked for a few images. A
-    checkpoint to start from that full training would have written is that of step 2.
+    checkpoint to start from that full training would have written is that of step 2. Inception's weights are random.
     """
     for entry in ROOT.iterdir():
         if not entry.name.startswith(".") and entry.name != "runs":
@@ -181,6 +181,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         if config.training.init_from:
             start = Path(config.training.init_from)
             config.training.init_from = str(start.parent / "step_00000002.pt")
+        if config.eval.features == "inception":
+            config.eval.update(inception_path=str(inception_weights[0]), inception_sha256=inception_weights[1])
         if config.data.dataset != "digits":
             size, channels = config.data.image_size, config.data.num_channels
             config.data.update(dataset="npz", path=f"images_{size}_{channels}.npz")
@@ -191,7 +193,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return config
 
     monkeypatch.setattr(datasets, "get_dataset", few_images)
-    for mode in ("train", "evaluate", "sample"):
+    for mode in ("train", "evaluate", "sample", "statistics"):
         whole = getattr(run_lib, mode)
         monkeypatch.setattr(run_lib, mode, lambda config, *rest, whole=whole: whole(small(config), *rest))
     return tmp_path
