@@ -14,6 +14,7 @@ import re
 import runpy
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,10 @@ def run_program(arguments: Sequence[str], *, only_parse: bool) -> dict[str, Any]
             mock.patch.object(app, "run", run),
             mock.patch.object(argparse.ArgumentParser, "parse_args", parse),
             mock.patch.object(sys, "argv", argv),
+            warnings.catch_warnings(),
         ):
+            # A module that another test has imported already is run all the same.
+            warnings.filterwarnings("ignore", "'.*' found in sys.modules after import of package", RuntimeWarning)
             if module:
                 runpy.run_module(argv[0], run_name="__main__", alter_sys=False)
             else:
