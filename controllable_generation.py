@@ -114,6 +114,11 @@ class PseudoinverseGuidance(_MeasurementScore):
     r_t² = v σ²/(v α² + σ²) is the variance of x_0 given x_t for data of variance v in all directions, for which the
     score is exact; the source has v = 1. One backward pass per evaluation.
 
+    For such data ∂x̂_0/∂x is αv/(α²v + σ²), far below 1 at much noise, and Aᵀ(…)⁻¹ of the order of 1/v. A network knows
+    its x̂_0 to more or less 1 %, not to that, and would be driven to infinity. So the guidance is no longer than
+    ``TRUST`` times what that derivative makes of the same pull. (The source multiplies by r_t² instead, which does away
+    with nearly all guidance at much noise.) Gaussians of all kinds are left as they are.
+
     Args:
         sde: the forward process.
         score: the unconditional score.
@@ -125,6 +130,8 @@ class PseudoinverseGuidance(_MeasurementScore):
     Raises:
         ValueError: neither noise nor a prior variance.
     """
+
+    TRUST = 5.0
 
     def __init__(
         self,
@@ -154,6 +161,11 @@ class PseudoinverseGuidance(_MeasurementScore):
             # Aᵀ (r² AAᵀ + σ_y²)⁻¹ = V S (r² S² + σ_y²)⁻¹ Uᵀ
             pull = values / (variance * values**2 + self.noise_std**2) * self._residual(x0, rows)
             guidance = vjp(x0, x, self.operator.lift(pull).detach())
+        if self.prior_variance:
+            # αv/(α²v + σ²) = αr²/σ²
+            longest = self.TRUST * (alpha * variance / std**2)[:, 0] * pull.detach().norm(dim=1)
+            norm = guidance.flatten(1).norm(dim=1).clamp(min=1e-30)
+            guidance = guidance * expand((longest / norm).clamp(max=1), guidance)
         return s.detach() + self.weight * guidance
 
 
@@ -342,6 +354,15 @@ def _check_measurement(sampling) -> None:
         raise ValueError(
             f"sampling.solver={sampling.solver!r}: a projection follows every step, so needs 'heun'; or use "
             "sampling.conditioning=pigdm"
+        )
+    if (
+        (sampling.conditioning, sampling.method) == ("projection", "pc")
+        and sampling.measurement_noise
+        and sampling.corrector != "none"
+    ):
+        raise ValueError(
+            f"sampling.measurement_noise={sampling.measurement_noise}: a projection leaves out what is noisier than "
+            "the state, which Langevin steps then forget; use sampling.corrector=none, or sampling.conditioning=pigdm"
         )
     if sampling.conditioning == "dps" and (
         sampling.method != "pc" or sampling.predictor == "none" or sampling.corrector != "none"

@@ -382,6 +382,7 @@ def test_colourisation_and_own_operators(tmp_path):
     assert folder.name.endswith("-inpaint-mask-projection")
     assert np.array_equal(arrays["images"][:, 0][:, mask == 0], arrays["truth"][:, mask == 0])
     own |= dict(sampling__condition="linear", sampling__operator=str(tmp_path / "matrix.npy"))
+    own |= dict(sampling__corrector="none")
     folder, metrics, _ = measured(tmp_path / "run", workdir, **own, sampling__measurement_noise=0.1)
     assert folder.name.endswith("-linear-matrix-projection-noise0.1")
     assert 0.02 < metrics["misfit_rms"] < 1 and metrics["measurement_noise"] == 0.1
@@ -396,6 +397,7 @@ def test_measured_samples_do_not_depend_on_the_batch_size(unconditional, tmp_pat
             tmp_path / str(batch_size),
             sampling__condition="inpaint",
             sampling__measurement_noise=0.1,
+            sampling__corrector="none",
             sampling__num_images=2,
             sampling__samples_per_image=2,
             eval__batch_size=batch_size,
@@ -416,7 +418,7 @@ def test_measured_samples_are_kept_and_belong_to_their_measurement(unconditional
     assert not calls and again[1] == first[1] and np.array_equal(again[2]["images"], first[2]["images"])
     assert other[0] != first[0]
     with pytest.raises(Exception):  # noqa: B017 -- the score is broken on purpose
-        measured(unconditional, tmp_path / "w", **settings, sampling__measurement_noise=0.1)
+        measured(unconditional, tmp_path / "w", **settings, sampling__corrector="none")
     assert calls
 
 
@@ -425,6 +427,7 @@ def test_the_noise_of_a_measurement_is_the_same_for_all_samples_of_an_image(unco
     from run_sampling import _Measured
 
     settings = dict(sampling__condition="inpaint", sampling__mask="0,0,1,1", sampling__measurement_noise=0.1)
+    settings |= dict(sampling__corrector="none")
     few, many = (
         _Measured(
             run_setup.Run(
@@ -459,6 +462,7 @@ def test_the_noise_of_a_measurement_is_the_same_for_all_samples_of_an_image(unco
         (dict(sampling__condition="inpaint", sampling__num_images=361), "num_images=361: the test set has only 360"),
         (dict(sampling__condition="inpaint", sampling__samples_per_image=0), "samples_per_image=0"),
         (dict(sampling__condition="inpaint", sampling__measurement_noise=-1.0), r"measurement_noise=-1\.0"),
+        (dict(sampling__condition="inpaint", sampling__measurement_noise=0.1), r"Langevin steps then forget"),
         (dict(sampling__condition="inpaint", sampling__method="ode"), r"solver='rk45': a projection follows"),
         (dict(sampling__condition="inpaint", sampling__conditioning="dps"), r"'dps': its move follows a predictor's"),
         (dict(sampling__guidance_weight=2.0), "unconditional sampling has no guidance"),
