@@ -243,6 +243,27 @@ def test_pseudoinverse_guidance_is_nearly_right_for_correlated_data(family, meas
     assert mean_error < 0.05
 
 
+def test_pseudoinverse_guidance_bears_a_network_that_is_a_little_wrong():
+    """A score that at much noise is off by 0.3 of its own size: its x̂_0 then depends on x_t a hundred times as much as
+    it should, and guidance by that derivative is bounded or drives the samples to infinity."""
+    sde = SDES["ve"]
+    data = correlated(sde, 1.0)
+    operator, noise_std, y = measured(data, "half")
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        return data.score(x, t) + 0.3 * x.roll(1, dims=1) / (expand(sde.std(t), x) ** 2 + 25)
+
+    guided = PseudoinverseGuidance(sde, score, operator, y.expand(100, -1), noise_std, prior_variance=0.25)
+    sampler = PCSampler(sde, "reverse_diffusion", "none", num_steps=100)
+    x = sampler(guided, torch.zeros(100, D, dtype=torch.float64), torch.Generator().manual_seed(0)).x
+    assert (operator(x) - y).abs().max() < 0.1
+    mean, covariance = posterior(data, operator, y[0], noise_std)
+    assert ((x - mean) ** 2).sum(1).mean() < 2 * covariance.trace()
+    guided.TRUST = torch.inf
+    x = sampler(guided, torch.zeros(100, D, dtype=torch.float64), torch.Generator().manual_seed(0)).x
+    assert not x.abs().max() < 100
+
+
 def test_pseudoinverse_guidance_in_the_probability_flow():
     """Heun and the solver with a step size per sample, on white data: the mean of 2000 samples, deterministic but for
     the prior."""
