@@ -55,6 +55,7 @@ SMALL = {
     "probability_flow": dict(n_iters=100, points=80, probes=(1,), pairs=20, between=5, tolerance=5e-7),
     "epsilon_and_score": dict(points=500, times=4),
     "conditional": dict(n_iters=40, num_steps=100, samples=2000),
+    "posterior": dict(lengths=(1.0,), measurements=4, samples=300, num_steps=60),
     "digits": dict(n_iters=3, num_steps=4, samples=10, test_images=2, pairs=1, between=3),
 }
 # A model trained for so little has not learned what is claimed of it, nor are so few steps and samples as good.

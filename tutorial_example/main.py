@@ -33,6 +33,7 @@ from .digits import Digits
 from .discretisation import Discretisation
 from .flow import ProbabilityFlow
 from .langevin import AnnealedLangevin, Langevin
+from .posterior import Posterior
 from .score_matching import ScarceData, ScoreMatching
 from .sdes import Sdes
 from .tutorial_figure import EXPERIMENT, VERSION, Result, TutorialFigure, markdown_table, read_result, write_result
@@ -50,6 +51,7 @@ FIGURES: dict[str, TutorialFigure] = {
         ProbabilityFlow(),
         EpsilonAndScore(),
         Conditional(),
+        Posterior(),
         Digits(),
     )
 }
