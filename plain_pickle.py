@@ -102,21 +102,15 @@ def _no_bytes() -> bytes:
 
 
 class _Name:
-    """What a permitted name stands for: it can be called, and nothing else be done to it."""
+    """What a permitted name stands for. A fresh one each time: whatever a pickle does to it ends with it."""
 
     __slots__ = ("_call",)
 
     def __init__(self, call: Callable[..., Any]) -> None:
-        object.__setattr__(self, "_call", call)
+        self._call = call
 
     def __call__(self, *arguments: Any) -> Any:
         return self._call(*arguments)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise pickle.UnpicklingError("a name is given attributes")
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("a name is given a state")
 
 
 _NAMES: dict[tuple[str, str], Callable[..., Any]] = {
