@@ -42,6 +42,7 @@ RUN_HERE = {
 }
 # The other programs: a make target runs them, or the test named here.
 RUN_ELSEWHERE = {
+    "tutorial_example.main": "test_tutorial_example.py::test_every_figure_in_small",
     "2d_examples.main": "test_2d_examples.py::test_every_pair_resolves_and_trains",
     "torchrun": "test_run_lib.py::test_two_processes_train_and_evaluate_as_one",
     "accelerate": "test_run_lib.py::test_two_processes_train_and_evaluate_as_one",
