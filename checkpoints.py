@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,12 +31,10 @@ __all__ = [
     "CheckpointError",
     "CheckpointStore",
     "PublicCheckpoint",
-    "capture_rng_state",
     "convert_public_checkpoint",
     "load_score_sde_checkpoint",
     "load_state_dict_strictly",
     "read_checkpoint",
-    "restore_rng_state",
     "write_checkpoint",
 ]
 
@@ -139,29 +135,6 @@ class CheckpointStore:
         if steps:
             raise CheckpointError(f"none of the {len(steps)} checkpoints in {self.directory} can be read")
         return None
-
-
-def capture_rng_state() -> dict:
-    """The state of every global random stream of this process, as tensors and plain values."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    version, internal, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "python": [version, list(internal), gauss],
-    }
-
-
-def restore_rng_state(state: dict) -> None:
-    """Undo ``capture_rng_state``. CUDA streams are restored where as many devices exist as were saved."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
 
 
 def load_state_dict_strictly(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:

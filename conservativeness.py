@@ -141,6 +141,9 @@ def asymmetry(
 ) -> Asymmetry:
     """Asym and ‖J‖²_F of every sample, exact or estimated.
 
+    Always in the dtype of ``x``, under autocast too: J and Jᵀ of an almost conservative score are almost the same, and
+    rounding each to the 8 bits of bfloat16 leaves little of their difference (docs/mixed_precision.md).
+
     Args:
         score: s(x, t).
         x, t: points (B, ...) and times (B,).
@@ -161,14 +164,15 @@ def asymmetry(
                 f"probes=None in {dimension} dimensions: the exact Jacobian is the default up to "
                 f"{EXACT_MAX_DIMENSION}; give a number of probes, or estimator='exact'"
             )
-        value, j = jacobian(score, x, t, create_graph=create_graph)
+        with torch.autocast(x.device.type, enabled=False):
+            value, j = jacobian(score, x, t, create_graph=create_graph)
         result = Asymmetry(value, 0.5 * ((j - j.mT) ** 2).sum((1, 2)), (j**2).sum((1, 2)))
     else:
         if probes < 1:
             raise ValueError(f"probes={probes}: at least 1")
         x = _requiring_grad(x)
         asym, norm = 0.0, 0.0
-        with torch.enable_grad():
+        with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
             value = score(x, t)
             for _ in range(probes):
                 v = rademacher_like(x, generator)

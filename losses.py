@@ -13,6 +13,11 @@ A quasi-conservative model adds λ_QC·L_QC: the asymmetry Asym of the score's J
 sample, weighted and reduced like L_SM (Chao, Sun, Cheng, Lee, ICML 2023, Eqs. 8 and 9). It can be had for less, without
 bias: evaluated every k-th step with weight kλ_QC, or as the mean over every k-th sample of the batch.
 
+Every probe leaves behind a graph several times as large as that of the score. Probes are therefore taken in chunks,
+of which all but the last are differentiated for the parameters and released within the forward pass; backward adds
+the gradients found then. Memory is that of one chunk, whatever the number of probes, and there is still one forward
+and one backward pass for whoever calls.
+
 At one time t there are other ways to match a score to that of a density p_t. They are here as functions of one sample
 each, for a batch x ~ p_t; averaged, they differ from the Fisher divergence J by constants, so that all their expected
 gradients are those of J:
@@ -30,14 +35,16 @@ Sources: Hyvärinen (JMLR 2005), Theorem 1; Song, Garg, Shi, Ermon (UAI 2019), E
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from conservativeness import ESTIMATORS, asymmetry, divergence
+from models.dropout import Dropout, set_dropout_keys
 from models.score import ScoreModel
-from randomness import Generator, SampleGenerators, normal_like, rademacher_like, uniform
+from randomness import Generator, SampleGenerators, normal_like, rademacher_like, random_bits, uniform
 from sde_lib import SDE, ScoreFunction, expand
 
 __all__ = [
@@ -67,6 +74,8 @@ class Objective(nn.Module):
         qc_estimator: 'antisymmetric', 'trace' or 'exact'.
         qc_interval: evaluate the term every k-th step.
         qc_stride: and on every k-th sample of the batch.
+        qc_probe_chunk: probes whose graphs are held at once. Fewer take less memory, and every chunk one more
+            evaluation of the score with its backward pass.
 
     Raises:
         ValueError: a value outside its range, naming the config field.
@@ -83,16 +92,17 @@ class Objective(nn.Module):
         qc_estimator: str = "antisymmetric",
         qc_interval: int = 1,
         qc_stride: int = 1,
+        qc_probe_chunk: int = 1,
     ) -> None:
         super().__init__()
         if not qc_weight >= 0:
             raise ValueError(f"training.qc_weight={qc_weight}: allowed are values >= 0")
-        if qc_probes < 1:
-            raise ValueError(f"training.qc_probes={qc_probes}: at least 1")
-        if qc_interval < 1:
-            raise ValueError(f"training.qc_interval={qc_interval}: at least 1")
-        if qc_stride < 1:
-            raise ValueError(f"training.qc_stride={qc_stride}: at least 1")
+        counts = dict(
+            qc_probes=qc_probes, qc_interval=qc_interval, qc_stride=qc_stride, qc_probe_chunk=qc_probe_chunk
+        )
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"training.{name}={count}: at least 1")
         if qc_estimator not in ESTIMATORS:
             raise ValueError(f"training.qc_estimator={qc_estimator!r}: allowed are {', '.join(ESTIMATORS)}")
         num_scales = score_model.noise_level.num_scales
@@ -108,6 +118,8 @@ class Objective(nn.Module):
         self.qc_estimator = qc_estimator
         self.qc_interval = qc_interval
         self.qc_stride = qc_stride
+        self.qc_probe_chunk = qc_probe_chunk
+        self.dropouts = [module for module in score_model.modules() if isinstance(module, Dropout) and module.p > 0]
 
     def forward(
         self, x0: Tensor, generator: Generator = None, *, step: int = 0, class_labels: Tensor | None = None
@@ -116,7 +128,7 @@ class Objective(nn.Module):
 
         Args:
             x0: data (B, C, H, W), scaled as the model expects.
-            generator: source of times, noise and probes.
+            generator: source of times, noise, dropout and probes.
             step: optimiser step, which decides whether a lazy QC term is due.
             class_labels: (B,) for a class-conditional model.
 
@@ -128,24 +140,18 @@ class Objective(nn.Module):
         z = normal_like(x0, generator)
         xt = expand(mean_coefficient, x0) * x0 + expand(std, x0) * z
         weight = self.sde.diffusion(t) ** 2 if self.likelihood_weighting else std**2
+        dropout_keys = self._dropout_keys(x0, generator)
 
         qc_due = self.qc_weight > 0 and step % self.qc_interval == 0
         terms: dict[str, Tensor] = {}
         errors = []
         for part, with_qc in self._parts(len(x0), qc_due):
+            if dropout_keys is not None:
+                set_dropout_keys(self.dropouts, dropout_keys[part])
             score = self._score_of(None if class_labels is None else class_labels[part])
             if with_qc:
-                result = asymmetry(
-                    score,
-                    xt[part],
-                    t[part],
-                    probes=self.qc_probes,
-                    estimator=self.qc_estimator,
-                    generator=generator[part] if isinstance(generator, SampleGenerators) else generator,
-                    create_graph=torch.is_grad_enabled(),
-                )
-                value = result.score
-                terms["qc"] = self._reduce(weight[part] * result.asym, x0)
+                probe_source = generator[part] if isinstance(generator, SampleGenerators) else generator
+                value, terms["qc"] = self._score_and_qc(score, xt[part], t[part], weight[part], probe_source)
             else:
                 value = score(xt[part], t[part])
             # σs + z rather than s + z/σ: the two differ by the weight, and this one never divides by a small σ.
@@ -172,6 +178,40 @@ class Objective(nn.Module):
         yield slice(None, None, self.qc_stride), True
         yield [i for i in range(batch) if i % self.qc_stride], False
 
+    def _dropout_keys(self, x0: Tensor, generator: Generator) -> Tensor | None:
+        """Dropout of this step, int64 (B, layers, 2): a sample's own, and the same whenever it is evaluated."""
+        if not (self.dropouts and self.score_model.training):
+            return None
+        return random_bits((len(x0), len(self.dropouts), 2), generator, device=x0.device)
+
+    def _score_and_qc(
+        self, score: ScoreFunction, xt: Tensor, t: Tensor, weight: Tensor, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        """The score at x_t and the weighted L_QC there, averaged over all probes."""
+        parameters = [p for p in self.score_model.parameters() if p.requires_grad]
+        probes = 1 if self.qc_estimator == "exact" else self.qc_probes
+        total: Tensor | float = 0.0
+        gradients: list[Tensor] = []
+        for start in range(0, probes, self.qc_probe_chunk):
+            count = min(self.qc_probe_chunk, probes - start)
+            value, asym, _ = asymmetry(
+                score,
+                xt,
+                t,
+                probes=count,
+                estimator=self.qc_estimator,
+                generator=generator,
+                create_graph=torch.is_grad_enabled(),
+            )
+            part = self._reduce(weight * asym, xt) * (count / probes)
+            if start + count < probes and part.requires_grad:
+                found = torch.autograd.grad(part, parameters, materialize_grads=True)
+                gradients = torch._foreach_add(gradients, found) if gradients else list(found)
+                part = part.detach()
+                del value, asym, found  # the graph, before the next one is built
+            total = total + part
+        return value, _attach(total, parameters, gradients) if gradients else total
+
     def _noise_level(self, x0: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Random times (B,) with their mean coefficients and standard deviations."""
         u = uniform((len(x0),), generator, device=x0.device, dtype=x0.dtype)
@@ -185,6 +225,26 @@ class Objective(nn.Module):
     def _reduce(self, per_sample: Tensor, x0: Tensor) -> Tensor:
         """Batch mean of a per-sample sum over dimensions: divided by D, or halved."""
         return per_sample.mean() * (1 / x0[0].numel() if self.reduce_mean else 0.5)
+
+
+class _Attach(torch.autograd.Function):
+    """Identity of a scalar (first argument) for whose dependence on n further tensors the gradients, the last n
+    arguments, are known."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, *tensors_and_gradients: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors_and_gradients[len(tensors_and_gradients) // 2 :])
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, factor: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        return factor, *torch._foreach_mul(gradients, factor), *(None for _ in gradients)
+
+
+def _attach(value: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    return _Attach.apply(value, *tensors, *gradients)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -275,4 +335,5 @@ def get_objective(config, score_model: ScoreModel) -> Objective:
         qc_estimator=training.qc_estimator,
         qc_interval=training.qc_interval,
         qc_stride=training.qc_stride,
+        qc_probe_chunk=training.qc_probe_chunk,
     )

@@ -5,20 +5,30 @@ depends neither on the batch it is processed in, nor on the number of processes,
 are drawn on the CPU and moved. Training keys its generators by (seed, step), so that resuming at a step continues
 the very same stream without replaying anything.
 
-The functions ``normal_like``, ``rademacher_like`` and ``uniform`` accept the per-sample generators, an ordinary
-``torch.Generator``, or ``None`` for torch's global stream; everything in the project draws through them.
+The functions ``normal_like``, ``rademacher_like``, ``uniform`` and ``random_bits`` accept the per-sample generators, an
+ordinary ``torch.Generator``, or ``None`` for torch's global stream; everything in the project draws through them.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from functools import partial
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Generator", "SampleGenerators", "normal_like", "rademacher_like", "seed_from", "uniform"]
+__all__ = [
+    "Generator",
+    "SampleGenerators",
+    "mix32",
+    "normal_like",
+    "rademacher_like",
+    "random_bits",
+    "seed_from",
+    "uniform",
+]
 
 _MASK32 = 0xFFFFFFFF
 
@@ -42,7 +52,7 @@ class SampleGenerators:
 
     def __init__(self, key: Sequence[int | str], indices: Iterable[int]) -> None:
         offset = seed_from(*key)
-        self.generators = [torch.Generator().manual_seed(_mix32(int(i) + offset)) for i in indices]
+        self.generators = [torch.Generator().manual_seed(mix32(int(i) + offset)) for i in indices]
 
     def __len__(self) -> int:
         return len(self.generators)
@@ -55,12 +65,13 @@ class SampleGenerators:
 
 
 Generator: TypeAlias = torch.Generator | SampleGenerators | None
+IntegerOrTensor = TypeVar("IntegerOrTensor", int, Tensor)
 
 
-def _mix32(value: int) -> int:
+def mix32(value: IntegerOrTensor) -> IntegerOrTensor:
     """A bijective scrambling of 32-bit integers (xor-shifts and odd multiplications), so that neighbouring
-    indices get unrelated seeds."""
-    value &= _MASK32
+    indices get unrelated values. Of a tensor: int64, element by element."""
+    value = value & _MASK32
     value = ((value ^ (value >> 16)) * 0x7FEB352D) & _MASK32
     value = ((value ^ (value >> 15)) * 0x846CA68B) & _MASK32
     return value ^ (value >> 16)
@@ -91,6 +102,13 @@ def uniform(
 ) -> Tensor:
     """Numbers uniform on [0, 1) of shape (B, ...)."""
     return _draw(torch.rand, shape, generator, torch.device(device), dtype or torch.get_default_dtype())
+
+
+def random_bits(
+    shape: Sequence[int], generator: Generator = None, *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Integers int64 of shape (B, ...), uniform on all that there are (but the largest)."""
+    return _draw(partial(torch.randint, -(2**63), 2**63 - 1), shape, generator, torch.device(device), torch.int64)
 
 
 def rademacher_like(x: Tensor, generator: Generator = None) -> Tensor:

@@ -10,8 +10,8 @@ A run lives in a working directory W:
     W/classifier/            see ``run_classifier``
     W/eval/                  metrics.json, and the per-image results it was computed from
 
-Everything random but dropout is keyed by (seed, purpose, step or index), and dropout's streams are in the checkpoint,
-so a run that was interrupted continues to the very same result.
+Everything random is keyed by (seed, purpose, step or index), so a run that was interrupted continues to the very same
+result, and the number of processes changes nothing but rounding.
 
 This file is training, and the door to the rest: ``run_setup`` builds and checks a run, ``run_evaluation`` measures it,
 ``run_sampling`` draws samples from it, ``run_classifier`` trains the classifier that may guide them.
@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from ml_collections import ConfigDict
 from torch import Tensor
 
@@ -38,15 +38,13 @@ import datasets
 from checkpoints import (
     CheckpointError,
     CheckpointStore,
-    capture_rng_state,
     convert_public_checkpoint,
     read_checkpoint,
-    restore_rng_state,
 )
 from losses import Objective
 from metrics_log import MetricsLog
 from pixels import random_flip
-from randomness import SampleGenerators, seed_from, uniform
+from randomness import SampleGenerators, uniform
 from run_classifier import train_classifier
 from run_evaluation import draw, evaluate, refuse_public_conservative, spread, statistics
 from run_sampling import sample
@@ -101,8 +99,6 @@ class _Training:
             weight_decay=optim.weight_decay,
             fused=True,
         )
-        # Streams of dropout; everything else is keyed by step and sample.
-        set_seed(seed_from(self.config.seed, "dropout", self.accelerator.process_index))
         self.optimizer = optimizer
         settings = [{**group, "params": None} for group in optimizer.param_groups]
         self._restore()
@@ -127,9 +123,6 @@ class _Training:
             self.step, self.sums = state["step"], state["sums"]
             if state["data"] != self.run.train_data.fingerprint:
                 logger.warning("the training data are not, or not known to be, those of %s", self.run.workdir)
-            states = state["rng"]
-            if self.accelerator.process_index < len(states):
-                restore_rng_state(states[self.accelerator.process_index])
             if state["scaler"] is not None and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         elif self.config.training.init_from:
@@ -167,7 +160,6 @@ class _Training:
                     moments[name] = torch.empty_like(parameter).copy_(moment)
 
     def _save(self) -> None:
-        rng = gather_object([capture_rng_state()])
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = {
@@ -178,7 +170,6 @@ class _Training:
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "sums": self.sums,
                 "data": self.run.train_data.fingerprint,
-                "rng": rng,
                 "config": self.config.to_json(),
                 "code_version": code_version(),
             }

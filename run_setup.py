@@ -71,6 +71,8 @@ FREE_IN_TRAINING = (
     "training.eval_freq",
     "training.snapshot_",
     "training.keep_checkpoints",
+    "training.qc_probe_chunk",
+    "training.activation_checkpointing",
 )
 # An evaluation need not repeat how the model was trained.
 FREE_IN_EVALUATION = (
@@ -94,7 +96,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how to compute; without dropout none of it changes what is computed beyond rounding.
+    """Where and how to compute; none of it changes what is computed beyond rounding.
 
     Raises:
         InvalidRun: unknown or unavailable device or precision, or a number outside its range.
@@ -214,11 +216,15 @@ class Run:
         return pixels.to_pixels(x, self.train_data.num_levels, self.config.data.uniform_dequantization)
 
     def score(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """The score of the moving average, in the precision asked for; float32 in and out. From a network that knows
-        classes it is the unconditional one unless labels (B,) are given."""
+        """The score of the moving average, float32 in and out. From a network that knows classes it is the
+        unconditional one unless labels (B,) are given.
+
+        Computed in the precision asked for, but in float32 where it is differentiated, for likelihood and asymmetry
+        (docs/mixed_precision.md).
+        """
         if class_labels is None and self.num_classes:
             class_labels = torch.full((len(x),), self.num_classes, device=x.device)
-        with self.accelerator.autocast():
+        with contextlib.nullcontext() if x.requires_grad else self.accelerator.autocast():
             return self.ema.model(x, t, class_labels).to(x.dtype)
 
     def score_of_class(self, class_labels: Tensor) -> ScoreFunction:

@@ -51,6 +51,7 @@ def get_config(name="gaussian_8-u"):
             "qc_probes": 1,
             "qc_interval": 2,  # with twice the weight; the paper: every step
             "qc_stride": 1,
+            "qc_probe_chunk": 1,
             "log_freq": 100,
             "save_freq": 500,
         }

@@ -39,6 +39,8 @@ def base_config() -> ConfigDict:
     config.training.qc_estimator = "antisymmetric"  # antisymmetric, trace, exact
     config.training.qc_interval = 1  # evaluate the term every so many steps
     config.training.qc_stride = 1  # and on every so many samples of the batch
+    config.training.qc_probe_chunk = 1  # probes whose graphs are held in memory at once
+    config.training.activation_checkpointing = False  # keep the blocks' inputs alone, and compute the rest twice
     config.training.log_freq = 50
     config.training.eval_freq = 1000
     config.training.snapshot_freq = 50000  # checkpoints at multiples of this are kept for ever; 0 keeps none

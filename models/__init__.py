@@ -11,6 +11,7 @@ from models.ddpm import DDPM
 from models.ema import EMA
 from models.mlp import NoiseConditionalMLP
 from models.ncsnv2 import NCSN, NCSNv2
+from models.recompute import recompute_activations
 from models.score import ConservativeScore, NoiseLevel, ScoreModel, UnconstrainedScore
 from models.unet import UNet
 from sde_lib import SDE
@@ -146,6 +147,9 @@ def create_score_model(config, sde: SDE) -> ScoreModel:
         raise ValueError("training.continuous=False: a discrete-time VE model needs model.embedding_type='positional'")
     noise_level = NoiseLevel(sde, None if config.training.continuous else model.num_scales)
     network = create_network(config)
+    # Not a field of the 2-D examples.
+    if config.training.get("activation_checkpointing", False) and not recompute_activations(network):
+        raise ValueError(f"training.activation_checkpointing=True: model.name={model.name!r} has no blocks for it")
     if model.parameterization == "conservative":
         return ConservativeScore(network, noise_level)
     divide = sde.name != "ve" or model.scale_by_sigma

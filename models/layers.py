@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.dropout import Dropout
+from models.recompute import Recomputable
+
 __all__ = [
     "Attention",
     "BigGANBlock",
@@ -222,7 +225,7 @@ class Combine(nn.Module):
 # Blocks
 
 
-class _ResidualBlock(nn.Module):
+class _ResidualBlock(Recomputable):
     """norm, activation, (resample), conv, + noise level, norm, activation, dropout, conv; plus a shortcut."""
 
     def __init__(
@@ -243,14 +246,14 @@ class _ResidualBlock(nn.Module):
         self.conv1 = conv3x3(in_channels, out_channels)
         self.time = dense(temb_features, out_channels) if temb_features else None
         self.norm2 = group_norm(out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = conv3x3(out_channels, out_channels, init_scale)
         self.activation = activation
         self.resample = resample
         self.shortcut = shortcut
         self.rescale = 1 / math.sqrt(2) if skip_rescale else 1.0
 
-    def forward(self, x: Tensor, temb: Tensor | None) -> Tensor:
+    def compute(self, x: Tensor, temb: Tensor | None) -> Tensor:
         h = self.conv1(self.resample(self.activation(self.norm1(x))))
         if self.time is not None:
             h = h + self.time(self.activation(temb))[:, :, None, None]
@@ -276,7 +279,7 @@ class BigGANBlock(_ResidualBlock):
         super().__init__(in_channels, out_channels, resample=resample or nn.Identity(), shortcut=shortcut, **options)
 
 
-class Attention(nn.Module):
+class Attention(Recomputable):
     """Single-head self-attention over all pixels with a residual connection, (B, C, H, W) → (B, C, H, W).
 
     Plain matrix products and softmax: the fused attention kernels cannot be differentiated twice.
@@ -291,7 +294,7 @@ class Attention(nn.Module):
         self.out = conv1x1(channels, channels, init_scale)
         self.rescale = 1 / math.sqrt(2) if skip_rescale else 1.0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         h = self.norm(x)
         query, key, value = (layer(h).flatten(2) for layer in (self.query, self.key, self.value))  # (B, C, HW)

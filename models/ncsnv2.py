@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.recompute import Recomputable
 from models.unet import ACTIVATIONS
 
 __all__ = ["NCSN", "NCSNv2"]
@@ -104,7 +105,7 @@ class _ConvMeanPool(nn.Module):
         return F.avg_pool2d(self.conv(x), 2)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Recomputable):
     """norm, activation, conv, norm, activation, conv; plus a shortcut.
 
     Args:
@@ -136,7 +137,7 @@ class ResidualBlock(nn.Module):
         else:
             self.shortcut = convolution(in_channels, out_channels) if begins else nn.Identity()
 
-    def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
+    def compute(self, x: Tensor, label: Tensor | None) -> Tensor:
         h = self.conv1(self.activation(self.norm1(x, label)))
         h = self.conv2(self.activation(self.norm2(h, label)))
         return self.shortcut(x) + h
@@ -153,7 +154,7 @@ class _NormActConv(nn.Module):
         return self.conv(self.activation(self.norm(x, label)))
 
 
-class _ResidualConvUnits(nn.Module):
+class _ResidualConvUnits(Recomputable):
     """``count`` times x ← x + f(f(x)), with f norm, activation and convolution."""
 
     def __init__(self, channels: int, count: int, norm: Norm, activation: nn.Module) -> None:
@@ -162,7 +163,7 @@ class _ResidualConvUnits(nn.Module):
             nn.ModuleList(_NormActConv(channels, norm, activation) for _ in range(2)) for _ in range(count)
         )
 
-    def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
+    def compute(self, x: Tensor, label: Tensor | None) -> Tensor:
         for first, second in self.units:
             x = x + second(first(x, label), label)
         return x
@@ -188,7 +189,7 @@ class _Fusion(nn.Module):
         return sum(F.interpolate(h, size=size, mode="bilinear", align_corners=True) for h in features)
 
 
-class _ChainedPooling(nn.Module):
+class _ChainedPooling(Recomputable):
     """x ← act(x), then twice p ← conv(pool(norm(p))), starting from x: the sum of x and both p.
 
     The pooling, over 5×5 pixels at stride 1, is by maximum, or in the conditional network by mean.
@@ -200,7 +201,7 @@ class _ChainedPooling(nn.Module):
         self.norms = nn.ModuleList(norm(channels) for _ in range(2))
         self.convs = nn.ModuleList(_conv(channels, channels, bias=False) for _ in range(2))
 
-    def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
+    def compute(self, x: Tensor, label: Tensor | None) -> Tensor:
         total = path = self.activation(x)
         for norm, conv in zip(self.norms, self.convs, strict=True):
             path = conv(self.pool(norm(path, label)))

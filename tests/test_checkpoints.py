@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import random
 import shutil
 from pathlib import Path
 
@@ -14,12 +13,10 @@ import torch
 from checkpoints import (
     CheckpointError,
     CheckpointStore,
-    capture_rng_state,
     load_score_sde_checkpoint,
     load_state_dict_strictly,
     official_names,
     read_checkpoint,
-    restore_rng_state,
     write_checkpoint,
 )
 from models import create_network
@@ -234,14 +231,6 @@ def test_missing_and_foreign_files_are_named(tmp_path):
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"it has no model, ema$"):
         load_score_sde_checkpoint(tmp_path / "other.pt", golden_network("ve_ncsnpp_cifar10"), ema=True)
-
-
-def test_rng_states_come_back_through_a_file(tmp_path):
-    write_checkpoint(tmp_path / "rng.pt", {"rng": capture_rng_state()})
-    drawn = (torch.randn(3), np.random.rand(3), random.random())
-    restore_rng_state(read_checkpoint(tmp_path / "rng.pt")["rng"])
-    again = (torch.randn(3), np.random.rand(3), random.random())
-    assert torch.equal(drawn[0], again[0]) and np.array_equal(drawn[1], again[1]) and drawn[2] == again[2]
 
 
 def test_store_settings():

@@ -272,8 +272,30 @@ def test_qc_term_by_hand(estimator, likelihood_weighting):
 
 def test_qc_term_costs_no_further_evaluation_of_the_network():
     score = model("vp")
-    Objective(score, qc_weight=1.0, qc_probes=3)(data(), seeded())
+    Objective(score, qc_weight=1.0, qc_probes=3, qc_probe_chunk=3)(data(), seeded())
     assert len(score.network.inputs) == 1
+
+
+@pytest.mark.parametrize("estimator", ["antisymmetric", "trace", "exact"])
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_probes_in_chunks_are_the_same_loss(estimator, chunk):
+    x0, settings = data(), dict(qc_weight=0.3, qc_probes=5, qc_estimator=estimator, qc_stride=2)
+    results = []
+    for size in (5, chunk):
+        score = model("vp")
+        terms = Objective(score, qc_probe_chunk=size, **settings)(x0, seeded())
+        (2 * terms["loss"]).backward()  # times a factor, as accumulation and loss scaling have it
+        results.append((terms, [p.grad for p in score.parameters()]))
+        # Two parts of the batch; the first is evaluated once per chunk.
+        assert len(score.network.inputs) == 2 if estimator == "exact" or size == 5 else 1 + math.ceil(5 / chunk)
+    (together, expected), (terms, gradients) = results
+    for name in together:
+        torch.testing.assert_close(terms[name], together[name], rtol=1e-13, atol=0)
+    for found, gradient in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-11, atol=1e-13)
+    with torch.no_grad():
+        evaluated = Objective(model("vp"), qc_probe_chunk=chunk, **settings)(x0, seeded())
+    torch.testing.assert_close(evaluated["loss"], together["loss"].detach(), rtol=1e-13, atol=0)
 
 
 def test_lazy_qc_is_unbiased_over_its_interval():
@@ -295,7 +317,7 @@ def test_qc_term_on_every_kth_sample(stride):
     """L_SM of the whole batch, L_QC of those samples alone, and one evaluation of the network per sample."""
     score, x0 = model("ve"), data()
     weights = list(score.parameters())
-    settings = dict(qc_weight=0.2, qc_probes=2)
+    settings = dict(qc_weight=0.2, qc_probes=2, qc_probe_chunk=2)
 
     def streams() -> SampleGenerators:
         return SampleGenerators((3, "train"), range(len(x0)))
@@ -340,6 +362,7 @@ def training_config(**fields) -> ConfigDict:
         qc_estimator="antisymmetric",
         qc_interval=1,
         qc_stride=1,
+        qc_probe_chunk=1,
     )
     return ConfigDict(dict(training=defaults | fields))
 
@@ -379,6 +402,7 @@ def test_discrete_objective_from_a_config():
         (dict(qc_weight=float("nan")), "training.qc_weight=nan"),
         (dict(qc_probes=0), "training.qc_probes=0: at least 1"),
         (dict(qc_interval=0), "training.qc_interval=0: at least 1"),
+        (dict(qc_probe_chunk=0), "training.qc_probe_chunk=0: at least 1"),
         (dict(qc_stride=0), "training.qc_stride=0: at least 1"),
         (dict(qc_estimator="hutchinson"), "training.qc_estimator='hutchinson': allowed are antisymmetric, trace"),
         (dict(likelihood_weighting=True, continuous=False), "training.likelihood_weighting=True: needs training.cont"),
