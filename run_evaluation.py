@@ -115,6 +115,7 @@ def _load_for_evaluation(run: Run, checkpoint: str | Path | None) -> int:
     else:
         refuse_public_conservative(run.config, source)
         step = load_score_sde_checkpoint(source, run.ema.model.network, ema=True, sde=run.sde)
+    run.check_agreement("the checkpoint's step", step)
     run.ema.model.to(run.device)
     if run.config.sampling.condition == "class":
         run.classifier = load_classifier(run)

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from ml_collections import ConfigDict
-from torch import Tensor
+from torch import Tensor, distributed
 
 import datasets
 from checkpoints import (
@@ -49,6 +49,7 @@ from run_classifier import train_classifier
 from run_evaluation import draw, evaluate, refuse_public_conservative, spread, statistics
 from run_sampling import sample
 from run_setup import (
+    COLLECTIVE_TIMEOUT,
     FREE_IN_TRAINING,
     GRID_IMAGES,
     Interrupted,
@@ -102,6 +103,7 @@ class _Training:
         self.optimizer = optimizer
         settings = [{**group, "params": None} for group in optimizer.param_groups]
         self._restore()
+        run.check_agreement("the step to go on from", self.step)
         # A loaded state brings the settings of the run it came from; those of this config hold.
         for group, own in zip(optimizer.param_groups, settings, strict=True):
             group.update({name: value for name, value in own.items() if name != "params"})
@@ -112,6 +114,9 @@ class _Training:
             reduce_mean=self.config.training.reduce_mean,
         )
         self.signal_number = 0
+        self.signals: _SharedMaximum | None = None
+        if self.accelerator.num_processes > 1:
+            self.signals = _SharedMaximum()
 
     # -- checkpoints
 
@@ -247,12 +252,14 @@ class _Training:
                         log.write(self.step, {"eval_loss": value})
                 snapshot = bool(every.snapshot_freq) and self.step % every.snapshot_freq == 0
                 if snapshot or at_end or stopping or self.step % every.snapshot_freq_for_preemption == 0:
-                    self._check_finite()
+                    self._average_sums()
                     self._save()
                 if stopping:
                     raise Interrupted(stopping)
                 if (snapshot or at_end) and every.snapshot_sampling:
                     self._sample_grid()
+            if self.signals is not None:
+                self.signals.finish()
 
     def _train_step(self, batch: tuple[Tensor, Tensor]) -> None:
         config, accelerator = self.config, self.accelerator
@@ -295,9 +302,17 @@ class _Training:
             labels = torch.where(uniform((len(labels),), generator) < dropout, num_classes, labels)
         return labels.to(self.run.device)
 
-    def _check_finite(self) -> None:
-        """A loss or gradient that was not finite in any step since the last row leaves its mark in the sum."""
-        self.sums = {name: [float(total), count] for name, (total, count) in self.sums.items()}
+    def _average_sums(self) -> None:
+        """Let all processes hold the same sums, their mean: what a checkpoint keeps, and a resumed run goes on from,
+        with however many processes.
+
+        Raises:
+            FloatingPointError: in all of them, a loss or gradient was not finite in any step since the last row.
+        """
+        names = sorted(self.sums)
+        totals = torch.tensor([float(self.sums[name][0]) for name in names], dtype=torch.float32)
+        totals = self.accelerator.reduce(totals.to(self.run.device), reduction="mean").tolist()
+        self.sums = {name: [total, self.sums[name][1]] for name, total in zip(names, totals, strict=True)}
         # With a gradient scaler (fp16) infinite gradients are part of the search for the scale, and skipped.
         checked = ("loss",) if self.accelerator.scaler is not None else ("loss", "grad_norm")
         for name in checked:
@@ -310,12 +325,9 @@ class _Training:
 
     def _means(self) -> dict[str, float]:
         """The mean over processes and over the steps since the last row of every logged quantity."""
-        self._check_finite()
-        names = sorted(self.sums)
-        means = torch.tensor([self.sums[n][0] / self.sums[n][1] for n in names], dtype=torch.float32)
-        means = self.accelerator.reduce(means.to(self.run.device), reduction="mean").tolist()
+        self._average_sums()
+        row = {name: total / count for name, (total, count) in self.sums.items()}
         self.sums = {}
-        row = dict(zip(names, means, strict=True))
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         return row
 
@@ -331,12 +343,14 @@ class _Training:
         return float(self.test_objective(x0.to(self.run.device), generator, class_labels=labels)["dsm"])
 
     def _sample_grid(self) -> None:
-        if self.accelerator.is_main_process:
-            indices = range(GRID_IMAGES)
-            images = draw(self.run, indices, progress=self.run.shows_progress)[0]
+        accelerator = self.accelerator
+        shares = datasets.epoch_batches(GRID_IMAGES, GRID_IMAGES, accelerator.process_index, accelerator.num_processes)
+        images = [draw(self.run, share.tolist(), progress=self.run.shows_progress)[0] for share in shares]
+        images = gather_object(images)
+        if accelerator.is_main_process:
             path = self.run.workdir / "samples" / f"step_{self.step:08d}.png"
-            save_image_grid(path, images, self.run.train_data.num_levels)
-        self.accelerator.wait_for_everyone()
+            save_image_grid(path, np.concatenate(images), self.run.train_data.num_levels)
+        accelerator.wait_for_everyone()
 
     # -- signals
 
@@ -357,7 +371,28 @@ class _Training:
 
     def _should_stop(self) -> int:
         """The signal that any process has received, or 0; all processes agree."""
-        if self.accelerator.num_processes == 1:
-            return self.signal_number
-        # Asking every process costs a synchronisation, so it is not done at every step.
-        return 0 if self.step % 10 else max(gather_object([self.signal_number]))
+        return self.signal_number if self.signals is None else self.signals.exchange(self.signal_number)
+
+
+class _SharedMaximum:
+    """A number that all processes agree on, the maximum of what each of them said at the call before.
+
+    One call late, so that none waits for another, nor for its accelerator: the exchange is between CPUs.
+    """
+
+    def __init__(self) -> None:
+        self.group = distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        self.value = torch.zeros(1, dtype=torch.int64)
+        self.work: distributed.Work | None = None
+
+    def exchange(self, value: int) -> int:
+        agreed = self.finish()
+        self.value = torch.tensor([value])
+        self.work = distributed.all_reduce(self.value, distributed.ReduceOp.MAX, group=self.group, async_op=True)
+        return agreed
+
+    def finish(self) -> int:
+        """What was agreed on, once all processes have said their number."""
+        if self.work is not None:
+            self.work.wait()
+        return int(self.value)

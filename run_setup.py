@@ -15,7 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    gather_object,
+)
 from ml_collections import ConfigDict
 from torch import Tensor
 from tqdm import tqdm
@@ -38,6 +43,7 @@ from sampling import get_sampler
 from sde_lib import SDE, ScoreFunction, get_sde
 
 __all__ = [
+    "COLLECTIVE_TIMEOUT",
     "FREE_IN_EVALUATION",
     "FREE_IN_TRAINING",
     "GRID_IMAGES",
@@ -55,6 +61,8 @@ __all__ = [
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DEVICES = ("auto", "cpu", "cuda", "mps")
 GRID_IMAGES = 64
+COLLECTIVE_TIMEOUT = timedelta(hours=12)
+"""How long processes wait for each other: while one trains the feature classifier, or ends a long batch of samples."""
 
 # A run may be continued with other values of these; any other difference makes it another experiment.
 FREE_IN_TRAINING = (
@@ -125,13 +133,23 @@ class Runtime:
         # Left to itself accelerate takes CUDA, or else MPS. That there is neither it must be told, or several
         # processes on CPUs would not find each other.
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
-        return Accelerator(
+        accelerator = Accelerator(
             cpu=self.device == "cpu" or not accelerated,
             mixed_precision=PRECISIONS[self.precision],
-            gradient_accumulation_steps=self.accumulation_steps,
-            # While the main process trains the feature classifier or draws samples the others wait.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+            # As a plugin, because a number would give way to the one in the user's settings of accelerate.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=self.accumulation_steps),
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+                # All buffers are constants, and all parameters take part in every step.
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            ],
         )
+        if accelerator.distributed_type.value in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA"):
+            raise InvalidRun(
+                f"the launcher asks for {accelerator.distributed_type.value}: allowed are one process, or several that "
+                "each hold the whole model"
+            )
+        return accelerator
 
 
 @contextlib.contextmanager
@@ -197,6 +215,19 @@ class Run:
     @property
     def shows_progress(self) -> bool:
         return self.accelerator.is_main_process and self.runtime.on_progress is None
+
+    def check_agreement(self, what: str, value: object) -> None:
+        """Refuse to work if processes see different things, as they would if hosts did not share the folder.
+
+        Raises:
+            ValueError: in all of them.
+        """
+        values = gather_object([value])
+        if any(other != values[0] for other in values):
+            raise ValueError(
+                f"--workdir={self.workdir}: the processes disagree on {what} ({', '.join(map(str, values))}); it must "
+                "be one folder that all hosts share"
+            )
 
     def progress(self, **options) -> tqdm:
         return tqdm(disable=not self.shows_progress, dynamic_ncols=True, **options)

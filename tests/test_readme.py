@@ -43,9 +43,11 @@ RUN_HERE = {
 # The other programs: a make target runs them, or the test named here.
 RUN_ELSEWHERE = {
     "tutorial_example.main": "test_tutorial_example.py::test_every_figure_in_small",
+    "benchmarks.qc_memory": "test_recompute.py::test_many_probes_take_the_memory_of_one",
+    "benchmarks.qc_precision": "test_recompute.py::test_precision_benchmark_measures",
     "2d_examples.main": "test_2d_examples.py::test_every_pair_resolves_and_trains",
-    "torchrun": "test_run_lib.py::test_two_processes_train_and_evaluate_as_one",
-    "accelerate": "test_run_lib.py::test_two_processes_train_and_evaluate_as_one",
+    "torchrun": "test_several_processes.py::test_same_training",
+    "accelerate": "test_several_processes.py::test_killed_evaluation_goes_on_under_another_launcher",
 }
 
 

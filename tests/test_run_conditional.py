@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +11,11 @@ import pytest
 import torch
 from test_run_lib import (
     CPU,
-    ROOT,
-    TINY,
     assert_identical,
-    environment,
     forget_accelerator,  # noqa: F401 -- for every test here
     rows,
     tiny_config,
     weights,
-    without_times,
 )
 
 import pixels
@@ -96,23 +90,6 @@ def test_labels_belong_to_their_images(tmp_path, monkeypatch):
                 given += 1
     # 96 images, each without label with probability 0.3: 28.8 ± 4.5.
     assert given + withheld == 96 and abs(withheld - 28.8) < 4 * 4.5
-
-
-def test_two_processes_train_a_label_conditional_run_as_one(tmp_path):
-    """torchrun with two gloo processes, without dropout of units: the same losses and weights."""
-    settings = CLASSES | {"model.dropout": 0.0, "training.n_iters": 6}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    overrides = [f"--config.{name}={value}" for name, value in (TINY | settings).items()]
-    config_file = f"--config={ROOT / 'configs/digits.py'}:u"
-    program = [str(ROOT / "main.py"), config_file, f"--workdir={tmp_path / 'two'}", "--mode=train", *overrides]
-    subprocess.run([*launcher, *program], check=True, cwd=ROOT, env=environment(), capture_output=True)
-    run_lib.train(conditional_config(model__dropout=0.0, training__n_iters=6), tmp_path / "one", CPU)
-    one, two = weights(tmp_path / "one", 6), weights(tmp_path / "two", 6)
-    for name in one:
-        if name.startswith(("model", "ema")):
-            torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-5, msg=name)
-    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        assert without_times([b])[0] == pytest.approx(without_times([a])[0], rel=1e-4)
 
 
 # Trained a little, so that samples are not black and white alone.

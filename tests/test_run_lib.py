@@ -128,32 +128,6 @@ def test_killed_at_any_moment_and_resumed_ends_with_identical_weights(tmp_path):
     assert without_times(rows(tmp_path / "whole")) == without_times(rows(broken))
 
 
-def test_two_processes_train_and_evaluate_as_one(tmp_path):
-    """torchrun with two gloo processes: the same losses, weights and per-image results (without dropout)."""
-    common = ["--config.model.dropout=0.0", f"--cache_dir={tmp_path / 'cache'}", "--config.eval.batch_size=100"]
-    common += ["--config.likelihood.solver=heun", "--config.likelihood.num_steps=2"]
-    for name in ("one", "two"):
-        for mode in ("train", "eval"):
-            program = [part for part in command(tmp_path / name, mode, *common) if part != "--device=cpu"]
-            if name == "two":
-                launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-                program = [sys.executable, *launcher, *program[1:]]
-            subprocess.run(program, check=True, cwd=ROOT, env=environment(), capture_output=True)
-    one, two = weights(tmp_path / "one", 12), weights(tmp_path / "two", 12)
-    for name in one:
-        if name.startswith(("model", "ema")):
-            torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-5, msg=name)
-    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        assert without_times([b])[0] == pytest.approx(without_times([a])[0], rel=1e-4)
-    for stage, field in (("nll", "nll_bits_per_dim"), ("asymmetry_items", "asym"), ("sample_items", "images")):
-        arrays = []
-        for name in ("one", "two"):
-            with np.load(tmp_path / name / "eval" / f"{stage}.npz", allow_pickle=False) as file:
-                arrays.append(file[field].astype(float))
-        level = 1 if stage == "sample_items" else 0  # rounding may move a pixel to the next grey level
-        np.testing.assert_allclose(arrays[1], arrays[0], rtol=1e-3, atol=level, err_msg=stage)
-
-
 def test_resuming_in_process_equals_one_go(tmp_path):
     for model in ("u", "c"):
         run_lib.train(tiny_config(model), tmp_path / model / "whole", CPU)
@@ -194,7 +168,7 @@ def test_accumulation_gives_the_same_training(tmp_path):
 def test_mixed_precision_trains_alike(tmp_path, forget_accelerator):
     """bfloat16 keeps 8 bits: the losses of the first steps agree to a few per cent. What the QC term is computed from
     is in float32: until the weights part, after the first step without it, the losses are the same."""
-    config = tiny_config("qc", training__log_freq=1, training__qc_interval=2)
+    config = tiny_config("qc", model__init_scale=1.0, training__log_freq=1, training__qc_interval=2)
     run_lib.train(config, tmp_path / "fp32", CPU)
     forget_accelerator()
     run_lib.train(config, tmp_path / "bf16", run_lib.Runtime(device="cpu", precision="bf16"))
