@@ -112,7 +112,7 @@ def run(
     Raises:
         ValueError: bad input, or a workdir of another experiment or other settings; nothing has been computed then.
     """
-    chosen = list(figures) if names == "all" else names.split(",")
+    chosen = list(figures) if names == "all" else list(dict.fromkeys(names.split(",")))
     for name in chosen:
         if name not in figures:
             raise ValueError(f"--figure={name}: allowed are {', '.join(figures)}, all")
@@ -121,7 +121,7 @@ def run(
     settings = {name: asdict(figure) for name, figure in figures.items()}
     folder = claim(workdir, EXPERIMENT, {"version": VERSION, **settings})
     # The longest first, so that the processes end at about the same time.
-    tasks = sorted((Task(folder, figures[name]) for name in set(chosen)), key=lambda task: -task.figure.steps)
+    tasks = sorted((Task(folder, figures[name]) for name in chosen), key=lambda task: -task.figure.steps)
     shared = [task for task in tasks if not task.figure.own_progress]
     total = sum(task.figure.steps for task in shared)
     run_all(shared, work, jobs=jobs, total=total, unit="step", description="tutorial")
