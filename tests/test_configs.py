@@ -137,7 +137,9 @@ def test_every_config_builds_and_steps(path, name):
     objective = get_objective(config, create_score_model(config, sde))
     get_sampler(config, sde)
     get_likelihood(config, sde)
-    x0 = torch.rand(2, config.data.num_channels, config.data.image_size, config.data.image_size)
+    x0 = torch.rand(
+        max(2, config.training.qc_stride), config.data.num_channels, config.data.image_size, config.data.image_size
+    )
     labels = torch.tensor([0, config.model.num_classes]) if config.model.num_classes else None
     terms = objective(x0, class_labels=labels)
     terms["loss"].backward()
