@@ -333,8 +333,8 @@ def draw_fid(results: Results) -> Figure:
             ax.set_xticks([], minor=True)
         measured.set_title(SAMPLERS[sampler].title)
         predicted.set_xlabel("sampling steps K")
-    axes[0, 0].set_ylabel("trained networks: FID (digits features)")
-    axes[1, 0].set_ylabel("Gaussian, exact score: W₂ (range of a pixel)")
+    axes[0, 0].set_ylabel("trained networks:\nFID (digits features)")
+    axes[1, 0].set_ylabel("Gaussian, exact score:\nW₂ (range of a pixel)")
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
     return figure
 
