@@ -37,7 +37,7 @@ sys.path.insert(0, "tests")
 import saved_model
 folder = Path(sys.argv[1])
 loaded_too_early = "tensorflow" in sys.modules
-with np.load(folder / "arrays.npz") as file:
+with np.load(folder / "arrays.npz", allow_pickle=False) as file:
     arrays = dict(file)
 backend = tfgan_backend()
 answers = {"loaded_too_early": loaded_too_early, "quality": {}, "score": {}}
