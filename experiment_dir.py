@@ -6,15 +6,41 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from atomic_write import write_atomically
 
-__all__ = ["claim", "differences", "flatten"]
+__all__ = ["claim", "differences", "flatten", "take_lock"]
+
+_WAIT_SECONDS = 2.0
+"""For a lock: the processes that a killed one had started end a moment after it."""
+
+_held: dict[Path, FileLock] = {}
+"""Locks of folders that this process has claimed, which it keeps until it ends."""
 
 
-def claim(workdir: str | Path, experiment: str, settings: Mapping[str, object] | None = None) -> Path:
+def take_lock(path: Path) -> FileLock:
+    """The lock ``path``, a file, which no other process can take until it is released or this process ends.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=_WAIT_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{path.parent} is in use by another process; wait for it, or stop it") from None
+    return lock
+
+
+def claim(
+    workdir: str | Path, experiment: str, settings: Mapping[str, object] | None = None, *, exclusive: bool = True
+) -> Path:
     """Mark a folder as that of ``experiment``, in ``workdir/experiment.json``; it is made if it is not there.
 
-    ``settings`` are what decides the results; a folder keeps those it was first claimed with.
+    ``settings`` are what decides the results; a folder keeps those it was first claimed with. ``exclusive``: until this
+    process ends no other can claim it.
 
     To be called once all other input has been checked, before anything is computed or written. A folder that
     ``experiment`` itself has claimed before is left as it is.
@@ -24,7 +50,7 @@ def claim(workdir: str | Path, experiment: str, settings: Mapping[str, object] |
 
     Raises:
         ValueError: ``workdir`` is a file, holds a run of ``main.py``, or belongs to another experiment, or to this
-            one with other settings. Nothing is written then.
+            one with other settings, or is in use by another process. Nothing is written then.
     """
     folder = Path(workdir)
     marker = folder / "experiment.json"
@@ -44,6 +70,9 @@ def claim(workdir: str | Path, experiment: str, settings: Mapping[str, object] |
             raise ValueError(f"--workdir={workdir}: belongs to the experiment {owner!r}, not to {experiment!r}")
         if different := differences(stored, json.loads(json.dumps(settings or {}))):
             raise ValueError(f"--workdir={workdir} holds results of other settings: {different}")
+    if exclusive and folder.resolve() not in _held:
+        _held[folder.resolve()] = take_lock(folder / ".lock")
+    if marker.exists():
         return folder
     text = json.dumps({"experiment": experiment, "settings": settings or {}}, indent=1) + "\n"
     write_atomically(marker, lambda file: file.write(text.encode()))

@@ -80,7 +80,7 @@ def load_classifier(run: Run) -> NoiseConditionalClassifier:
         raise CheckpointError(
             f"sampling.condition='class': no classifier in {_folder(run)}; --mode=train_classifier trains it"
         )
-    claim(_folder(run), _EXPERIMENT, _settings(run))
+    claim(_folder(run), _EXPERIMENT, _settings(run), exclusive=False)
     classifier = _build(run)
     load_state_dict_strictly(classifier, state["model"], store.path(state["step"]))
     return classifier.to(run.device).eval().requires_grad_(False)

@@ -6,6 +6,7 @@ chosen (scipy, dopri5), on the batch size.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -66,13 +67,19 @@ def evaluate(
     Raises:
         InvalidRun: bad config, data, checkpoint or working directory.
     """
-    with checked():
-        run = _run_for_evaluation(config, workdir, runtime, checkpoint)
-        step = _load_for_evaluation(run, checkpoint)
-        if run.config.sampling.condition in MEASUREMENTS:
-            raise ValueError(f"sampling.condition={run.config.sampling.condition!r}: only with --mode=sample")
-        quality = _SampleQuality(run) if config.eval.enable_sampling else None
-    enabled = config.eval
+    with contextlib.ExitStack() as stack:
+        with checked():
+            run = _run_for_evaluation(config, workdir, runtime, checkpoint)
+            step = _load_for_evaluation(run, checkpoint)
+            if run.config.sampling.condition in MEASUREMENTS:
+                raise ValueError(f"sampling.condition={run.config.sampling.condition!r}: only with --mode=sample")
+            quality = _SampleQuality(run) if config.eval.enable_sampling else None
+            stack.enter_context(run.alone("evaluation"))
+        return _evaluate(run, step, quality)
+
+
+def _evaluate(run: Run, step: int, quality: _SampleQuality | None) -> dict:
+    config, enabled = run.config, run.config.eval
     metrics: dict = {"checkpoint_step": step, "sampler": _sampler_name(config), "test_images": len(run.test_data)}
     names = "nll_bits_per_dim nll_bits_per_dim_se nfe_likelihood nll_images likelihood asym asym_se nasym nasym_se "
     names += "asym_images asym_levels asym_probes sampling_steps fid kid kid_se "

@@ -75,11 +75,13 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
         FloatingPointError: the loss is not finite; the last checkpoint is good.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
-    with checked():
-        if config.sampling.condition not in ("", "class_free"):
-            raise ValueError(f"sampling.condition={config.sampling.condition!r}: not while training")
-        training = _Training(Run(config, workdir, runtime, free_fields=FREE_IN_TRAINING))
-    training.loop()
+    with contextlib.ExitStack() as stack:
+        with checked():
+            if config.sampling.condition not in ("", "class_free"):
+                raise ValueError(f"sampling.condition={config.sampling.condition!r}: not while training")
+            training = _Training(Run(config, workdir, runtime, free_fields=FREE_IN_TRAINING))
+            stack.enter_context(training.run.alone("training"))
+        training.loop()
 
 
 class _Training:

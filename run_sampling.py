@@ -9,11 +9,13 @@ test images spread over the set, a few samples each, which all have the same mea
     W/samples/NAME/metrics.json      how far the samples are from the measurement
 
 Without a measurement samples.npz has images (N, H, W, C) and, if they are of classes, labels (N,). The name says with
-which sampler and under which condition.
+which sampler and under which condition, and ends with a digest of all settings of sampling, which settings.json holds:
+samples under other settings go to another folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from functools import partial
@@ -28,6 +30,7 @@ import pixels
 from atomic_write import write_atomically
 from controllable_generation import CLASS_CONDITIONS, MEASUREMENTS, condition_on_measurement, get_operator
 from feature_classifier import train_classifier
+from features import key_digest
 from measurements import LinearOperator
 from randomness import SampleGenerators, normal_like
 from run_evaluation import _load_for_evaluation, _run_for_evaluation, _sample_stage, _sampling_settings, _stage, spread
@@ -48,26 +51,45 @@ def sample(
         InvalidRun: bad config, data, checkpoint or working directory.
         FloatingPointError: guidance by a measurement drove samples to infinity.
     """
-    with checked():
-        run = _run_for_evaluation(config, workdir, runtime, checkpoint)
-        measured = _Measured(run) if config.sampling.condition in MEASUREMENTS else None
-        step = _load_for_evaluation(run, checkpoint)
-    folder = run.workdir / "samples" / f"step_{step:08d}-{_sampler(config)}{_condition(config)}"
-    if measured is not None:
-        measured.sample(folder)
-        return folder
+    with contextlib.ExitStack() as stack:
+        with checked():
+            run = _run_for_evaluation(config, workdir, runtime, checkpoint)
+            measured = _Measured(run) if config.sampling.condition in MEASUREMENTS else None
+            step = _load_for_evaluation(run, checkpoint)
+            # Samples without a measurement are those that an evaluation draws, and are kept in the same place.
+            stack.enter_context(run.alone(f"samples{_condition(config)}" if measured else "evaluation"))
+        settings = json.dumps(_settings(run), indent=1, sort_keys=True)
+        name = f"step_{step:08d}-{_sampler(config)}{_condition(config)}-{key_digest(settings)[:8]}"
+        folder = run.workdir / "samples" / name
+        (measured.sample if measured else partial(_sample, run))(folder)
+        if run.accelerator.is_main_process:
+            write_text(folder / "settings.json", settings + "\n")
+    return folder
+
+
+def _sample(run: Run, folder: Path) -> None:
+    """Without a measurement."""
     arrays = _sample_stage(run)
     metrics = {"nfe_sampling": float(arrays["nfe"].mean()), "num_samples": len(arrays["images"])}
     if run.accelerator.is_main_process:
         extra = {"nfe": metrics["nfe_sampling"]}
-        if config.sampling.condition in CLASS_CONDITIONS:
+        if run.config.sampling.condition in CLASS_CONDITIONS:
             extra["labels"] = run.wanted_labels(range(len(arrays["images"]))).cpu().numpy()
             metrics.update(_classified_as_wanted(run, arrays["images"], extra["labels"]))
         write_arrays(folder / "samples.npz", images=arrays["images"], num_levels=run.train_data.num_levels, **extra)
         save_image_grid(folder / "grid.png", arrays["images"], run.train_data.num_levels)
         write_text(folder / "metrics.json", json.dumps(metrics, indent=1, sort_keys=True) + "\n")
     run.accelerator.wait_for_everyone()
-    return folder
+
+
+def _settings(run: Run) -> dict:
+    """What makes samples of one checkpoint different, beside files that are named here."""
+    config = run.config
+    return {
+        "precision": run.runtime.precision,
+        "sampling": _sampling_settings(run),
+        "num_samples": None if config.sampling.condition in MEASUREMENTS else config.eval.num_samples,
+    }
 
 
 def _sampler(config: ConfigDict) -> str:

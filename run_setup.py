@@ -32,7 +32,7 @@ from checkpoints import CheckpointStore, load_state_dict_strictly
 from configs.defaults import base_config
 from conservativeness import EXACT_MAX_DIMENSION
 from controllable_generation import CLASS_CONDITIONS, ClassifierFreeGuidance, ClassifierGuidance, check_condition
-from experiment_dir import differences, flatten
+from experiment_dir import differences, flatten, take_lock
 from likelihood import get_likelihood
 from losses import Objective, get_objective
 from models import EMA, create_score_model
@@ -228,6 +228,27 @@ class Run:
                 f"--workdir={self.workdir}: the processes disagree on {what} ({', '.join(map(str, values))}); it must "
                 "be one folder that all hosts share"
             )
+
+    @contextlib.contextmanager
+    def alone(self, work: str) -> Iterator[None]:
+        """No other run does the same ``work``, a name, in this working directory meanwhile.
+
+        Raises:
+            ValueError: in all processes, if another one does.
+        """
+        lock, error = None, None
+        if self.accelerator.is_main_process:
+            try:
+                lock = take_lock(self.workdir / f".{work}.lock")
+            except ValueError as reason:
+                error = str(reason)
+        if error := next((e for e in gather_object([error]) if e), None):
+            raise ValueError(f"--workdir: {error}")
+        try:
+            yield
+        finally:
+            if lock is not None:
+                lock.release()
 
     def progress(self, **options) -> tqdm:
         return tqdm(disable=not self.shows_progress, dynamic_ncols=True, **options)

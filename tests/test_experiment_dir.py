@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from locks import lock_held_elsewhere
 
+import experiment_dir
 from experiment_dir import claim, differences, flatten
 
 
@@ -18,7 +20,7 @@ def test_folder_is_made_and_marked(tmp_path):
     folder = claim(tmp_path / "a" / "b", "circles")
     assert folder == tmp_path / "a" / "b"
     assert json.loads((folder / "experiment.json").read_text()) == {"experiment": "circles", "settings": {}}
-    assert list(contents(tmp_path)) == ["a/b/experiment.json"]
+    assert contents(tmp_path).keys() == {"a/b/experiment.json", "a/b/.lock"}
 
 
 def test_claiming_again_changes_nothing(tmp_path):
@@ -27,6 +29,19 @@ def test_claiming_again_changes_nothing(tmp_path):
     before = contents(tmp_path)
     assert claim(str(tmp_path), "circles", {"radii": (1.0, 2.5), "seed": 1}) == tmp_path
     assert contents(tmp_path) == before
+
+
+def test_folder_in_use_by_another_process_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment_dir, "_WAIT_SECONDS", 0.0)
+    with lock_held_elsewhere(tmp_path / ".lock") as taken:
+        assert taken
+        with pytest.raises(ValueError, match=f"{tmp_path} is in use by another process"):
+            claim(tmp_path, "circles")
+        assert not (tmp_path / "experiment.json").exists()
+        claim(tmp_path / "other", "circles")
+    claim(tmp_path, "circles")
+    with lock_held_elsewhere(tmp_path / ".lock") as taken:
+        assert not taken
 
 
 @pytest.mark.parametrize(

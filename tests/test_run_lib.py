@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from locks import lock_held_elsewhere
 
 import datasets
+import experiment_dir
 import run_lib
 import run_setup
 from checkpoints import read_checkpoint
@@ -325,7 +327,7 @@ def test_official_checkpoint_is_sampled_with_its_averages(tmp_path):
     samples = []
     for path in (golden, tmp_path / "no_raw_weights.pth"):
         folder = run_lib.sample(config, tmp_path / path.stem, CPU, path)
-        assert folder.name == "step_00000123-pc-reverse_diffusion-langevin-2"
+        assert folder.name.startswith("step_00000123-pc-reverse_diffusion-langevin-2-")
         with np.load(folder / "samples.npz", allow_pickle=False) as file:
             samples.append(file["images"])
     assert np.array_equal(*samples) and samples[0].std() > 10
@@ -500,3 +502,34 @@ def test_bad_flags_answer_in_one_line(arguments, message, tmp_path):
     )
     assert answer.returncode != 0 and not (tmp_path / "w").exists()
     assert message in answer.stderr and "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("work", "lock"), [("train", "training"), ("evaluate", "evaluation"), ("sample", "evaluation")]
+)
+def test_the_same_work_in_one_workdir_at_once_is_refused(tmp_path, monkeypatch, work, lock):
+    monkeypatch.setattr(experiment_dir, "_WAIT_SECONDS", 0.0)
+    config = tiny_config(training__n_iters=2)
+    run_lib.train(config, tmp_path, CPU)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    with lock_held_elsewhere(tmp_path / f".{lock}.lock") as taken:
+        assert taken
+        with pytest.raises(run_lib.InvalidRun, match=f"--workdir: {tmp_path} is in use by another process"):
+            getattr(run_lib, work)(config, tmp_path, CPU)
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    before[tmp_path / f".{lock}.lock"] = after[tmp_path / f".{lock}.lock"]
+    assert after == before
+
+
+def test_samples_under_other_settings_go_to_another_folder(tmp_path):
+    config = tiny_config(training__n_iters=2)
+    run_lib.train(config, tmp_path, CPU)
+    folders = []
+    for change in ({}, {"sampling.snr": 0.3}, {"eval.num_samples": 4}):
+        other = config.copy_and_resolve_references()
+        other.update_from_flattened_dict(change)
+        folders.append(run_lib.sample(other, tmp_path, CPU))
+        settings = json.loads((folders[-1] / "settings.json").read_text())
+        assert settings["sampling"]["snr"] == other.sampling.snr
+    assert len(set(folders)) == 3
+    assert run_lib.sample(config, tmp_path, CPU) == folders[0]
