@@ -39,6 +39,7 @@ figures: install demo
 	$(BIN)/python -m autoencoder_example.main --workdir=$(FIGURES)/autoencoder_example
 	$(BIN)/python -m 2d_examples.main --mode=table --workdir=$(FIGURES)/2d_examples
 	$(BIN)/python -m wasserstein_example.main --workdir=$(FIGURES)/wasserstein_example
+	$(BIN)/python -m tutorial_example.main --workdir=$(FIGURES)/tutorial_example
 	$(BIN)/python report.py $(DEMO)/c $(DEMO)/u $(DEMO)/qc --output $(FIGURES)/digits
 	$(BIN)/python figure_index.py $(FIGURES)
 

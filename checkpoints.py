@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,14 +74,30 @@ def read_checkpoint(path: str | Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
+    except pickle.UnpicklingError:
+        reason = "damaged, or more in it than tensors and plain values"
+        raise CheckpointError(f"cannot read checkpoint {path}: {reason}") from None
     except Exception as error:  # torch.load raises half a dozen unrelated types on damaged files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"cannot read checkpoint {path}: {reason}") from error
     if isinstance(state, list) and len(state) in (2, 4, 5) and isinstance(state[0], dict):
-        return _from_ncsn_list(state)
+        try:
+            return _from_ncsn_list(state)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} holds a list that is none of NCSN's checkpoints: {error!r}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a checkpoint")
     return state
+
+
+def check_whole(state: dict, source: object) -> None:
+    """Raise a CheckpointError unless ``state`` has what a checkpoint of ``run_lib`` consists of."""
+    kinds = {"step": int, "model": dict, "ema": dict, "optimizer": dict, "sums": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+    if wrong or state["step"] < 0:
+        raise CheckpointError(f"{source}: not a whole checkpoint; missing or wrong: {', '.join(wrong or ['step'])}")
+    if not isinstance(state["ema"].get("model"), dict) or not isinstance(state["optimizer"].get("param_groups"), list):
+        raise CheckpointError(f"{source}: not a whole checkpoint; its averages or its optimiser state lack a part")
 
 
 class CheckpointStore:

@@ -21,6 +21,7 @@ Song, Vahdat, Mardani, Kautz (ΠGDM, ICLR 2023); Dhariwal and Nichol (NeurIPS 20
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -480,7 +481,7 @@ def _read_matrix(path: str) -> Tensor:
         raise FileNotFoundError(f"sampling.operator={path!r}: no such file")
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise ValueError(f"sampling.operator={path!r}: not a .npy file that can be read: {error}") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
         raise ValueError(f"sampling.operator={path!r}: holds no matrix of numbers")

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["batch_indices", "epoch_batches", "get_dataset", "load_dataset"]
 
+_MAX_CLASSES = 100_000
+"""Labels beyond are not labels: networks have an output for every class."""
+
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -147,6 +150,10 @@ def _load_npz(request: _Request) -> tuple[Split, Split]:
             raise ValueError(f"{key} in config.data.path={path} is {array.dtype}; integers are expected")
         if array.min(initial=0) < 0:
             raise ValueError(f"{key} in config.data.path={path} goes down to {array.min()}; classes count from 0")
+        if array.max(initial=0) >= _MAX_CLASSES:
+            raise ValueError(
+                f"{key} in config.data.path={path} goes up to {array.max()}; classes count from 0, below {_MAX_CLASSES}"
+            )
     num_classes = max(int(array.max(initial=0)) for array in labels.values()) + 1 if labels else None
     halves = [(arrays[f"{half}_images"], arrays.get(f"{half}_labels")) for half in ("train", "test")]
     return _in_memory(request, path.stem, halves, num_classes=num_classes)
@@ -165,9 +172,14 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             missing = [key for key in wanted if key not in archive.files]
             if missing:
                 raise ValueError(f"it lacks {', '.join(missing)} (it has {', '.join(archive.files) or 'nothing'})")
-            return {key: archive[key] for key in wanted}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        # NumPy refuses arrays of objects, which would have to be unpickled, with a ValueError.
+            arrays = {key: archive[key] for key in wanted}
+            for key, array in arrays.items():
+                if not isinstance(array, np.ndarray):
+                    raise ValueError(f"{key} is not an array")
+            return arrays
+    except (ValueError, OSError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        # NumPy refuses arrays of objects, which would have to be unpickled, with a ValueError; zipfile encrypted
+        # members with a RuntimeError. A header that promises more than there is memory need not be true.
         raise ValueError(f"config.data.path={path} is not a usable .npz: {first_line(error)}") from error
 
 

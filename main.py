@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     import run_lib  # imports torch, which --help and a mistyped flag need not wait for
+    from splits import UnreadableImage
 
     try:
         runtime = run_lib.Runtime(FLAGS.device, FLAGS.precision, FLAGS.accumulation_steps, FLAGS.cache_dir)
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
             if _is_main_process():
                 _print(json.loads((folder / "metrics.json").read_text()))
                 print(folder)
-    except (run_lib.InvalidRun, FloatingPointError) as error:
+    except (run_lib.InvalidRun, FloatingPointError, UnreadableImage, OSError) as error:
         sys.exit(f"error: {error}")
     except run_lib.Interrupted as interruption:
         print(interruption, file=sys.stderr)

@@ -155,11 +155,13 @@ class MatrixOperator(LinearOperator):
     """
 
     def __init__(self, matrix: Tensor, shape: tuple[int, ...]) -> None:
-        if matrix.ndim != 2 or not shape or math.prod(shape) % matrix.shape[1]:
+        if matrix.ndim != 2 or not matrix.numel() or not shape or math.prod(shape) % matrix.shape[1]:
             raise ValueError(f"matrix of shape {tuple(matrix.shape)} on x of shape {tuple(shape)}: need (m, D) and D")
         values = matrix.coalesce().values() if matrix.is_sparse else matrix
         if not values.isfinite().all() or not values.any():
             raise ValueError(f"matrix of shape {tuple(matrix.shape)}: its numbers must be finite, and not all zero")
+        if not 1e-100 < values.abs().max() < 1e100:  # the decomposition squares them
+            raise ValueError(f"matrix of shape {tuple(matrix.shape)}: its largest number must be in 1e-100 … 1e100")
         self.matrix = matrix.double()
         self.shape = tuple(shape)
         self.parts = math.prod(shape) // matrix.shape[1]

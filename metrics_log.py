@@ -33,7 +33,7 @@ class MetricsLog:
             kept = []
             for line in self.path.read_text().splitlines():
                 # A process killed while writing may leave half a line at the end.
-                with contextlib.suppress(json.JSONDecodeError):
+                with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
                     if json.loads(line)["step"] <= step:
                         kept.append(line + "\n")
             write_atomically(self.path, lambda file: file.write("".join(kept).encode()))

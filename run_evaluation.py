@@ -22,7 +22,13 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 import datasets
-from checkpoints import CheckpointError, load_score_sde_checkpoint, load_state_dict_strictly, read_checkpoint
+from checkpoints import (
+    CheckpointError,
+    check_whole,
+    load_score_sde_checkpoint,
+    load_state_dict_strictly,
+    read_checkpoint,
+)
 from conservativeness import asymmetry
 from controllable_generation import CONDITION_FIELDS, MEASUREMENTS
 from evaluation import OWN_BACKEND, sample_quality
@@ -117,6 +123,9 @@ def _load_for_evaluation(run: Run, checkpoint: str | Path | None) -> int:
     else:
         state, source = read_checkpoint(checkpoint), checkpoint
     if "sums" in state:
+        check_whole(state, source)
+        if checkpoint is None and state.get("data") != run.train_data.fingerprint:
+            logger.warning("data.path=%s: other data than those that %s was trained on", run.config.data.path, source)
         load_state_dict_strictly(run.ema.model, state["ema"]["model"], source)
         step = state["step"]
     else:
@@ -372,6 +381,11 @@ class _SampleQuality:
         _check_feature_settings(run)
         if settings.num_samples < 4:
             raise ValueError(f"eval.num_samples={settings.num_samples}: FID and its relatives need at least 4")
+        if not settings.stats_path and len(run.train_data) < 4:
+            raise ValueError(
+                f"data.dataset={run.config.data.dataset!r}: {len(run.train_data)} training image(s); FID and its "
+                "relatives need at least 4"
+            )
         self.backend = OWN_BACKEND
         if settings.backend == "tfgan" and run.accelerator.is_main_process:  # it computes the metrics
             from tfgan_backend import tfgan_backend

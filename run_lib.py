@@ -35,9 +35,11 @@ from ml_collections import ConfigDict
 from torch import Tensor, distributed
 
 import datasets
+import splits
 from checkpoints import (
     CheckpointError,
     CheckpointStore,
+    check_whole,
     convert_public_checkpoint,
     read_checkpoint,
 )
@@ -125,15 +127,28 @@ class _Training:
     def _restore(self) -> None:
         state = self.run.store.load_latest()
         if state is not None:
+            check_whole(state, self.run.store.directory)
+            self._check_data(state.get("data"))
             self.run.restore_weights(state, self.run.store.path(state["step"]))
             self._load_optimizer(state["optimizer"])
             self.step, self.sums = state["step"], state["sums"]
-            if state["data"] != self.run.train_data.fingerprint:
-                logger.warning("the training data are not, or not known to be, those of %s", self.run.workdir)
-            if state["scaler"] is not None and self.accelerator.scaler is not None:
+            if state.get("scaler") is not None and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         elif self.config.training.init_from:
             self._start_from(Path(self.config.training.init_from))
+
+    def _check_data(self, fingerprint: str | None) -> None:
+        """A run goes on with the data that it began with. Of image files, dates are all that is compared."""
+        data = self.run.train_data
+        if fingerprint == data.fingerprint:
+            return
+        if fingerprint is None or isinstance(data, splits.FileSplit):
+            logger.warning("the training data are not, or not known to be, those of %s", self.run.workdir)
+            return
+        raise ValueError(
+            f"data.path={self.config.data.path!r}: other training data than those of --workdir={self.run.workdir}; to "
+            "go on with these take a new workdir and training.init_from"
+        )
 
     def _start_from(self, path: Path) -> None:
         """Weights, averages, optimiser and step of another run, as the paper starts QC from U."""
@@ -143,7 +158,9 @@ class _Training:
                 raise CheckpointError(f"training.init_from={path}: no checkpoint in {path / 'checkpoints'}")
         else:
             state = read_checkpoint(path)
-        if "sums" not in state:  # not one of ours
+        if "sums" in state:
+            check_whole(state, path)
+        else:  # not one of ours
             refuse_public_conservative(self.config, path)
             state = convert_public_checkpoint(path, self.run.score_model, self.optimizer)
         self.run.restore_weights(state, path)
@@ -159,7 +176,10 @@ class _Training:
             )
 
     def _load_optimizer(self, state: dict) -> None:
-        self.optimizer.load_state_dict(state)
+        try:
+            self.optimizer.load_state_dict(state)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise CheckpointError(f"the optimiser state of the checkpoint does not fit: {error}") from None
         # The fused Adam walks through memory without regard to strides: another format would pair wrong numbers.
         for parameter, moments in self.optimizer.state.items():
             for name, moment in moments.items():

@@ -33,7 +33,15 @@ from feature_classifier import train_classifier
 from features import key_digest
 from measurements import LinearOperator
 from randomness import SampleGenerators, normal_like
-from run_evaluation import _load_for_evaluation, _run_for_evaluation, _sample_stage, _sampling_settings, _stage, spread
+from run_evaluation import (
+    _load_for_evaluation,
+    _run_for_evaluation,
+    _sample_stage,
+    _sampling_settings,
+    _stage,
+    _weights_key,
+    spread,
+)
 from run_setup import Run, Runtime, checked, save_image_grid, write_arrays, write_text
 
 __all__ = ["sample"]
@@ -86,9 +94,14 @@ def _settings(run: Run) -> dict:
     """What makes samples of one checkpoint different, beside files that are named here."""
     config = run.config
     return {
+        "weights": _weights_key(run.ema.model),
         "precision": run.runtime.precision,
         "sampling": _sampling_settings(run),
-        "num_samples": None if config.sampling.condition in MEASUREMENTS else config.eval.num_samples,
+        **(
+            {"data": run.test_data.fingerprint}
+            if config.sampling.condition in MEASUREMENTS
+            else {"num_samples": config.eval.num_samples}
+        ),
     }
 
 
@@ -156,6 +169,10 @@ class _Measured:
         generator = SampleGenerators((run.config.seed, "measurement"), range(count))
         self.y = y + self.sampling.measurement_noise * normal_like(y, generator)
         self.prior_variance = self._data_variance() if self.sampling.conditioning == "pigdm" else math.nan
+        if self.prior_variance == 0 and not self.sampling.measurement_noise:
+            raise ValueError(
+                "sampling.conditioning='pigdm': the training images do not vary; give sampling.measurement_noise > 0"
+            )
 
     def sample(self, folder: Path) -> None:
         run, each = self.run, self.sampling.samples_per_image

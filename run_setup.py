@@ -332,8 +332,10 @@ class Run:
         if not path.exists():
             return
         try:
-            stored = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            stored = json.loads(path.read_bytes())
+            if not isinstance(stored, dict):
+                raise ValueError("it holds no object")
+        except ValueError as error:  # of which not being JSON, or not text, are kinds
             raise ValueError(f"{path} is damaged: {error}") from None
         # A field that the run was stored without did not exist then, and had what is now its default, or its network
         # does not read it.
@@ -355,6 +357,8 @@ class Run:
 def _check_numbers(config: ConfigDict) -> None:
     """Fields that no module of its own checks."""
     at_least = {
+        "seed": -(2**63),
+        "model.num_scales": 1,
         "training.n_iters": 1,
         "training.log_freq": 1,
         "training.eval_freq": 1,
@@ -372,8 +376,18 @@ def _check_numbers(config: ConfigDict) -> None:
     for name, bound in at_least.items():
         if flat[name] < bound:
             raise ValueError(f"{name}={flat[name]}: at least {bound}")
-    if not config.optim.lr > 0:
-        raise ValueError(f"optim.lr={config.optim.lr}: allowed are positive numbers")
+    optim, infinity = config.optim, math.inf
+    for name, value, allowed, words in (
+        ("seed", config.seed, config.seed < 2**63, "integers of 64 bits"),
+        ("optim.lr", optim.lr, 0 < optim.lr < infinity, "positive numbers"),
+        ("optim.beta1", optim.beta1, 0 <= optim.beta1 < 1, "numbers in [0, 1)"),
+        ("optim.eps", optim.eps, 0 < optim.eps < infinity, "positive numbers"),
+        ("optim.weight_decay", optim.weight_decay, 0 <= optim.weight_decay < infinity, "numbers from 0 on"),
+        ("optim.grad_clip", optim.grad_clip, optim.grad_clip > 0 or optim.grad_clip < 0, "positive, or -1: none"),
+        ("training.qc_weight", config.training.qc_weight, config.training.qc_weight < infinity, "finite numbers"),
+    ):
+        if not allowed:
+            raise ValueError(f"{name}={value}: allowed are {words}")
     if config.optim.optimizer != "Adam":
         raise ValueError(f"optim.optimizer={config.optim.optimizer!r}: allowed is Adam")
     if not 0 <= config.training.label_dropout < 1:

@@ -31,6 +31,10 @@ UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombErr
 """What Pillow raises on bad files."""
 
 
+class UnreadableImage(ValueError):
+    """A file of a folder of images whose header is one's, and the rest is not."""
+
+
 class Split(Protocol):
     """One half, train or test, of a set of images.
 
@@ -152,7 +156,7 @@ class FileSplit:
                 # Cameras store the orientation beside the pixels.
                 upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
         except UNREADABLE_IMAGE as error:
-            raise ValueError(f"{self.name}: cannot read the image {file}: {first_line(error)}") from error
+            raise UnreadableImage(f"{self.name}: cannot read the image {file}: {first_line(error)}") from error
         return crop_and_resize(upright, self.crop or min(upright.size), size)
 
 

@@ -190,6 +190,8 @@ def corrupted(**changes) -> dict[str, np.ndarray]:
         ({"train_labels": np.zeros((12, 1), int)}, ["a-train", "(12, 1)"]),
         ({"train_labels": np.zeros(12)}, ["train_labels", "float64", "integers"]),
         ({"train_labels": np.arange(-1, 11)}, ["train_labels", "-1", "count from 0"]),
+        ({"train_labels": np.full(12, 100_000)}, ["train_labels", "100000", "below 100000"]),
+        ({"train_labels": np.full(12, 2**63, np.uint64)}, ["train_labels", "9223372036854775808"]),
     ],
 )
 def test_npz_contents_that_do_not_fit(tmp_path, changes, fragments):
@@ -233,6 +235,22 @@ def test_npz_files_that_are_damaged_or_absent(tmp_path):
         np.save(file, np.zeros(3))
     wants(ValueError, "single.npz", "single array")
     wants(FileNotFoundError, "absent.npz", "is not a file")
+    with zipfile.ZipFile(tmp_path / "member.npz", "w") as archive:
+        archive.writestr("train_images.npy", b"hello")
+        archive.writestr("test_images.npy", b"hello")
+    wants(ValueError, "member.npz")
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:
+        for half in ("train", "test"):
+            with archive.open(f"{half}_images.npy", "w") as file:
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (10**15,)})
+    wants(ValueError, "huge.npz")
+    encrypted = bytearray(whole)
+    for start in (i for i in range(len(encrypted)) if encrypted[i : i + 4] == b"PK\x01\x02"):
+        encrypted[start + 8] |= 1  # the flag in the central directory, and below in the member's own header
+    for start in (i for i in range(len(encrypted)) if encrypted[i : i + 4] == b"PK\x03\x04"):
+        encrypted[start + 6] |= 1
+    (tmp_path / "encrypted.npz").write_bytes(encrypted)
+    wants(ValueError, "encrypted.npz", "encrypted")
     wants(FileNotFoundError, "", "is not a file")
 
 

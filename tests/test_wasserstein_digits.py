@@ -119,6 +119,23 @@ def test_samples_are_those_of_the_sampler_and_steps_that_are_reported(finished):
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
+def test_fewer_results_do_not_replace_more(finished, tmp_path):
+    folder, _ = finished
+    before = contents(folder)
+    for fewer in (dict(processes=PROCESSES[:1]), dict(steps=STEPS | {"heun": ()})):
+        with pytest.raises(ValueError, match=r"results\.json holds \d rows that are not asked for now, e\.g\. "):
+            digits.run(folder, make_tasks(folder, **fewer), jobs=1)
+    assert contents(folder) == before
+
+
+def test_row_without_its_numbers_is_made_again(tmp_path):
+    key = {"process": "ve", "K": 5}
+    whole = {**key, "fid": 1.0, "fid_se": 0.1, "nfe": 5}
+    for row, expected in ((whole, whole), (key, None), ({**whole, "K": 6}, None)):
+        (tmp_path / "row.json").write_text(json.dumps(row))
+        assert digits._read_row(tmp_path / "row.json", key) == expected
+
+
 def test_jackknife_error_is_the_deviation_between_sets_of_samples():
     random = np.random.default_rng(0)
     real = random.normal(size=(500, 4))

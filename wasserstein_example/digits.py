@@ -153,7 +153,7 @@ def _read_row(path: Path, key: Mapping[str, object]) -> dict | None:
     except (ValueError, TypeError) as error:
         logger.warning("%s is damaged (%s) and is made again", path, error)
         return None
-    return row if key.items() <= row.items() else None
+    return row if key.items() <= row.items() and {"fid", "fid_se", "nfe"} <= row.keys() else None
 
 
 def sampling_config(config: ConfigDict, sampler: str, steps: int) -> ConfigDict:
@@ -400,6 +400,7 @@ def run(workdir: str | Path, tasks: Sequence[Task], *, jobs: int) -> Results:
     """
     if jobs < 1:
         raise ValueError(f"--jobs={jobs}: at least 1")
+    _check_results_kept(Path(workdir) / "results.json", tasks)
     folder = claim(workdir, EXPERIMENT, {**tasks[0].overrides, "device": tasks[0].device, "version": VERSION})
     config, plan = tasks[0].config, tasks[0].plan
     run_all(
@@ -428,6 +429,22 @@ def run(workdir: str | Path, tasks: Sequence[Task], *, jobs: int) -> Results:
     with matplotlib.rc_context(figures.STYLE):
         write_atomically(folder / "fid.png", partial(draw_fid(results).savefig, format="png"))
     return results
+
+
+def _check_results_kept(path: Path, tasks: Sequence[Task]) -> None:
+    """Refuse to write fewer results over more."""
+    if not path.exists():
+        return
+    try:
+        rows = json.loads(path.read_bytes())["rows"]
+        stored = {(row["process"], row["seed"], row["sampler"], row["K"]) for row in rows}
+    except (ValueError, KeyError, TypeError):  # damaged; it is made anew from the rows of the runs
+        return
+    if lost := stored - {(task.process, task.seed, *pair) for task in tasks for pair in task.plan}:
+        raise ValueError(
+            f"--workdir={path.parent}: {path.name} holds {len(lost)} rows that are not asked for now, e.g. "
+            f"{', '.join(map(str, min(lost)))}; ask for all of them, or choose another folder"
+        )
 
 
 def define_flags() -> None:

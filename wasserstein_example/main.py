@@ -61,7 +61,7 @@ def run(workdir: str | Path, settings: Settings, figures: Sequence[str]) -> str:
     for name in figures:
         if name not in FIGURES:
             raise ValueError(f"--figures={name}: allowed are {', '.join(FIGURES)}")
-    folder = claim(workdir, EXPERIMENT)
+    folder = claim(workdir, EXPERIMENT, settings._asdict())
     results = compute(settings)
     content = {"experiment": EXPERIMENT, "settings": settings._asdict()} | {
         name: getattr(results, name) for name in Results._fields[1:]
