@@ -353,8 +353,8 @@ def _check_measurement(sampling) -> None:
         raise ValueError(f"sampling.measurement_noise={sampling.measurement_noise}: allowed are numbers from 0 on")
     if sampling.conditioning == "projection" and sampling.method == "ode" and sampling.solver != "heun":
         raise ValueError(
-            f"sampling.solver={sampling.solver!r}: a projection follows every step, so needs 'heun'; or use "
-            "sampling.conditioning=pigdm"
+            f"sampling.solver={sampling.solver!r}: a projection follows every step, so needs 'heun', or "
+            "sampling.method=few_step; or use sampling.conditioning=pigdm"
         )
     if (
         (sampling.conditioning, sampling.method) == ("projection", "pc")

@@ -26,10 +26,12 @@ from features import Features, check_matrix
 from randomness import seed_from
 
 __all__ = [
+    "JACKKNIFE_GROUPS",
     "OWN_BACKEND",
     "Backend",
     "density_coverage",
     "fid",
+    "fid_with_error",
     "frechet_distance",
     "inception_score",
     "kid",
@@ -37,6 +39,9 @@ __all__ = [
     "precision_recall",
     "sample_quality",
 ]
+
+JACKKNIFE_GROUPS = 20
+"""Of ``fid_with_error``, each of which leaves out a twentieth of the samples."""
 
 
 def sample_quality(
@@ -150,6 +155,16 @@ def fid(real: np.ndarray, generated: np.ndarray) -> float:
         root_overlap = np.linalg.svd(x @ y.T, compute_uv=False).sum()
         return _squared_distance(mean1, mean2, np.sum(x**2), np.sum(y**2), root_overlap)
     return frechet_distance(*_mean_and_covariance(real), *_mean_and_covariance(generated))
+
+
+def fid_with_error(real: np.ndarray, generated: np.ndarray) -> tuple[float, float]:
+    """FID of features (N, F), (M, F), M ≥ 40, and its standard error for a fixed real set, by the jackknife.
+
+    The error is that of choosing other samples; the bias of FID, upwards and of order 1/M, is not in it.
+    """
+    groups = np.arange(len(generated)) % JACKKNIFE_GROUPS
+    without = np.array([fid(real, generated[groups != g]) for g in range(JACKKNIFE_GROUPS)])
+    return fid(real, generated), float(without.std() * (JACKKNIFE_GROUPS - 1) ** 0.5)
 
 
 def _squared_distance(mean1: np.ndarray, mean2: np.ndarray, trace1: float, trace2: float, root_overlap: float) -> float:

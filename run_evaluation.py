@@ -49,7 +49,19 @@ from run_setup import (
 )
 from sde_lib import expand
 
-__all__ = ["draw", "evaluate", "refuse_public_conservative", "spread", "statistics"]
+__all__ = [
+    "compute_stage",
+    "draw",
+    "evaluate",
+    "load_for_evaluation",
+    "refuse_public_conservative",
+    "run_for_evaluation",
+    "sample_stage",
+    "sampling_settings",
+    "spread",
+    "statistics",
+    "weights_key",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +87,8 @@ def evaluate(
     """
     with contextlib.ExitStack() as stack:
         with checked():
-            run = _run_for_evaluation(config, workdir, runtime, checkpoint)
-            step = _load_for_evaluation(run, checkpoint)
+            run = run_for_evaluation(config, workdir, runtime, checkpoint)
+            step = load_for_evaluation(run, checkpoint)
             if run.config.sampling.condition in MEASUREMENTS:
                 raise ValueError(f"sampling.condition={run.config.sampling.condition!r}: only with --mode=sample")
             quality = _SampleQuality(run) if config.eval.enable_sampling else None
@@ -105,7 +117,7 @@ def _evaluate(run: Run, step: int, quality: _SampleQuality | None) -> dict:
     return metrics
 
 
-def _run_for_evaluation(
+def run_for_evaluation(
     config: ConfigDict, workdir: str | Path, runtime: Runtime, checkpoint: str | Path | None
 ) -> Run:
     if checkpoint is not None and not Path(checkpoint).is_file():
@@ -113,7 +125,7 @@ def _run_for_evaluation(
     return Run(config, workdir, runtime, free_fields=FREE_IN_EVALUATION)
 
 
-def _load_for_evaluation(run: Run, checkpoint: str | Path | None) -> int:
+def load_for_evaluation(run: Run, checkpoint: str | Path | None) -> int:
     """Put the averaged weights of a checkpoint into ``run.ema``; return its step."""
     if checkpoint is None:
         state = run.store.load_latest()
@@ -156,6 +168,9 @@ def _sampler_name(config: ConfigDict) -> str:
             repeats = f", {sampling.n_steps_each} per step" if sampling.n_steps_each > 1 else ""
             corrector += f" (snr {sampling.snr:g}{repeats})"
         return f"PC, {sampling.predictor} + {corrector}, {steps} steps{end}{guided}"
+    if sampling.method == "few_step":
+        end = "" if sampling.noise_removal else ", not denoised"
+        return f"few steps, {sampling.solver} on the EDM grid, {steps} steps{end}{guided}"
     if sampling.solver == "heun":
         return f"ODE, heun, {steps} steps{guided}"
     return f"ODE, {sampling.solver}, rtol {sampling.rtol:g}, atol {sampling.atol:g}{guided}"
@@ -168,7 +183,7 @@ def _likelihood_name(config: ConfigDict) -> str:
     return f"{settings.divergence} divergence, {settings.solver}, rtol {settings.rtol:g}, atol {settings.atol:g}"
 
 
-def _stage(
+def compute_stage(
     run: Run, name: str, size: int, settings: dict, compute: Callable[[Tensor], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """Per-item arrays of the moving average's weights, kept in W/eval/NAME.npz; see ``_in_parts``.
@@ -180,7 +195,7 @@ def _stage(
         "stage": name,
         "size": size,
         "seed": run.config.seed,
-        "weights": _weights_key(run.ema.model),
+        "weights": weights_key(run.ema.model),
         "training": {name: run.config.training[name] for name in ("sde", "continuous")},
         # Without classes, which came later, the keys of evaluations are those from before.
         "model": {k: v for k, v in json.loads(run.config.model.to_json()).items() if k != "num_classes" or v},
@@ -230,7 +245,7 @@ def _in_parts(
     return result
 
 
-def _weights_key(module: nn.Module) -> str:
+def weights_key(module: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
@@ -280,7 +295,7 @@ def _evaluate_nll(run: Run) -> dict:
         return {"nll_bits_per_dim": bits.cpu().numpy(), "nfe": np.full(len(x), result.nfe)}
 
     settings = {"data": data.fingerprint, "centered": centered, "likelihood": run.config.likelihood.to_dict()}
-    arrays = _stage(run, "nll", count, settings, compute)
+    arrays = compute_stage(run, "nll", count, settings, compute)
     mean, se = _mean_and_se(arrays["nll_bits_per_dim"])
     return {
         "nll_bits_per_dim": mean,
@@ -317,7 +332,7 @@ def _evaluate_asymmetry(run: Run) -> dict:
         "levels": levels,
         "probes": settings.asym_probes,
     }
-    arrays = _stage(run, "asymmetry_items", images_per_level * levels, identity, compute)
+    arrays = compute_stage(run, "asymmetry_items", images_per_level * levels, identity, compute)
     metrics: dict = {"asym_images": images_per_level, "asym_levels": levels, "asym_probes": settings.asym_probes}
     curves = {"t": times.numpy(), "sigma": run.sde.std(times).numpy()}
     for name in ("asym", "nasym"):
@@ -339,17 +354,17 @@ def draw(run: Run, indices: Sequence[int], *, progress: bool = False) -> tuple[n
     return run.to_pixels(samples.x).permute(0, 2, 3, 1).cpu().numpy(), samples.nfe
 
 
-def _sample_stage(run: Run) -> dict[str, np.ndarray]:
+def sample_stage(run: Run) -> dict[str, np.ndarray]:
     def compute(indices: Tensor) -> dict[str, np.ndarray]:
         images, nfe = draw(run, indices.tolist(), progress=run.shows_progress)
         return {"images": images, "nfe": np.full(len(images), nfe)}
 
-    return _stage(run, "sample_items", run.config.eval.num_samples, _sample_settings(run), compute)
+    return compute_stage(run, "sample_items", run.config.eval.num_samples, _sample_settings(run), compute)
 
 
 def _sample_settings(run: Run) -> dict:
     return {
-        "sampling": _sampling_settings(run),
+        "sampling": sampling_settings(run),
         "centered": run.config.data.centered,
         "dequantized": run.config.data.uniform_dequantization,
         "num_levels": run.train_data.num_levels,
@@ -357,13 +372,13 @@ def _sample_settings(run: Run) -> dict:
     }
 
 
-def _sampling_settings(run: Run) -> dict:
+def sampling_settings(run: Run) -> dict:
     """What decides samples, beside weights and model; without a condition the keys are those from before there were
     any."""
     settings = run.config.sampling.to_dict()
     if not settings["condition"]:
         return {name: value for name, value in settings.items() if name not in CONDITION_FIELDS}
-    return settings if run.classifier is None else {**settings, "classifier": _weights_key(run.classifier)}
+    return settings if run.classifier is None else {**settings, "classifier": weights_key(run.classifier)}
 
 
 class _SampleQuality:
@@ -399,7 +414,7 @@ class _SampleQuality:
 
     def evaluate(self) -> dict:
         run, config = self.run, self.run.config
-        arrays = _sample_stage(run)
+        arrays = sample_stage(run)
         images = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2)
         if run.accelerator.is_main_process:
             num_levels = run.train_data.num_levels
@@ -412,7 +427,7 @@ class _SampleQuality:
         else:
             path, real = config.eval.stats_path, self.statistics
             described = Path(path).name
-        generated = _stage(
+        generated = compute_stage(
             run,
             "sample_features",
             len(images),

@@ -34,13 +34,13 @@ from features import key_digest
 from measurements import LinearOperator
 from randomness import SampleGenerators, normal_like
 from run_evaluation import (
-    _load_for_evaluation,
-    _run_for_evaluation,
-    _sample_stage,
-    _sampling_settings,
-    _stage,
-    _weights_key,
+    compute_stage,
+    load_for_evaluation,
+    run_for_evaluation,
+    sample_stage,
+    sampling_settings,
     spread,
+    weights_key,
 )
 from run_setup import Run, Runtime, checked, save_image_grid, write_arrays, write_text
 
@@ -61,12 +61,12 @@ def sample(
     """
     with contextlib.ExitStack() as stack:
         with checked():
-            run = _run_for_evaluation(config, workdir, runtime, checkpoint)
+            run = run_for_evaluation(config, workdir, runtime, checkpoint)
             measured = _Measured(run) if config.sampling.condition in MEASUREMENTS else None
-            step = _load_for_evaluation(run, checkpoint)
+            step = load_for_evaluation(run, checkpoint)
             # Samples without a measurement are those that an evaluation draws, and are kept in the same place.
             stack.enter_context(run.alone(f"samples{_condition(config)}" if measured else "evaluation"))
-        settings = json.dumps(_settings(run), indent=1, sort_keys=True)
+        settings = json.dumps(_settings(run, measured), indent=1, sort_keys=True)
         name = f"step_{step:08d}-{_sampler(config)}{_condition(config)}-{key_digest(settings)[:8]}"
         folder = run.workdir / "samples" / name
         (measured.sample if measured else partial(_sample, run))(folder)
@@ -77,7 +77,7 @@ def sample(
 
 def _sample(run: Run, folder: Path) -> None:
     """Without a measurement."""
-    arrays = _sample_stage(run)
+    arrays = sample_stage(run)
     metrics = {"nfe_sampling": float(arrays["nfe"].mean()), "num_samples": len(arrays["images"])}
     if run.accelerator.is_main_process:
         extra = {"nfe": metrics["nfe_sampling"]}
@@ -90,25 +90,23 @@ def _sample(run: Run, folder: Path) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def _settings(run: Run) -> dict:
+def _settings(run: Run, measured: _Measured | None) -> dict:
     """What makes samples of one checkpoint different, beside files that are named here."""
     config = run.config
     return {
-        "weights": _weights_key(run.ema.model),
+        "weights": weights_key(run.ema.model),
         "precision": run.runtime.precision,
-        "sampling": _sampling_settings(run),
-        **(
-            {"data": run.test_data.fingerprint}
-            if config.sampling.condition in MEASUREMENTS
-            else {"num_samples": config.eval.num_samples}
-        ),
+        "sampling": sampling_settings(run),
+        **({"num_samples": config.eval.num_samples} if measured is None else measured.identity()),
     }
 
 
 def _sampler(config: ConfigDict) -> str:
     sampling = config.sampling
-    how = f"pc-{sampling.predictor}-{sampling.corrector}" if sampling.method == "pc" else f"ode-{sampling.solver}"
-    if sampling.method == "pc" or sampling.solver == "heun":
+    how = f"{sampling.method}-{sampling.solver}"
+    if sampling.method == "pc":
+        how = f"pc-{sampling.predictor}-{sampling.corrector}"
+    if sampling.method != "ode" or sampling.solver == "heun":
         how += f"-{sampling.num_steps or config.model.num_scales}"
     return how
 
@@ -177,7 +175,8 @@ class _Measured:
     def sample(self, folder: Path) -> None:
         run, each = self.run, self.sampling.samples_per_image
         name = f"samples{_condition(run.config)}"
-        arrays = _stage(run, name, len(self.images) * each, self._settings(), self._compute)
+        identity = {"sampling": sampling_settings(run), **self.identity()}
+        arrays = compute_stage(run, name, len(self.images) * each, identity, self._compute)
         per_image = {
             name: values.reshape(len(self.images), each, *values.shape[1:]) for name, values in arrays.items()
         }
@@ -245,12 +244,12 @@ class _Measured:
             "samples_per_image": self.sampling.samples_per_image,
         }
 
-    def _settings(self) -> dict:
+    def identity(self) -> dict:
+        """What is measured, and how images become numbers."""
         run = self.run
         # What a mask or a matrix file holds, the measurement tells.
         y = self.y.cpu().double().numpy()
         return {
-            "sampling": _sampling_settings(run),
             "data": run.test_data.fingerprint,
             "measurement": [float(y.sum()), float((y**2).sum()), list(y.shape)],
             "prior_variance": str(self.prior_variance),

@@ -110,6 +110,10 @@ class SDE(abc.ABC):
     def time_at_std(self, std: Tensor) -> Tensor:
         """The t at which σ(t) has the given value: the inverse of ``std``."""
 
+    @abc.abstractmethod
+    def time_at_noise_ratio(self, ratio: Tensor) -> Tensor:
+        """The t at which σ(t)/α(t) has the given value."""
+
     @property
     @abc.abstractmethod
     def prior_std(self) -> float:
@@ -203,6 +207,9 @@ class VE(SDE):
     def time_at_std(self, std: Tensor) -> Tensor:
         return self.schedule.time(std)
 
+    def time_at_noise_ratio(self, ratio: Tensor) -> Tensor:
+        return self.schedule.time(ratio)
+
     @property
     def prior_std(self) -> float:
         return float(self.schedule.sigma(torch.tensor(self.end_time, dtype=torch.float64)))
@@ -245,6 +252,9 @@ class VP(SDE):
     def time_at_std(self, std: Tensor) -> Tensor:
         return self.schedule.time(-torch.log1p(-(std**2)))
 
+    def time_at_noise_ratio(self, ratio: Tensor) -> Tensor:
+        return self.schedule.time(torch.log1p(ratio**2))  # e^{−B} = 1/(1 + ratio²)
+
     def ladder(self, num_scales: int) -> Ladder:
         """DDPM: β_i = β(i/(N−1))/N and ᾱ_i = Π_{j≤i} (1 − β_j) (Ho, Jain, Abbeel, 2020, Section 2).
 
@@ -286,6 +296,9 @@ class SubVP(VP):
 
     def time_at_std(self, std: Tensor) -> Tensor:
         return self.schedule.time(-torch.log1p(-std))
+
+    def time_at_noise_ratio(self, ratio: Tensor) -> Tensor:
+        return self.schedule.time(2 * torch.asinh(ratio / 2))  # ratio = e^{B/2} − e^{−B/2}
 
     def ladder(self, num_scales: int) -> Ladder:
         raise ValueError("training.sde='subvpsde' has no discrete-time model: set training.continuous=True")

@@ -91,7 +91,7 @@ def base_config() -> ConfigDict:
     config.model.num_classes = 0  # of the data set, for a network that is given the class; 0: it is not
 
     config.sampling = ConfigDict()
-    config.sampling.method = "pc"  # pc, ode
+    config.sampling.method = "pc"  # pc, ode, few_step
     config.sampling.num_steps = 0  # 0: model.num_scales
     config.sampling.noise_removal = True
     # euler_maruyama, reverse_diffusion, ancestral_sampling, exponential_integrator, probability_flow, none
@@ -99,7 +99,7 @@ def base_config() -> ConfigDict:
     config.sampling.corrector = "langevin"
     config.sampling.n_steps_each = 1
     config.sampling.snr = 0.16
-    config.sampling.solver = "rk45"  # of the ode method: rk45, scipy, dopri5, heun
+    config.sampling.solver = "rk45"  # of ode: rk45, scipy, dopri5, heun; of few_step: heun, dpmpp_2m, dpmpp_2m_sde
     config.sampling.rtol = 1e-5
     config.sampling.atol = 1e-5
     # What is given: inpaint, colorize, super_resolution, ct, linear (of the first test images); class, class_free

@@ -240,7 +240,7 @@ def test_whole_command(tmp_path, monkeypatch):
     text = example.run(tmp_path, ["1e-3", "0"], ["stochastic", "trajectories", "helmholtz_hodge"])
     written = contents(tmp_path)
     figures = {"stochastic.png", "trajectories.png", "helmholtz_hodge.png"}
-    assert set(written) == {"experiment.json", "results.json", "tables.md"} | figures
+    assert set(written) == {".lock", "experiment.json", "results.json", "tables.md"} | figures
     for name in figures:
         with Image.open(tmp_path / name) as image:
             assert image.format == "PNG" and image.width > 600 and image.info["dpi"][0] > 149
@@ -325,7 +325,7 @@ def test_command_line(tmp_path):
     )
     assert done.returncode == 0 and done.stderr == ""
     assert "| 0.00225 | 16   | 16        | 238  | 238       |" in done.stdout
-    assert set(contents(tmp_path)) == {"experiment.json", "results.json", "tables.md"}
+    assert set(contents(tmp_path)) == {".lock", "experiment.json", "results.json", "tables.md"}
 
 
 @pytest.mark.parametrize(

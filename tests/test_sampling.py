@@ -525,7 +525,7 @@ def test_samplers_from_a_config():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(method="sde"), "sampling.method='sde': allowed are pc, ode"),
+        (dict(method="sde"), "sampling.method='sde': allowed are pc, ode, few_step"),
         (dict(predictor="euler"), f"sampling.predictor='euler': allowed are {', '.join(PREDICTORS)}"),
         (dict(corrector="mala"), f"sampling.corrector='mala': allowed are {', '.join(CORRECTORS)}"),
         (dict(predictor="none", corrector="none"), "at least one must be given"),

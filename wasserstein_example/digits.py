@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -47,7 +46,7 @@ import run_lib
 from atomic_write import write_atomically
 from command_line import available_cores, parse_counts, parse_flags
 from configs.wasserstein.digits import MODELS, VP, get_config
-from evaluation import fid
+from evaluation import JACKKNIFE_GROUPS, fid_with_error
 from experiment_dir import claim
 from feature_classifier import train_classifier
 from features import FeatureExtractor, Features, dataset_features, extract_features
@@ -83,7 +82,6 @@ NAMES = {process: f"{'vp' if process in VP else 've'}_{fields['model.schedule']}
 """The theory's names of the config's processes."""
 FEATURE_SEED = 42
 """Of the feature classifier, which all runs share."""
-JACKKNIFE_GROUPS = 20
 
 
 class Task(NamedTuple):
@@ -186,16 +184,6 @@ def reference_features(config: ConfigDict, cache_dir: str, device: torch.device)
     extractor = train_classifier(train_data, test_data, seed=FEATURE_SEED, cache_dir=cache_dir, device=device)
     batch_size = config.eval.batch_size
     return extractor, dataset_features(train_data, extractor, cache_dir=cache_dir, batch_size=batch_size)
-
-
-def fid_with_error(real: np.ndarray, generated: np.ndarray) -> tuple[float, float]:
-    """FID of features (N, F), (M, F), M ≥ 40, and its standard error for a fixed real set, by the jackknife.
-
-    The error is that of choosing other samples; the bias of FID, upwards and of order 1/M, is not in it.
-    """
-    groups = np.arange(len(generated)) % JACKKNIFE_GROUPS
-    without = np.array([fid(real, generated[groups != g]) for g in range(JACKKNIFE_GROUPS)])
-    return fid(real, generated), float(without.std() * math.sqrt(JACKKNIFE_GROUPS - 1))
 
 
 # ----------------------------------------------------------------------------------------------------------- the theory

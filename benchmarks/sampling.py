@@ -1,0 +1,124 @@
+"""Samplers of a trained model side by side: network evaluations, time, and FID with its standard error.
+
+python -m benchmarks.sampling --config=configs/digits.py:u --workdir=runs/digits/u [--device=cpu] [--precision=fp32]
+
+``paper`` is the sampler of the paper, 1000 steps of predictor and corrector. All start from the same random numbers.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from absl import app, flags
+from ml_collections.config_flags import config_flags
+
+from command_line import parse_flags
+
+PAPER = "paper: PC, 1000 steps"
+VARIANTS: dict[str, dict] = {
+    PAPER: {"method": "pc", "num_steps": 1000},
+    "PC, 100 steps": {"method": "pc", "num_steps": 100},
+    "PC, 19 steps": {"method": "pc", "num_steps": 19},
+    "ancestral, 39 steps": {
+        "method": "pc",
+        "predictor": "ancestral_sampling",
+        "corrector": "none",
+        "num_steps": 39,
+    },
+    "rk45, 1e-5": {"method": "ode", "solver": "rk45"},
+    "rk45, 1e-2": {"method": "ode", "solver": "rk45", "rtol": 1e-2, "atol": 1e-2},
+    "Heun, equal steps in time, 19 steps": {"method": "ode", "solver": "heun", "num_steps": 19},
+    **{
+        f"{name}, {steps} steps": {"method": "few_step", "solver": solver, "num_steps": steps}
+        for name, solver, counts in (
+            ("Heun, EDM grid", "heun", (19, 9)),
+            ("DPM-Solver++(2M)", "dpmpp_2m", (39, 19, 9)),
+            ("SDE-DPM-Solver++(2M)", "dpmpp_2m_sde", (39, 19, 12, 9)),
+        )
+        for steps in counts
+    },
+}
+BATCH = 250
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
+    given = flags.FLAGS
+    if given.num_samples < 40:
+        sys.exit(f"error: --num_samples={given.num_samples}: at least 40, for the error of FID")
+
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from evaluation import fid_with_error
+    from features import extract_features
+    from run_evaluation import draw, load_for_evaluation, run_for_evaluation
+    from run_lib import Runtime
+    from run_setup import InvalidRun, checked
+    from sampling import get_sampler
+    from wasserstein_example.digits import reference_features
+
+    runtime = Runtime(given.device, given.precision, cache_dir=given.cache_dir)
+    try:
+        with checked():
+            run = run_for_evaluation(given.config, given.workdir, runtime, None)
+            step = load_for_evaluation(run, None)
+            samplers = {name: get_sampler(_variant(given.config, change), run.sde) for name, change in VARIANTS.items()}
+    except InvalidRun as error:
+        sys.exit(f"error: {error}")
+    extractor, real = reference_features(given.config, given.cache_dir or f"{given.workdir}/eval/cache", run.device)
+
+    batches = [list(part) for part in np.array_split(np.arange(given.num_samples), -(-given.num_samples // BATCH))]
+    rows = []
+    with tqdm(total=len(samplers) * given.num_samples, unit="sample") as bar:
+        for name, sampler in samplers.items():
+            run.sampler = sampler
+            draw(run, batches[0][:2])  # what is done once only
+            images, evaluations, seconds = [], [], 0.0
+            for indices in batches:
+                started = time.perf_counter()
+                levels, nfe = draw(run, indices)  # on the host, so all work is done
+                seconds += time.perf_counter() - started
+                images.append(levels)
+                evaluations.append(nfe * len(indices))
+                bar.update(len(indices))
+            parts = [torch.from_numpy(part).permute(0, 3, 1, 2) for part in images]
+            generated = extract_features(extractor, parts, given.num_samples)
+            nfe = sum(evaluations) / given.num_samples
+            rows.append((name, nfe, seconds, *fid_with_error(real.pool, generated.pool)))
+    _, _, paper_seconds, paper_fid, paper_error = rows[0]
+    print(
+        f"{given.config.data.dataset}, step {step}, {given.num_samples} samples, {run.device}, {given.precision}, "
+        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}\n"
+    )
+    print("| sampler | NFE | seconds | paper's time over it | FID | from the paper's, in its standard errors |")
+    print("|---|---|---|---|---|---|")
+    for name, nfe, seconds, distance, error in rows:
+        print(
+            f"| {name} | {nfe:.0f} | {seconds:.1f} | {paper_seconds / seconds:.1f} | {distance:.3f} ± {error:.3f} | "
+            f"{(distance - paper_fid) / paper_error:+.1f} |"
+        )
+
+
+def _variant(config, change: dict):
+    """The config with another sampler: the paper's in all that is not changed, the last noise removed."""
+    config = config.copy_and_resolve_references()
+    config.sampling.update(
+        predictor="reverse_diffusion", corrector="langevin", n_steps_each=1, rtol=1e-5, atol=1e-5, noise_removal=True
+    )
+    config.sampling.update(change)
+    return config
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Of the run.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Of the run, trained.")
+    flags.DEFINE_string("cache_dir", "", "Where the features of the data are kept; the run's own without it.")
+    flags.DEFINE_string("device", "cpu", "auto, cpu, cuda or mps.")
+    flags.DEFINE_string("precision", "fp32", "fp32, bf16 or fp16.")
+    flags.DEFINE_integer("num_samples", 1000, "Samples of every sampler.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=parse_flags)
