@@ -94,6 +94,7 @@ def _settings(run: Run, measured: _Measured | None) -> dict:
     """What makes samples of one checkpoint different, beside files that are named here."""
     config = run.config
     return {
+        "seed": config.seed,
         "weights": weights_key(run.ema.model),
         "precision": run.runtime.precision,
         "sampling": sampling_settings(run),

@@ -85,6 +85,7 @@ FREE_IN_TRAINING = (
 # An evaluation need not repeat how the model was trained.
 FREE_IN_EVALUATION = (
     *FREE_IN_TRAINING,
+    "seed",
     "optim.",
     *(f"training.{name}" for name in ("batch_size", "init_from", "likelihood_weighting", "qc_", "reduce_mean")),
 )

@@ -533,13 +533,13 @@ def test_samples_under_other_settings_go_to_another_folder(tmp_path):
     config = tiny_config(training__n_iters=2)
     run_lib.train(config, tmp_path, CPU)
     folders = []
-    for change in ({}, {"sampling.snr": 0.3}, {"eval.num_samples": 4}):
+    for change in ({}, {"sampling.snr": 0.3}, {"seed": 7}, {"eval.num_samples": 4}):
         other = config.copy_and_resolve_references()
         other.update_from_flattened_dict(change)
         folders.append(run_lib.sample(other, tmp_path, CPU))
         settings = json.loads((folders[-1] / "settings.json").read_text())
         assert settings["sampling"]["snr"] == other.sampling.snr
-    assert len(set(folders)) == 3
+    assert len(set(folders)) == 4
     assert run_lib.sample(config, tmp_path, CPU) == folders[0]
 
 

@@ -1,4 +1,4 @@
-"""Eight forward processes on CIFAR-10 (Gao, Nguyen, Zhu, JMLR 2025): small NCSN++ (VE) and DDPM++ (VP).
+"""Nine forward processes on CIFAR-10 (Gao, Nguyen, Zhu, JMLR 2025): small NCSN++ (VE) and DDPM++ (VP).
 
 python main.py --config=configs/wasserstein/cifar10.py:ve_v1 --workdir=runs/wasserstein/ve_v1 --mode=train
 python main.py --config=configs/wasserstein/cifar10.py:ve_v1 --workdir=runs/wasserstein/ve_v1 --mode=eval
