@@ -9,11 +9,22 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
+import torch
 from absl import app, flags
+from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
+from tqdm import tqdm
 
 from command_line import parse_flags
+from evaluation import JACKKNIFE_GROUPS, fid_with_error
+from features import extract_features
+from run_evaluation import draw, load_for_evaluation, run_for_evaluation
+from run_setup import InvalidRun, Runtime, checked
+from sampling import get_sampler
+from wasserstein_example.digits import reference_features
 
 PAPER = "paper: PC, 1000 steps"
 VARIANTS: dict[str, dict] = {
@@ -42,68 +53,64 @@ VARIANTS: dict[str, dict] = {
 BATCH = 250
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
-    given = flags.FLAGS
-    if given.num_samples < 40:
-        sys.exit(f"error: --num_samples={given.num_samples}: at least 40, for the error of FID")
+def compare(config: ConfigDict, workdir: str, runtime: Runtime, num_samples: int) -> str:
+    """The table of all variants, for the moving average of the newest checkpoint in ``workdir``.
 
-    import numpy as np
-    import torch
-    from tqdm import tqdm
+    Raises:
+        InvalidRun: bad config or working directory, or fewer samples than the error of FID takes.
+    """
+    with checked():
+        if num_samples < 2 * JACKKNIFE_GROUPS:
+            raise ValueError(f"--num_samples={num_samples}: at least {2 * JACKKNIFE_GROUPS}, for the error of FID")
+        run = run_for_evaluation(config, workdir, runtime, None)
+        step = load_for_evaluation(run, None)
+        samplers = {name: get_sampler(_variant(config, change), run.sde) for name, change in VARIANTS.items()}
+    cache = runtime.cache_dir or str(Path(workdir) / "eval" / "cache")
+    extractor, real = reference_features(config, cache, run.device)
 
-    from evaluation import fid_with_error
-    from features import extract_features
-    from run_evaluation import draw, load_for_evaluation, run_for_evaluation
-    from run_lib import Runtime
-    from run_setup import InvalidRun, checked
-    from sampling import get_sampler
-    from wasserstein_example.digits import reference_features
-
-    runtime = Runtime(given.device, given.precision, cache_dir=given.cache_dir)
-    try:
-        with checked():
-            run = run_for_evaluation(given.config, given.workdir, runtime, None)
-            step = load_for_evaluation(run, None)
-            samplers = {name: get_sampler(_variant(given.config, change), run.sde) for name, change in VARIANTS.items()}
-    except InvalidRun as error:
-        sys.exit(f"error: {error}")
-    extractor, real = reference_features(given.config, given.cache_dir or f"{given.workdir}/eval/cache", run.device)
-
-    batches = [list(part) for part in np.array_split(np.arange(given.num_samples), -(-given.num_samples // BATCH))]
+    batches = [list(part) for part in np.array_split(np.arange(num_samples), -(-num_samples // BATCH))]
     rows = []
-    with tqdm(total=len(samplers) * given.num_samples, unit="sample") as bar:
+    with tqdm(total=len(samplers) * num_samples, unit="sample") as bar:
         for name, sampler in samplers.items():
             run.sampler = sampler
             draw(run, batches[0][:2])  # what is done once only
-            images, evaluations, seconds = [], [], 0.0
+            images, evaluations, seconds = [], 0.0, 0.0
             for indices in batches:
                 started = time.perf_counter()
                 levels, nfe = draw(run, indices)  # on the host, so all work is done
                 seconds += time.perf_counter() - started
-                images.append(levels)
-                evaluations.append(nfe * len(indices))
+                images.append(torch.from_numpy(levels).permute(0, 3, 1, 2))
+                evaluations += nfe * len(indices)
                 bar.update(len(indices))
-            parts = [torch.from_numpy(part).permute(0, 3, 1, 2) for part in images]
-            generated = extract_features(extractor, parts, given.num_samples)
-            nfe = sum(evaluations) / given.num_samples
-            rows.append((name, nfe, seconds, *fid_with_error(real.pool, generated.pool)))
+            generated = extract_features(extractor, images, num_samples)
+            rows.append((name, evaluations / num_samples, seconds, *fid_with_error(real.pool, generated.pool)))
     _, _, paper_seconds, paper_fid, paper_error = rows[0]
-    print(
-        f"{given.config.data.dataset}, step {step}, {given.num_samples} samples, {run.device}, {given.precision}, "
-        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}\n"
-    )
-    print("| sampler | NFE | seconds | paper's time over it | FID | from the paper's, in its standard errors |")
-    print("|---|---|---|---|---|---|")
-    for name, nfe, seconds, distance, error in rows:
-        print(
-            f"| {name} | {nfe:.0f} | {seconds:.1f} | {paper_seconds / seconds:.1f} | {distance:.3f} ± {error:.3f} | "
-            f"{(distance - paper_fid) / paper_error:+.1f} |"
-        )
+    lines = [
+        f"{config.data.dataset}, step {step}, {num_samples} samples, {run.device}, {runtime.precision}, "
+        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}\n",
+        "| sampler | NFE | seconds | paper's time over it | FID | from the paper's, in its standard errors |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {nfe:.0f} | {seconds:.1f} | {paper_seconds / seconds:.1f} | {distance:.3f} ± {error:.3f} | "
+        f"{(distance - paper_fid) / paper_error:+.1f} |"
+        for name, nfe, seconds, distance, error in rows
+    ]
+    return "\n".join(lines)
 
 
-def _variant(config, change: dict):
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
+    given = flags.FLAGS
+    try:
+        runtime = Runtime(given.device, given.precision, cache_dir=given.cache_dir)
+        print(compare(given.config, given.workdir, runtime, given.num_samples))
+    except InvalidRun as error:
+        sys.exit(f"error: {error}")
+
+
+def _variant(config: ConfigDict, change: dict) -> ConfigDict:
     """The config with another sampler: the paper's in all that is not changed, the last noise removed."""
     config = config.copy_and_resolve_references()
     config.sampling.update(

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+import run_lib
+from benchmarks import sampling as benchmark
+from configs.digits import get_config
 from few_step import FEW_STEP_SOLVERS, edm_times
 from randomness import SampleGenerators
 from sampling import FewStepSampler, ODESampler
@@ -181,3 +184,16 @@ def test_bad_settings():
         FewStepSampler(SDES["ve"], "heun", 0)
     with pytest.raises(ValueError, match=r"sampling\.solver='rk45': allowed with method='few_step' are heun, dpmpp_2m"):
         FewStepSampler(SDES["ve"], "rk45", 5)
+
+
+def test_benchmark_compares_samplers(tmp_path, monkeypatch):
+    config, runtime = get_config("u"), run_lib.Runtime(device="cpu")
+    config.model.update(nf=8, num_res_blocks=1)
+    config.training.update(n_iters=2, batch_size=4, snapshot_sampling=False)
+    run_lib.train(config, tmp_path, runtime)
+    monkeypatch.setattr(benchmark, "VARIANTS", dict(list(benchmark.VARIANTS.items())[-3:]))
+    with pytest.raises(run_lib.InvalidRun, match="--num_samples=39: at least 40"):
+        benchmark.compare(config, str(tmp_path), runtime, 39)
+    *_, first, second, third = benchmark.compare(config, str(tmp_path), runtime, 40).splitlines()
+    assert [row.split("|")[2].strip() for row in (first, second, third)] == ["20", "13", "10"]
+    assert first.rstrip(" |").endswith("+0.0") and first.split("|")[4].strip() == "1.0"

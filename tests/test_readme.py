@@ -44,6 +44,7 @@ RUN_HERE = {
 RUN_ELSEWHERE = {
     "tutorial_example.main": "test_tutorial_example.py::test_every_figure_in_small",
     "benchmarks.qc_memory": "test_recompute.py::test_many_probes_take_the_memory_of_one",
+    "benchmarks.sampling": "test_few_step.py::test_benchmark_compares_samplers",
     "benchmarks.qc_precision": "test_recompute.py::test_precision_benchmark_measures",
     "2d_examples.main": "test_2d_examples.py::test_every_pair_resolves_and_trains",
     "torchrun": "test_several_processes.py::test_same_training",
@@ -179,6 +180,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inception_weights
         config.training.update(batch_size=4, n_iters=4, log_freq=2, eval_freq=4, qc_probes=1)
         config.training.update(snapshot_freq=2, snapshot_freq_for_preemption=2, snapshot_sampling=False)
         config.sampling.num_steps = 2
+        config.classifier.n_iters = 2
         config.likelihood.update(solver="heun", num_steps=2)
         config.eval.update(batch_size=16, num_samples=8, nll_images=3, asym_levels=2, asym_images=2, asym_probes=1)
         if config.training.init_from:
@@ -196,9 +198,14 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inception_weights
         return config
 
     monkeypatch.setattr(datasets, "get_dataset", few_images)
-    for mode in ("train", "evaluate", "sample", "statistics"):
+    for mode in ("train", "evaluate", "sample", "statistics", "train_classifier"):
         whole = getattr(run_lib, mode)
-        monkeypatch.setattr(run_lib, mode, lambda config, *rest, whole=whole: whole(small(config), *rest))
+
+        def in_small(config, workdir, runtime, checkpoint=None, whole=whole):
+            rest = [str(Path(checkpoint).parent / "step_00000002.pt")] if checkpoint else []
+            return whole(small(config), workdir, runtime, *rest)
+
+        monkeypatch.setattr(run_lib, mode, in_small)
     return tmp_path
 
 
