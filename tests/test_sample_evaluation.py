@@ -209,7 +209,7 @@ def test_features_of_samples_belong_to_samples_and_extractor(trained, tmp_path, 
 )
 def test_bad_settings_are_refused_before_any_work(trained, tmp_path, monkeypatch, overrides, message):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(run_evaluation, "_stage", lambda *arguments: pytest.fail("work has begun"))
+    monkeypatch.setattr(run_evaluation, "compute_stage", lambda *arguments: pytest.fail("work has begun"))
     with pytest.raises(run_lib.InvalidRun, match=message) as caught:
         evaluated(trained, tmp_path / "w", tmp_path / "cache", **overrides)
     assert "\n" not in str(caught.value)
@@ -218,7 +218,7 @@ def test_bad_settings_are_refused_before_any_work(trained, tmp_path, monkeypatch
 
 def test_bad_statistics_are_refused_before_any_work(trained, tmp_path, moments, monkeypatch):
     np.savez(tmp_path / "stats.npz", pool_3=np.zeros((10, 5), np.float32))
-    monkeypatch.setattr(run_evaluation, "_stage", lambda *arguments: pytest.fail("work has begun"))
+    monkeypatch.setattr(run_evaluation, "compute_stage", lambda *arguments: pytest.fail("work has begun"))
     with pytest.raises(run_lib.InvalidRun, match=r"stats\.npz: pool_3 must be .* shape \(N, 6\)"):
         evaluated(trained, tmp_path / "w", tmp_path / "cache", eval__stats_path=str(tmp_path / "stats.npz"))
 
@@ -229,7 +229,7 @@ def test_missing_tensorflow_is_said_before_any_work(trained, tmp_path, moments, 
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name in hidden else find_spec(name, *more)
     )
-    monkeypatch.setattr(run_evaluation, "_stage", lambda *arguments: pytest.fail("work has begun"))
+    monkeypatch.setattr(run_evaluation, "compute_stage", lambda *arguments: pytest.fail("work has begun"))
     with pytest.raises(run_lib.InvalidRun, match=r"eval\.backend='tfgan': tensorflow and tensorflow_gan not installed"):
         evaluated(trained, tmp_path / "w", tmp_path / "cache", eval__backend="tfgan")
 
