@@ -30,12 +30,10 @@ A condition enters as another score, as a projection that follows every step, or
 
 NFE is counted, not computed: evaluations of the network per sample.
 
-Langevin dynamics at one fixed time, the building block of all correctors, also stands on its own: with noise, without
-it, or Metropolis-adjusted (``langevin_dynamics``).
+Langevin dynamics at one fixed time, the building block of all correctors, also stands on its own (``langevin``).
 
 Sources: Song et al. (ICLR 2021), Appendices E to G; Ho et al. (NeurIPS 2020), Algorithm 2; Song and Ermon
-(NeurIPS 2019), Algorithm 1; Roberts and Tweedie (Bernoulli, 1996), for the Metropolis adjustment; Gao, Nguyen, Zhu
-(JMLR 2025), for the exponential integrator.
+(NeurIPS 2019), Algorithm 1; Gao, Nguyen, Zhu (JMLR 2025), for the exponential integrator.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ from __future__ import annotations
 import abc
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, NamedTuple, Protocol
@@ -54,7 +52,7 @@ from tqdm import tqdm
 
 from few_step import FEW_STEP_SOLVERS, edm_times
 from ode import check_solver, integrate
-from randomness import Generator, normal_like, uniform
+from randomness import Generator, normal_like
 from sde_lib import SDE, ScoreFunction, expand
 
 __all__ = [
@@ -68,8 +66,6 @@ __all__ = [
     "ExponentialIntegratorPredictor",
     "FewStepSampler",
     "LangevinCorrector",
-    "LangevinTrajectory",
-    "LogDensity",
     "ODESampler",
     "PCSampler",
     "ProbabilityFlowPredictor",
@@ -78,11 +74,7 @@ __all__ = [
     "Samples",
     "denoise",
     "get_sampler",
-    "langevin_dynamics",
 ]
-
-LogDensity = Callable[[Tensor, Tensor], Tensor]
-"""log p_t(x) in nats, up to a constant: takes x (B, ...) and t (B,), returns (B,)."""
 
 
 class Samples(NamedTuple):
@@ -288,96 +280,45 @@ CORRECTORS: dict[str, Callable[[SDE, ScoreFunction, float, int], Corrector | Non
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Langevin dynamics at one time
-
-
-class LangevinTrajectory(NamedTuple):
-    """The N + 1 states (N+1, B, ...), the start first, and whether each of the N moves was made (N, B)."""
-
-    x: Tensor
-    accepted: Tensor
-
-
-@torch.no_grad()
-def langevin_dynamics(
-    score: ScoreFunction,
-    x: Tensor,
-    t: Tensor,
-    step_sizes: Sequence[float],
-    *,
-    noise: bool = True,
-    log_density: LogDensity | None = None,
-    generator: Generator = None,
-) -> LangevinTrajectory:
-    """N steps of x ← x + α_i s(x, t) + √(2α_i) z, with t fixed.
-
-    Three samplers:
-
-    * ``noise=True``: unadjusted Langevin (Song and Ermon, 2019, Algorithm 1, one noise level). As α → 0 its stationary
-      law is that of the score. At finite α it is not: for N(0, σ²) it has the variance 2α/(1 − (1 − α/σ²)²), which is
-      σ²/(1 − α/2σ²).
-    * ``noise=False``: x ← x + α_i s(x, t), gradient ascent where s is a gradient. Without Metropolis adjustment only.
-    * ``log_density`` given: Metropolis-adjusted Langevin (Roberts and Tweedie, 1996). The step above only proposes x';
-      each sample makes the move with probability min(1, p(x') q(x|x') / p(x) q(x'|x)), where
-      q(y|x) = N(y; x + α s(x, t), 2α I), and otherwise stays. Then ``log_density`` is stationary at every α, and
-      whatever s is: a wrong score costs acceptance, not correctness. A move to where p or q is not finite is not made.
-
-    Args:
-        score: s(x, t); N evaluations per sample, N + 1 if adjusted.
-        x, t: start (B, ...) and times (B,).
-        step_sizes: α_0, …, α_{N−1}, in units of x².
-        noise: whether z is drawn or zero.
-        log_density: the target of the Metropolis adjustment, need not be normalised.
-        generator: draws z and then, if adjusted, one uniform number per sample.
-
-    Returns:
-        All states and moves; without adjustment every move is made.
-
-    Raises:
-        ValueError: no step sizes, or one that is not positive and finite; a ``log_density`` without noise, or not
-            finite at the start.
-    """
-    for i, size in enumerate(step_sizes):
-        if not 0 < size < math.inf:
-            raise ValueError(f"step_sizes[{i}]={size}: allowed are positive numbers")
-    if len(step_sizes) == 0:
-        raise ValueError("step_sizes is empty: at least one step is needed")
-    if log_density is not None and not noise:
-        raise ValueError("log_density given with noise=False: a move without noise cannot be Metropolis-adjusted")
-
-    states = x.new_empty(len(step_sizes) + 1, *x.shape)
-    accepted = torch.ones(len(step_sizes), len(x), dtype=torch.bool, device=x.device)
-    states[0] = x
-    if log_density is None:
-        for i, size in enumerate(step_sizes):
-            x = x + size * score(x, t)
-            if noise:
-                x = x + math.sqrt(2 * size) * normal_like(x, generator)
-            states[i + 1] = x
-        return LangevinTrajectory(states, accepted)
-
-    gradient, log_p = score(x, t), log_density(x, t)
-    if not log_p.isfinite().all():
-        raise ValueError(f"log_density is not finite at {int((~log_p.isfinite()).sum())} of {len(x)} starting points")
-    for i, size in enumerate(step_sizes):
-        z = normal_like(x, generator)
-        proposal = x + size * gradient + math.sqrt(2 * size) * z
-        proposed_gradient, proposed_log_p = score(proposal, t), log_density(proposal, t)
-        back = (x - proposal - size * proposed_gradient) / math.sqrt(2 * size)
-        log_q_ratio = 0.5 * (z**2 - back**2).flatten(1).sum(1)  # log q(x|x') − log q(x'|x)
-        threshold = uniform((len(x),), generator, device=x.device, dtype=x.dtype).log()
-        # A comparison with NaN is false: such a move is refused.
-        accepted[i] = (threshold < proposed_log_p - log_p + log_q_ratio) & proposed_log_p.isfinite()
-        move = accepted[i].view(-1, *[1] * (x.ndim - 1))
-        x = torch.where(move, proposal, x)
-        gradient = torch.where(move, proposed_gradient, gradient)
-        log_p = torch.where(accepted[i], proposed_log_p, log_p)
-        states[i + 1] = x
-    return LangevinTrajectory(states, accepted)
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Samplers
+
+
+Move = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""From x at the time t to s, which is None at the end of the grid."""
+
+
+def _walk(
+    sampler: PCSampler | FewStepSampler,
+    score: CountedScore,
+    like: Tensor,
+    generator: Generator,
+    times: Tensor,
+    stays: Move | None,
+    goes: Move | None,
+    *,
+    projection: Projection | None,
+    progress: bool,
+) -> Samples:
+    """From the prior along a grid: at each time a move that stays there, then one that goes to the next. A projection
+    follows the prior and every move."""
+    # One row per time, on the device once, in the precision of the state.
+    times = times.to(like.dtype).to(like.device)[:, None].expand(-1, len(like))
+
+    def project(x: Tensor, t: Tensor) -> Tensor:
+        return x if projection is None else projection.step(x, t, generator)
+
+    x = project(sampler.sde.prior_sample(like, generator), times[0])
+    for step in tqdm(range(sampler.num_steps), disable=not progress, leave=False, unit="step"):
+        t, s = times[step], times[step + 1] if step + 1 < len(times) else None
+        if stays is not None:
+            x = project(stays(x, t, s), t)
+        if goes is not None and s is not None:
+            x = project(goes(x, t, s), s)
+    if sampler.noise_removal:
+        x = denoise(sampler.sde, score, x, times[-1])
+    if projection is not None:
+        x = projection.finish(x)
+    return Samples(x, score.evaluations / len(like))
 
 
 @dataclass(frozen=True)
@@ -444,25 +385,15 @@ class PCSampler:
         counted = CountedScore(score)
         predictor = PREDICTORS[self.predictor](self.sde, counted)
         corrector = CORRECTORS[self.corrector](self.sde, counted, self.snr, self.corrector_steps)
-        # One row per time, on the device once, in the precision of the state.
-        times = self.times().to(like.dtype).to(like.device)[:, None].expand(-1, len(like))
-        x = self.sde.prior_sample(like, generator)
-        if projection is not None:
-            x = projection.step(x, times[0], generator)
-        for step in tqdm(range(self.num_steps), disable=not progress, leave=False, unit="step"):
-            if corrector is not None:
-                x, _ = corrector.step(x, times[step], generator)
-                if projection is not None:
-                    x = projection.step(x, times[step], generator)
-            if predictor is not None and step + 1 < len(times):
-                x, _ = predictor.step(x, times[step], times[step + 1], generator)
-                if projection is not None:
-                    x = projection.step(x, times[step + 1], generator)
-        if self.noise_removal:
-            x = denoise(self.sde, counted, x, times[-1])
-        if projection is not None:
-            x = projection.finish(x)
-        return Samples(x, counted.evaluations / len(like))
+
+        def stays(x: Tensor, t: Tensor, s: Tensor | None) -> Tensor:
+            return corrector.step(x, t, generator)[0]
+
+        def goes(x: Tensor, t: Tensor, s: Tensor | None) -> Tensor:
+            return predictor.step(x, t, s, generator)[0]
+
+        moves = None if corrector is None else stays, None if predictor is None else goes
+        return _walk(self, counted, like, generator, self.times(), *moves, projection=projection, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -569,19 +500,12 @@ class FewStepSampler:
         step."""
         counted = CountedScore(score)
         solver = FEW_STEP_SOLVERS[self.solver](self.sde, counted)
-        times = edm_times(self.sde, self.num_steps).to(like.dtype).to(like.device)[:, None].expand(-1, len(like))
-        x = self.sde.prior_sample(like, generator)
-        if projection is not None:
-            x = projection.step(x, times[0], generator)
-        for step in tqdm(range(self.num_steps), disable=not progress, leave=False, unit="step"):
-            x = solver.step(x, times[step], times[step + 1], generator)
-            if projection is not None:
-                x = projection.step(x, times[step + 1], generator)
-        if self.noise_removal:
-            x = denoise(self.sde, counted, x, times[-1])
-        if projection is not None:
-            x = projection.finish(x)
-        return Samples(x, counted.evaluations / len(like))
+        times = edm_times(self.sde, self.num_steps)
+
+        def goes(x: Tensor, t: Tensor, s: Tensor | None) -> Tensor:
+            return solver.step(x, t, s, generator)
+
+        return _walk(self, counted, like, generator, times, None, goes, projection=projection, progress=progress)
 
 
 def _state_dtype(like: Tensor) -> torch.dtype:

@@ -41,8 +41,8 @@ from atomic_write import write_atomically
 from command_line import parse_flags
 from conservativeness import HelmholtzHodge, asymmetry, helmholtz_hodge
 from experiment_dir import claim
+from langevin import langevin_dynamics
 from randomness import normal_like, seed_from
-from sampling import langevin_dynamics
 from sde_lib import ScoreFunction
 
 EXPERIMENT = "gaussian_example"

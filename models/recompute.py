@@ -15,6 +15,7 @@ Source: Griewank, Walther, "Evaluating Derivatives" (SIAM, 2008), Chapter 12, fo
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,7 +26,7 @@ from models.dropout import Dropout
 __all__ = ["Recomputable", "recompute_activations", "recomputed"]
 
 
-class Recomputable(nn.Module):
+class Recomputable(nn.Module, abc.ABC):
     """A block whose ``compute`` maps tensors to one tensor; its only randomness is dropout under given keys.
 
     While ``recompute`` is set, training keeps of it no more than its inputs.
@@ -33,8 +34,9 @@ class Recomputable(nn.Module):
 
     recompute = False
 
+    @abc.abstractmethod
     def compute(self, *inputs: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """What the block does."""
 
     def forward(self, *inputs: Tensor | None) -> Tensor:
         if not (self.recompute and self.training and torch.is_grad_enabled()):

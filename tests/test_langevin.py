@@ -9,8 +9,9 @@ import torch
 from oracles import assert_moments_match
 from torch import Tensor
 
+from langevin import langevin_dynamics
 from randomness import SampleGenerators
-from sampling import CountedScore, langevin_dynamics
+from sampling import CountedScore
 
 LANGEVIN_STD = 0.7
 MEAN = torch.tensor([0.5, -1.0], dtype=torch.float64)

@@ -14,10 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from locks import lock_held_elsewhere
 
 import datasets
-import experiment_dir
 import run_lib
 import run_setup
 from checkpoints import read_checkpoint
@@ -510,99 +508,3 @@ def test_bad_flags_answer_in_one_line(arguments, message, tmp_path):
     )
     assert answer.returncode != 0 and not (tmp_path / "w").exists()
     assert message in answer.stderr and "Traceback" not in answer.stderr
-
-
-@pytest.mark.parametrize(
-    ("work", "lock"), [("train", "training"), ("evaluate", "evaluation"), ("sample", "evaluation")]
-)
-def test_the_same_work_in_one_workdir_at_once_is_refused(tmp_path, monkeypatch, work, lock):
-    monkeypatch.setattr(experiment_dir, "_WAIT_SECONDS", 0.0)
-    config = tiny_config(training__n_iters=2)
-    run_lib.train(config, tmp_path, CPU)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    with lock_held_elsewhere(tmp_path / f".{lock}.lock") as taken:
-        assert taken
-        with pytest.raises(run_lib.InvalidRun, match=f"--workdir: {tmp_path} is in use by another process"):
-            getattr(run_lib, work)(config, tmp_path, CPU)
-    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    before[tmp_path / f".{lock}.lock"] = after[tmp_path / f".{lock}.lock"]
-    assert after == before
-
-
-def test_samples_under_other_settings_go_to_another_folder(tmp_path):
-    config = tiny_config(training__n_iters=2)
-    run_lib.train(config, tmp_path, CPU)
-    folders = []
-    for change in ({}, {"sampling.snr": 0.3}, {"seed": 7}, {"eval.num_samples": 4}):
-        other = config.copy_and_resolve_references()
-        other.update_from_flattened_dict(change)
-        folders.append(run_lib.sample(other, tmp_path, CPU))
-        settings = json.loads((folders[-1] / "settings.json").read_text())
-        assert settings["sampling"]["snr"] == other.sampling.snr
-    assert len(set(folders)) == 4
-    assert run_lib.sample(config, tmp_path, CPU) == folders[0]
-
-
-def save_images(path: Path, brightness: int, count: int = 40) -> None:
-    rng = np.random.default_rng(0)
-    images = rng.integers(brightness, brightness + 50, (count, 8, 8), dtype=np.uint8)
-    labels = np.arange(count)
-    np.savez(path, train_images=images, test_images=images, train_labels=labels, test_labels=labels)
-
-
-def test_training_goes_on_with_the_same_data_only(tmp_path, caplog):
-    save_images(tmp_path / "dark.npz", 0)
-    save_images(tmp_path / "bright.npz", 200)
-    (tmp_path / "copy.npz").write_bytes((tmp_path / "dark.npz").read_bytes())
-
-    def config(name: str, steps: int):
-        return tiny_config(data__dataset="npz", data__path=str(tmp_path / name), training__n_iters=steps)
-
-    run_lib.train(config("dark.npz", 2), tmp_path / "w", CPU)
-    with pytest.raises(run_lib.InvalidRun, match=r"data\.path='.*bright.npz': other training data than those of"):
-        run_lib.train(config("bright.npz", 4), tmp_path / "w", CPU)
-    run_lib.train(config("copy.npz", 4), tmp_path / "w", CPU)  # where they lie does not matter
-    assert "data" not in caplog.text
-    run_lib.sample(config("bright.npz", 4), tmp_path / "w", CPU)
-    assert "other data than those that" in caplog.text
-
-
-def test_too_few_training_images_for_fid_are_refused_before_sampling(tmp_path):
-    save_images(tmp_path / "few.npz", 0, count=3)
-    config = tiny_config(
-        data__dataset="npz", data__path=str(tmp_path / "few.npz"), training__n_iters=2, training__batch_size=2
-    )
-    run_lib.train(config, tmp_path / "w", CPU)
-    with pytest.raises(run_lib.InvalidRun, match=r"data\.dataset='npz': 3 training image\(s\)"):
-        run_lib.evaluate(config, tmp_path / "w", CPU)
-    assert not (tmp_path / "w" / "eval").exists()
-
-
-@pytest.mark.parametrize("text", ["[]", "null", "{", "\udcff"])
-def test_damaged_config_of_a_workdir_is_said(tmp_path, text):
-    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(run_lib.InvalidRun, match=r"config\.json is damaged"):
-        run_lib.train(tiny_config(), tmp_path, CPU)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        *({name: None} for name in ("step", "model", "ema", "optimizer")),
-        {"step": -4},
-        {"model": 3},
-        {"ema": {}},
-        {"optimizer": {}},
-    ],
-    ids=str,
-)
-def test_checkpoint_that_lacks_a_part_is_refused(tmp_path, change):
-    config = tiny_config(training__n_iters=2)
-    run_lib.train(config, tmp_path / "u", CPU)
-    state = read_checkpoint(tmp_path / "u" / "checkpoints" / "step_00000002.pt") | change
-    kept = {name: value for name, value in state.items() if value is not None or name == "scaler"}
-    torch.save(kept, tmp_path / "x.pt")
-    config = tiny_config(training__n_iters=4, training__init_from=str(tmp_path / "x.pt"))
-    with pytest.raises(run_lib.InvalidRun, match=r"x\.pt: not a whole checkpoint"):
-        run_lib.train(config, tmp_path / "w", CPU)
-    assert not (tmp_path / "w").exists()

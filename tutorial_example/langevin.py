@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from distributions import GaussianMixture
+from langevin import langevin_dynamics
 from losses import Objective, denoising_score_matching
 from randomness import uniform
-from sampling import AnnealedLangevinCorrector, langevin_dynamics
+from sampling import AnnealedLangevinCorrector
 from schedules import GeometricSigma
 from sde_lib import VE, ScoreFunction
 
