@@ -49,8 +49,8 @@ def get_config(name="gaussian_8-u"):
             "qc_weight": 0.1 if model == "qc" else 0.0,
             "qc_estimator": "antisymmetric",  # one probe of which is exact in two dimensions
             "qc_probes": 1,
-            "qc_interval": 2,  # with twice the weight; the paper: every step
-            "qc_stride": 1,
+            "qc_interval": 1,
+            "qc_stride": 2,  # the term on every second point of the batch; the paper: on all
             "qc_probe_chunk": 1,
             "log_freq": 100,
             "save_freq": 500,

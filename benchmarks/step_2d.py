@@ -18,11 +18,11 @@ from command_line import parse_flags
 VARIANTS = {
     "U": ("u", {}),
     "C": ("c", {}),
-    "QC, exact, every step": ("qc", {"training.qc_estimator": "exact", "training.qc_interval": 1}),
-    "QC, trace, every step": ("qc", {"training.qc_estimator": "trace", "training.qc_interval": 1}),
-    "QC, antisymmetric, every step": ("qc", {"training.qc_interval": 1}),
-    "QC, antisymmetric, every step on every second point": ("qc", {"training.qc_interval": 1, "training.qc_stride": 2}),
-    "QC, antisymmetric, every second step (default)": ("qc", {}),
+    "QC, exact, on all points": ("qc", {"training.qc_estimator": "exact", "training.qc_stride": 1}),
+    "QC, trace, on all points": ("qc", {"training.qc_estimator": "trace", "training.qc_stride": 1}),
+    "QC, antisymmetric, on all points": ("qc", {"training.qc_stride": 1}),
+    "QC, antisymmetric, every second step on all points": ("qc", {"training.qc_interval": 2, "training.qc_stride": 1}),
+    "QC, antisymmetric, on every second point (default)": ("qc", {}),
 }
 
 
