@@ -207,7 +207,7 @@ def _animate_images(run: BridgeRun, direction: str) -> Path:
     frames = list(range(len(chains))) if direction == FORWARD else list(range(len(chains) - 1, -1, -1))
     top = run.end_of(direction).halves[0].num_levels - 1
     figure = _figure(3.2, 3.4)
-    axes = figure.subplots(8, 8).flat
+    axes = list(figure.subplots(8, 8).flat)
     for ax in axes:
         ax.axis("off")
     blank = np.zeros(chains.shape[-2:], np.uint8)

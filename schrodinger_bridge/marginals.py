@@ -126,13 +126,13 @@ class ImageMarginal:
         classes = halves[0].num_classes
         if class_label != -1 and not 0 <= class_label < (classes or 0):
             allowed = f"-1 (all) and 0 to {classes - 1}" if classes else "-1: the set has no classes"
-            raise ValueError(f"class_label={class_label} of {name}: allowed is {allowed}")
+            raise ValueError(f"class_label={class_label} of {halves[0].name}: allowed is {allowed}")
         self.indices = [
             torch.arange(len(half)) if class_label == -1 else (half.labels == class_label).nonzero().flatten()
             for half in halves
         ]
         if not all(len(indices) for indices in self.indices):
-            raise ValueError(f"class_label={class_label} of {name}: no image in one of the halves")
+            raise ValueError(f"class_label={class_label} of {halves[0].name}: no image in one of the halves")
 
     def sample(self, count: int, key: Key, share: slice = slice(None), *, test: bool = False) -> Tensor:
         split, indices = self.halves[test], self.indices[test]

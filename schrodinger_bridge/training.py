@@ -315,7 +315,8 @@ class BridgeRun:
             self.averages[direction] = EMA(self.mean_maps[direction], config.model.ema_rate)
             self._optimizer_state = None
         raw = Objective(self.mean_maps[direction])
-        optimizer = torch.optim.Adam(raw.parameters(), lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
+        betas = (optim.beta1, optim.beta2)
+        optimizer = torch.optim.Adam(raw.parameters(), lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
         if self._optimizer_state is not None:
             optimizer.load_state_dict(self._optimizer_state)
         objective, prepared = self.accelerator.prepare(raw, optimizer)
@@ -329,7 +330,7 @@ class BridgeRun:
             x, edge, target = self._batch(cache)
             loss = objective(x, edge, target)
             self.accelerator.backward(loss)
-            if optim.decay:
+            if optim.cosine_decay:
                 factor = 0.5 * (1 + math.cos(math.pi * (self.step - first) / training.n_iters))
                 for group in prepared.param_groups:
                     group["lr"] = optim.lr * factor
@@ -428,7 +429,7 @@ def _check(config: ConfigDict) -> None:
         if config[section][field] < bound:
             raise ValueError(f"{name}={config[section][field]}: at least {bound}")
     optim = config.optim
-    for name in ("lr", "grad_clip"):
+    for name in ("lr", "eps", "grad_clip"):
         if not optim[name] > 0:
             raise ValueError(f"optim.{name}={optim[name]}: allowed are positive numbers")
     for name in ("beta1", "beta2"):

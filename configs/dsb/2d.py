@@ -15,7 +15,7 @@ GAUSSIAN = {
     "data.dataset": "correlated_gaussian",
     "model.name": "affine",
     "optim.lr": 2e-2,
-    "optim.decay": True,
+    "optim.cosine_decay": True,
     "training.batch_size": 2048,
     "training.n_iters": 400,
 }

@@ -20,7 +20,16 @@ def bridge_config() -> ConfigDict:
             "warm_start": True,  # begin a half-bridge with the direction's last network, or with a new one
         }
     )
-    config.optim = ConfigDict({"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "grad_clip": 1.0, "decay": False})
+    config.optim = ConfigDict(
+        {
+            "lr": 1e-3,
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "eps": 1e-8,
+            "grad_clip": 1.0,
+            "cosine_decay": False,  # of lr, to 0 at the end of every half-bridge
+        }
+    )
     config.training = ConfigDict(
         {
             "n_iters": 1000,  # steps of a half-bridge
