@@ -32,7 +32,7 @@ def bridge_config() -> ConfigDict:
     )
     config.training = ConfigDict(
         {
-            "n_iters": 1000,  # steps of a half-bridge
+            "n_iters": 500,  # steps of a half-bridge
             "batch_size": 512,
             "cache_size": 10_240,  # chains, in all processes together
             "refresh_freq": 200,  # steps between new chains
