@@ -24,7 +24,7 @@ from absl import app, flags
 from command_line import available_cores, parse_flags
 
 ALGORITHMS = {"ipf": {}, "imf": {"bridge.algorithm": "imf", "bridge.coupling": "independent"}}
-PAIRS = ("scurve", "moons-8gaussians", "scurve-circles")
+PAIRS = ("scurve", "moons-8gaussians")
 
 
 class Task(NamedTuple):

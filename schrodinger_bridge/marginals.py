@@ -176,8 +176,8 @@ def _marginal(config: ConfigDict, data: ConfigDict, first: Marginal | None) -> M
     if not 0 < data.get("scale", 1.0) < float("inf"):
         raise ValueError(f"{field}.scale={data.scale}: allowed are positive numbers")
     if data.dataset == "correlated_gaussian":
-        root = torch.from_numpy(np.linalg.cholesky(_CORRELATED_COVARIANCE))
-        return GaussianMarginal(torch.from_numpy(_CORRELATED_MEAN), root, data.dataset)
+        root = torch.from_numpy(data.scale * np.linalg.cholesky(_CORRELATED_COVARIANCE))
+        return GaussianMarginal(torch.from_numpy(data.scale * _CORRELATED_MEAN), root, data.dataset)
     if data.dataset == "gaussian":
         if first is None:
             raise ValueError("data.dataset='gaussian': a prior, for final.dataset")

@@ -11,6 +11,7 @@ keeps only the trajectories that its part of the batches comes from, and the num
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -215,11 +216,12 @@ class BridgeRun:
         reference while the forward direction has none."""
         if half_bridge == 0 and direction == FORWARD:
             return self.reference
-        average = self.averages[direction].model
+        average, size = self.averages[direction].model, self.config.evaluation.batch_size
 
         def averaged(x: Tensor, edge: Tensor) -> Tensor:
             with self.accelerator.autocast():
-                return average(x, edge).to(x.dtype)
+                parts = [average(*part) for part in zip(x.split(size), edge.split(size), strict=True)]
+            return torch.cat(parts).to(x.dtype)
 
         return averaged
 
@@ -235,18 +237,14 @@ class BridgeRun:
             direction: 'forward' or 'backward'.
             count: how many.
             half_bridge: the number that is learned next; ``num_half_bridges`` when all are.
-            key: of their randomness; in batches, the number of a batch is added.
+            key: of their randomness.
             test: begin at held-out data.
         """
-        size, parts = self.config.evaluation.batch_size, []
-        mean_map, start = self.mean_map(direction, half_bridge), self.start_of(direction)
-        whole = start.sample(count, (self.config.seed, *key, direction), test=test)
-        for number, x in enumerate(whole.split(size)):
-            noise = self._noise(len(x), start.shape, slice(None), (*key, direction, number))
-            sharp = self.end_of(direction).sharp
-            states, _ = simulate(mean_map, x.to(self.device), self.gammas, direction, noise, noise_removal=sharp)
-            parts.append(states.cpu())
-        return torch.cat(parts, dim=1)
+        start = self.start_of(direction)
+        x = start.sample(count, (self.config.seed, *key, direction), test=test).to(self.device)
+        noise = self._noise(count, start.shape, slice(None), (*key, direction))
+        mean_map, sharp = self.mean_map(direction, half_bridge), self.end_of(direction).sharp
+        return simulate(mean_map, x, self.gammas, direction, noise, noise_removal=sharp)[0].cpu()
 
     def _cache(self, half_bridge: int, refresh: int) -> Regression:
         """This process's part of what the half-bridge learns from until the next refresh."""
@@ -288,22 +286,17 @@ class BridgeRun:
                 on_progress(total)
             return
         log = MetricsLog(self.workdir, self.step if self.step else -1) if main else None
-        bar = tqdm(
-            total=total, initial=self.step, unit="step", dynamic_ncols=True, disable=not main or on_progress is not None
-        )
+        hidden = not main or on_progress is not None
+        bar = tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True, disable=hidden)
         if on_progress is not None:
             on_progress(self.step)
-        try:
+        with bar, log or contextlib.nullcontext():
             if not self.history:
                 self._measure(0, FORWARD, log)
             while self.step < total:
                 half_bridge = self.step // n_iters
                 bar.set_description(f"half-bridge {half_bridge + 1} of {self.num_half_bridges}")
                 self._half_bridge(half_bridge, log, bar, on_progress)
-        finally:
-            bar.close()
-            if log is not None:
-                log.__exit__()
 
     def _half_bridge(self, half_bridge: int, log: MetricsLog | None, bar: tqdm, on_progress: Callable | None) -> None:
         config, direction = self.config, self.direction_of(half_bridge)

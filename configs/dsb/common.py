@@ -92,16 +92,17 @@ def image_config(dataset: str, image_size: int, num_channels: int) -> ConfigDict
 
 
 def join_classes(config: ConfigDict, pair: str) -> ConfigDict:
-    """From one class of the images to another, for a ``pair`` FROM-TO of digits; 'all' leaves the config as it is.
+    """From images to images, for a ``pair`` FROM-TO of which each is a digit or 'all'; 'all' alone is left as it is.
 
     Raises:
         ValueError: another pair.
     """
     if pair == "all":
         return config
+    labels = {"all": -1, **{str(digit): digit for digit in range(10)}}
     first, _, last = pair.partition("-")
-    if not (len(first) == len(last) == 1 and (first + last).isdecimal()):
-        raise ValueError(f"config argument {pair!r}: allowed are all and FROM-TO, two digits, e.g. 3-8")
+    if first not in labels or last not in labels:
+        raise ValueError(f"config argument {pair!r}: allowed are all and FROM-TO, digits or all, e.g. 3-8")
     config.final = config.data.copy_and_resolve_references()
-    config.data.class_label, config.final.class_label = int(first), int(last)
+    config.data.class_label, config.final.class_label = labels[first], labels[last]
     return config

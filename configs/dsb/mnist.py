@@ -3,8 +3,9 @@
 python -m schrodinger_bridge.main --config=configs/dsb/mnist.py --workdir=runs/dsb/mnist --config.data.download=True
 torchrun --nproc_per_node=4 -m schrodinger_bridge.main --config=configs/dsb/mnist.py:3-8 --workdir=runs/dsb/mnist_3_8
 
-The argument is all (to N(0, 1)) or FROM-TO, two digits. With --config.data.dataset=npz and --config.data.path it takes
-your own images; --config.final.* is the other end. It has not been run to its end: it is for a GPU.
+The argument is all (to N(0, 1)) or FROM-TO, digits or all. Between two sets, of letters and of digits perhaps, with
+all-all, --config.data.dataset=npz and --config.data.path=letters.npz; --config.final.* is the other end. It has not
+been run to its end: it is for a GPU.
 """
 
 from configs.dsb.common import image_config, join_classes
