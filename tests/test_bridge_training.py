@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_run_lib import forget_accelerator  # noqa: F401 -- for every test here
+from test_run_lib import ROOT, environment, forget_accelerator  # noqa: F401 -- the last for every test here
 
 from checkpoints import read_checkpoint
 from configs.dsb import celeba, digits, mnist
@@ -351,6 +353,26 @@ def test_comparison_of_algorithms(tmp_path):
         compare.make_tasks(tmp_path, [])
     with pytest.raises(ValueError, match="config argument 'x'"):
         compare.make_tasks(tmp_path, ["x"])
+
+
+def test_command(tmp_path):
+    """The program as a whole: it says what is wrong in a line, learns, resumes, and writes what it says."""
+    flags = [f"--config.{name}={value}" for name, value in (TINY | {"bridge.num_ipf": 1}).items()]
+
+    def command(*arguments: str) -> subprocess.CompletedProcess:
+        program = [sys.executable, "-m", "schrodinger_bridge.main", f"--workdir={tmp_path / 'w'}"]
+        return subprocess.run([*program, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True)
+
+    bad = command("--config=configs/dsb/2d.py:moons", *flags, "--config.bridge.ladder=odd")
+    assert bad.returncode == 1 and bad.stderr.splitlines()[-1].startswith("error: bridge.ladder='odd': allowed are")
+    assert not (tmp_path / "w").exists()
+    done = command("--config=configs/dsb/2d.py:moons", *flags, "--device=cpu")
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = (tmp_path / "w" / "table.md").read_text()
+    assert table in done.stdout and "# moons – gaussian, IPF" in table
+    results = (tmp_path / "w" / "results.json").read_bytes()
+    again = command("--config=configs/dsb/2d.py:moons", *flags, "--device=cpu")
+    assert again.returncode == 0 and (tmp_path / "w" / "results.json").read_bytes() == results
 
 
 @pytest.mark.slow
