@@ -30,8 +30,9 @@ from models.mlp import TimeConditionalMLP
 from randomness import seed_from
 from run_setup import Runtime
 from sde_lib import expand
+from splits import TensorSplit
 
-from .marginals import Key, Marginal, get_marginals, moments
+from .marginals import ImageMarginal, Key, Marginal, get_marginals, moments
 from .matching import ALGORITHMS, Regression
 from .metrics import mean_squared_displacement, wasserstein
 from .process import BACKWARD, FORWARD, LABEL_RANGE, MeanMap, Reference, TransitionMean, opposite, simulate, step_sizes
@@ -168,7 +169,13 @@ class BridgeRun:
         """
         error = None
         if self.accelerator.is_main_process:
-            settings = {"version": VERSION, **self.config.to_dict()}
+            contents = {
+                field: marginal.halves[0].fingerprint
+                for field, marginal in zip(("data", "final"), self.marginals, strict=True)
+                # Of files the fingerprint has dates in it, which a copy changes.
+                if isinstance(marginal, ImageMarginal) and isinstance(marginal.halves[0], TensorSplit)
+            }
+            settings = {"version": VERSION, "contents of": contents, **self.config.to_dict()}
             for name in FREE:
                 section, field = name.split(".")
                 settings[section] = {key: value for key, value in settings[section].items() if key != field}
@@ -342,7 +349,9 @@ class BridgeRun:
             if at_end:
                 self._measure(half_bridge + 1, direction, log)
             if self.step % training.save_freq == 0 or at_end:
-                self._sums = [float(value) for value in self._sums]
+                if self._sums:
+                    # Of all processes, as one checkpoint is for all of them.
+                    self._sums = self.accelerator.reduce(self._losses(), "mean").tolist()
                 self._save(prepared, log)
         self.accelerator.free_memory()
 
@@ -358,10 +367,13 @@ class BridgeRun:
         edge, chosen = edge.to(self.device), chosen.to(self.device)
         return cache.inputs[edge, chosen], edge + 1, cache.targets[edge, chosen]
 
+    def _losses(self) -> Tensor:
+        """This process's losses since the last row of the log."""
+        return torch.stack([torch.as_tensor(value, device=self.device) for value in self._sums])
+
     def _log_loss(self, half_bridge: int, direction: str, log: MetricsLog | None) -> None:
         # Every process has its part of the batch, and the parts are of one size.
-        mean = torch.stack([torch.as_tensor(value, device=self.device) for value in self._sums]).mean()
-        loss = float(self.accelerator.reduce(mean, "mean"))
+        loss = float(self.accelerator.reduce(self._losses().mean(), "mean"))
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is not finite at or before step {self.step}; try a smaller optim.lr")
         self._sums, self._last_loss = [], loss
