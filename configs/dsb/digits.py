@@ -11,8 +11,8 @@ from configs.dsb.common import image_config, join_classes
 
 def get_config(pair="all"):
     config = image_config("digits", 8, 1)
-    config.bridge.update(num_ipf=5, num_steps=20, gamma_min=1e-3, gamma_max=0.1)
-    config.model.update(nf=32, ch_mult=(1, 2), num_res_blocks=1, ema_rate=0.995)
+    config.bridge.update(num_ipf=6, num_steps=20, gamma_min=1e-3, gamma_max=0.1)
+    config.model.update(nf=16, ch_mult=(1, 2), num_res_blocks=1, ema_rate=0.995)
     config.optim.lr = 1e-3
     config.training.update(n_iters=1000, batch_size=128, cache_size=1280, refresh_freq=200)
     config.evaluation.update(num_samples=360, batch_size=360)
