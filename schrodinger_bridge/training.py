@@ -191,8 +191,15 @@ class BridgeRun:
 
         Raises:
             CheckpointError: there are some, and none can be read or fits.
+            ValueError: the processes see different folders.
         """
         state = self.store.load_latest()
+        steps = gather_object([-1 if state is None else state["step"]])
+        if any(step != steps[0] for step in steps):
+            raise ValueError(
+                f"--workdir={self.workdir}: the processes found checkpoints of different steps, {steps}; it must be one "
+                "folder that all hosts share"
+            )
         if state is None:
             return
         source = self.store.path(state["step"])

@@ -17,7 +17,7 @@ from test_run_lib import ROOT, environment, forget_accelerator  # noqa: F401 -- 
 from checkpoints import read_checkpoint
 from configs.dsb import celeba, digits, mnist
 from run_setup import Runtime
-from schrodinger_bridge import compare, figures, main
+from schrodinger_bridge import compare, figures, main, training
 from schrodinger_bridge.gaussian import Normal, wasserstein_gaussian
 from schrodinger_bridge.marginals import GaussianMarginal, ImageMarginal, PointMarginal, get_marginals
 from schrodinger_bridge.point_sets import POINT_SETS
@@ -297,6 +297,22 @@ def test_another_runs_folder_is_refused(tmp_path):
         run = BridgeRun(other, tmp_path, CPU)
         with pytest.raises(ValueError, match="holds results of other settings"):
             run.claim()
+
+
+def test_processes_that_see_different_folders_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "gather_object", lambda values: [*values, 6])
+    with pytest.raises(ValueError, match=r"checkpoints of different steps, \[-1, 6\]; it must be one folder"):
+        BridgeRun(config_of(), tmp_path, CPU).restore()
+
+
+def test_images_that_have_changed_are_refused(tmp_path):
+    """A folder belongs to its data, too: those of another fingerprint have another bridge."""
+    config = config_of("3-8", digits, training__n_iters=2)
+    learn(config, tmp_path)
+    run = BridgeRun(config, tmp_path, CPU)
+    run.marginals[1].halves[0].fingerprint = "0" * 16
+    with pytest.raises(ValueError, match=r"holds results of other settings: contents of\.final was"):
+        run.claim()
 
 
 # ------------------------------------------------------------------------------------------------------ what is written
