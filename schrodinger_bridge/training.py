@@ -197,8 +197,8 @@ class BridgeRun:
         steps = gather_object([-1 if state is None else state["step"]])
         if any(step != steps[0] for step in steps):
             raise ValueError(
-                f"--workdir={self.workdir}: the processes found checkpoints of different steps, {steps}; it must be one "
-                "folder that all hosts share"
+                f"--workdir={self.workdir}: the processes found checkpoints of different steps, {steps}; it must be "
+                "one folder that all hosts share"
             )
         if state is None:
             return
