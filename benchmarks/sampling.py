@@ -53,8 +53,9 @@ VARIANTS: dict[str, dict] = {
 BATCH = 250
 
 
-def compare(config: ConfigDict, workdir: str, runtime: Runtime, num_samples: int) -> str:
-    """The table of all variants, for the moving average of the newest checkpoint in ``workdir``.
+def compare(config: ConfigDict, workdir: str, runtime: Runtime, num_samples: int, compiled: bool = False) -> str:
+    """The table of all variants, for the moving average of the newest checkpoint in ``workdir``; ``compiled``: of a
+    compiled network.
 
     Raises:
         InvalidRun: bad config or working directory, or fewer samples than the error of FID takes.
@@ -65,6 +66,8 @@ def compare(config: ConfigDict, workdir: str, runtime: Runtime, num_samples: int
         run = run_for_evaluation(config, workdir, runtime, None)
         step = load_for_evaluation(run, None)
         samplers = {name: get_sampler(_variant(config, change), run.sde) for name, change in VARIANTS.items()}
+    if compiled:
+        run.ema.model.network.compile()
     cache = runtime.cache_dir or str(Path(workdir) / "eval" / "cache")
     extractor, real = reference_features(config, cache, run.device)
 
@@ -86,8 +89,8 @@ def compare(config: ConfigDict, workdir: str, runtime: Runtime, num_samples: int
             rows.append((name, evaluations / num_samples, seconds, *fid_with_error(real.pool, generated.pool)))
     _, _, paper_seconds, paper_fid, paper_error = rows[0]
     lines = [
-        f"{config.data.dataset}, step {step}, {num_samples} samples, {run.device}, {runtime.precision}, "
-        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}\n",
+        f"{config.data.dataset}, step {step}, {num_samples} samples, {run.device}, {runtime.precision}"
+        f"{', compiled' if compiled else ''}, {torch.get_num_threads()} thread(s), torch {torch.__version__}\n",
         "| sampler | NFE | seconds | paper's time over it | FID | from the paper's, in its standard errors |",
         "|---|---|---|---|---|---|",
     ]
@@ -105,7 +108,7 @@ def main(argv: list[str]) -> None:
     given = flags.FLAGS
     try:
         runtime = Runtime(given.device, given.precision, cache_dir=given.cache_dir)
-        print(compare(given.config, given.workdir, runtime, given.num_samples))
+        print(compare(given.config, given.workdir, runtime, given.num_samples, given.compile))
     except InvalidRun as error:
         sys.exit(f"error: {error}")
 
@@ -126,6 +129,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("cache_dir", "", "Where the features of the data are kept; the run's own without it.")
     flags.DEFINE_string("device", "cpu", "auto, cpu, cuda or mps.")
     flags.DEFINE_string("precision", "fp32", "fp32, bf16 or fp16.")
+    flags.DEFINE_bool("compile", False, "Compile the network.")
     flags.DEFINE_integer("num_samples", 1000, "Samples of every sampler.")
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

@@ -194,6 +194,11 @@ def test_benchmark_compares_samplers(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "VARIANTS", dict(list(benchmark.VARIANTS.items())[-3:]))
     with pytest.raises(run_lib.InvalidRun, match="--num_samples=39: at least 40"):
         benchmark.compare(config, str(tmp_path), runtime, 39)
+    # Compiled is said, and done: of the same network.
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    assert ", cpu, fp32, compiled, " in benchmark.compare(config, str(tmp_path), runtime, 40, True)
+    assert len(compiled) == 1
     *_, first, second, third = benchmark.compare(config, str(tmp_path), runtime, 40).splitlines()
     assert [row.split("|")[2].strip() for row in (first, second, third)] == ["20", "13", "10"]
     assert first.rstrip(" |").endswith("+0.0") and first.split("|")[4].strip() == "1.0"

@@ -20,10 +20,11 @@ from test_run_lib import (
     weights,
     without_times,
 )
-from two_processes import BEGUN, RUNS, SETTINGS, config_of, runtime_of
+from two_processes import BEGUN, RUNS, SETTINGS, config_of, runtime_of, train_bridge
 
 import run_lib
 import run_setup
+from checkpoints import read_checkpoint
 from run_evaluation import write_arrays
 
 LAST = SETTINGS["training.n_iters"]
@@ -91,6 +92,22 @@ def test_same_training(name, two, trained_by_one):
         assert mine == pytest.approx(other, rel=1e-5)
     # The term is there, and large enough to matter.
     assert not name.startswith("qc") or all(row["qc"] > 1 for row in logged[0] if "loss" in row)
+
+
+def test_same_bridge(two, one):
+    """A Schrödinger bridge: both networks, the measurements and the log of one process."""
+    expected = train_bridge(one / "bridge")
+    path = two / "bridge" / "checkpoints" / expected.store.path(12).name
+    ours, theirs = read_checkpoint(path), read_checkpoint(expected.store.path(12))
+    for kind in ("mean_maps", "averages"):
+        for direction, state in theirs[kind].items():
+            weights_of = (lambda s: s) if kind == "mean_maps" else (lambda s: s["model"])
+            for name, tensor in weights_of(state).items():
+                found = weights_of(ours[kind][direction])[name]
+                torch.testing.assert_close(found, tensor, rtol=1e-4, atol=1e-5, msg=f"{kind} {direction} {name}")
+    for mine, other in zip(rows(two / "bridge"), rows(one / "bridge"), strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)
+    assert len(ours["history"]) == 3
 
 
 def test_same_samples(two, trained_by_one):

@@ -1,6 +1,6 @@
 """What test_several_processes starts with torchrun, in two processes: python tests/two_processes.py FOLDER.
 
-Trains every run of ``RUNS``, samples from one, and evaluates it until one process is killed.
+Trains every run of ``RUNS`` and a Schrödinger bridge, samples from one, and evaluates it until one process is killed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch  # noqa: E402
 import run_evaluation  # noqa: E402
 import run_lib  # noqa: E402
 from configs.digits import get_config  # noqa: E402
+from configs.dsb import digits as dsb_digits  # noqa: E402
+from schrodinger_bridge.training import BridgeRun  # noqa: E402
 
 CPU = run_lib.Runtime(device="auto")
 
@@ -66,6 +68,35 @@ RUNS = {
 }
 BEGUN = 5  # steps
 STOPPED = 7
+
+
+BRIDGE = {
+    "bridge.num_ipf": 1,
+    "bridge.num_steps": 4,
+    "model.nf": 8,
+    "model.ch_mult": (1,),
+    "model.init_scale": 1.0,
+    "optim.eps": 1e-4,
+    "training.n_iters": 6,
+    "training.batch_size": 8,
+    "training.cache_size": 32,
+    "training.refresh_freq": 4,
+    "training.log_freq": 2,
+    "training.save_freq": 3,
+    "evaluation.num_samples": 12,
+    "evaluation.batch_size": 8,
+}
+
+
+def train_bridge(workdir: Path) -> BridgeRun:
+    """Digits to digits: images, noise and batches are shared out, gradients averaged."""
+    config = dsb_digits.get_config("3-8")
+    config.update_from_flattened_dict(BRIDGE)
+    run = BridgeRun(config, workdir, CPU)
+    run.claim()
+    run.restore()
+    run.train()
+    return run
 
 
 def config_of(name: str):
@@ -124,6 +155,9 @@ def main(folder: Path) -> None:
         # accelerate keeps these for the life of the process; the processes stay connected.
         AcceleratorState._reset_state()
         GradientState._reset_state()
+    train_bridge(folder / "bridge")
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
     run_lib.sample(config_of("u"), folder / "u", CPU)
     evaluate_until_killed(folder / "u")
 

@@ -1,0 +1,37 @@
+"""Schrödinger bridges in the plane (De Bortoli et al., NeurIPS 2021), on a laptop.
+
+python -m schrodinger_bridge.main --config=configs/dsb/2d.py:scurve --workdir=runs/dsb/scurve
+python -m schrodinger_bridge.main --config=configs/dsb/2d.py:moons-8gaussians --workdir=runs/dsb/moons-8gaussians
+
+The argument is DATASET (to a Gaussian), DATASET-DATASET, or gaussian, which linear algebra can follow. The expected
+numbers are in schrodinger_bridge/README.md.
+"""
+
+from configs.dsb.common import bridge_config
+from schrodinger_bridge.point_sets import POINT_SETS
+
+# A network that linear algebra can be compared with.
+GAUSSIAN = {
+    "data.dataset": "correlated_gaussian",
+    "model.name": "affine",
+    "optim.lr": 2e-2,
+    "optim.cosine_decay": True,
+    "training.batch_size": 2048,
+    "training.n_iters": 400,
+}
+
+
+def get_config(pair="scurve"):
+    first, _, last = pair.partition("-")
+    if pair != "gaussian" and (first not in POINT_SETS or (last or first) not in POINT_SETS):
+        raise ValueError(
+            f"config argument {pair!r}: allowed are gaussian, DATASET and DATASET-DATASET with DATASET one of "
+            f"{', '.join(POINT_SETS)}"
+        )
+    config = bridge_config()
+    config.data = {"dataset": first, "scale": 1.0}
+    config.final = {"dataset": last or "gaussian", "scale": 1.0}
+    config.model = {"name": "time_mlp", "width": 128, "depth": 3, "ema_rate": 0.99}
+    if pair == "gaussian":
+        config.update_from_flattened_dict(GAUSSIAN)
+    return config

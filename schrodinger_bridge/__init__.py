@@ -1,0 +1,1 @@
+"""Schrödinger bridges between two distributions, learned: diffusion Schrödinger bridge (IPF) and its matching (IMF)."""

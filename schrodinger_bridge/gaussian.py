@@ -1,0 +1,95 @@
+"""The bridge between Gaussians in closed form: the oracle of the learned one.
+
+With affine mean maps all states stay Gaussian, so that every half-bridge is linear algebra. Let the forward chain have
+F_k(x) = A_k x + c_k and x_k ~ N(μ_k, S_k). The regression of IPF (``matching.ipf_regression``) is then solved by
+
+    B_k(x) = (2 − A_k − 2γ_k S_k⁻¹) x − c_k + 2γ_k S_k⁻¹ μ_k
+
+(2 the twofold identity), which is −f + 2γ∇log p in terms of drifts; and in the other direction likewise with the
+moments of the backward chain. As γ → 0 the iterates tend to the bridge. If x_N is joined to x_0 by Brownian motion of
+variance s², its covariance of the ends is (Bunne, Hsieh, Cuturi, Krause, "The Schrödinger Bridge between Gaussian
+Measures has a Closed Form", AISTATS 2023, arXiv 2202.05722)
+
+    C = Cov(x_0, x_N) = ½ (Σ₀^½ D Σ₀^−½ − s² I),      D = (4 Σ₀^½ Σ₁ Σ₀^½ + s⁴ I)^½
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .process import FORWARD, opposite
+
+__all__ = ["AffineChain", "Normal", "bridge_covariance", "half_bridge", "wasserstein_gaussian"]
+
+
+class Normal(NamedTuple):
+    """N(mean (D,), covariance (D, D)), float64."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+class AffineChain(NamedTuple):
+    """A chain of one direction with mean maps x ↦ A_k x + c_k.
+
+    Attributes:
+        direction: 'forward' or 'backward'.
+        start: law of the state where it begins.
+        matrices, offsets: A_k (N, D, D), c_k (N, D), of edges 1 … N.
+        gammas: (N,).
+    """
+
+    direction: str
+    start: Normal
+    matrices: Tensor
+    offsets: Tensor
+    gammas: Tensor
+
+    def law(self) -> tuple[list[Normal], Tensor]:
+        """Laws of x_0 … x_N, and Cov(x_0, x_N) (D, D)."""
+        count, identity = len(self.gammas), torch.eye(len(self.start.mean), dtype=torch.float64)
+        laws, cross = [self.start], self.start.covariance
+        for i in range(count) if self.direction == FORWARD else range(count - 1, -1, -1):
+            a, c, (mean, covariance) = self.matrices[i], self.offsets[i], laws[-1]
+            laws.append(Normal(a @ mean + c, a @ covariance @ a.mT + 2 * self.gammas[i] * identity))
+            cross = cross @ a.mT
+        # ``cross`` is Cov(first simulated, last simulated).
+        return (laws, cross) if self.direction == FORWARD else (laws[::-1], cross.mT)
+
+
+def half_bridge(chain: AffineChain, start: Normal) -> AffineChain:
+    """The chain of the other direction that IPF learns from this one, begun at ``start``."""
+    laws, _ = chain.law()
+    identity = torch.eye(len(start.mean), dtype=torch.float64)
+    # The regression's inputs: states at the far end of each edge.
+    inputs = laws[1:] if chain.direction == FORWARD else laws[:-1]
+    matrices, offsets = [], []
+    for a, c, gamma, (mean, covariance) in zip(chain.matrices, chain.offsets, chain.gammas, inputs, strict=True):
+        precision = 2 * gamma * torch.linalg.inv(covariance)
+        matrices.append(2 * identity - a - precision)
+        offsets.append(precision @ mean - c)
+    return AffineChain(opposite(chain.direction), start, torch.stack(matrices), torch.stack(offsets), chain.gammas)
+
+
+def bridge_covariance(first: Tensor, last: Tensor, brownian_variance: float) -> Tensor:
+    """Cov(x_0, x_N) (D, D) of the bridge between covariances Σ₀ and Σ₁ (D, D) for Brownian motion of variance s²."""
+    root = _root(first)
+    identity = torch.eye(len(first), dtype=torch.float64)
+    d = _root(4 * root @ last @ root + brownian_variance**2 * identity)
+    return 0.5 * (root @ d @ torch.linalg.inv(root) - brownian_variance * identity)
+
+
+def wasserstein_gaussian(p: Normal, q: Normal) -> float:
+    """W₂ between two Gaussians: W₂² = ‖m − m′‖² + tr(Σ + Σ′ − 2 (Σ^½ Σ′ Σ^½)^½)."""
+    root = _root(p.covariance)
+    cross = _root(root @ q.covariance @ root)
+    squared = ((p.mean - q.mean) ** 2).sum() + torch.trace(p.covariance + q.covariance - 2 * cross)
+    return float(squared.clamp(min=0).sqrt())
+
+
+def _root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT

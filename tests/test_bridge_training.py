@@ -1,0 +1,404 @@
+"""Learning Schrödinger bridges: what a run is built from, that it goes on where it was stopped, what it writes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_run_lib import ROOT, environment, forget_accelerator  # noqa: F401 -- the last for every test here
+
+from checkpoints import read_checkpoint
+from configs.dsb import celeba, digits, mnist
+from run_setup import Runtime
+from schrodinger_bridge import compare, figures, main, training
+from schrodinger_bridge.gaussian import Normal, wasserstein_gaussian
+from schrodinger_bridge.marginals import GaussianMarginal, ImageMarginal, PointMarginal, get_marginals
+from schrodinger_bridge.point_sets import POINT_SETS
+from schrodinger_bridge.process import BACKWARD, FORWARD, LABEL_RANGE
+from schrodinger_bridge.training import BridgeRun, PerEdgeAffine
+
+plane = importlib.import_module("configs.dsb.2d")
+CPU = Runtime("cpu")
+
+TINY = {
+    "bridge.num_ipf": 2,
+    "bridge.num_steps": 5,
+    "model.width": 8,
+    "model.depth": 1,
+    "training.n_iters": 10,
+    "training.batch_size": 8,
+    "training.cache_size": 32,
+    "training.refresh_freq": 4,
+    "training.log_freq": 5,
+    "training.save_freq": 3,
+    "evaluation.num_samples": 20,
+    "evaluation.batch_size": 12,
+}
+TINY_IMAGES = {name: value for name, value in TINY.items() if name not in ("model.width", "model.depth")}
+TINY_IMAGES |= {"model.nf": 8, "model.ch_mult": (1,), "bridge.num_ipf": 1}
+
+
+def config_of(pair: str = "moons", module=plane, **overrides):
+    config = module.get_config(pair)
+    config.update_from_flattened_dict(TINY if module is plane else TINY_IMAGES)
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in overrides.items()})
+    return config
+
+
+def learn(config, folder: Path, on_progress=lambda steps: None) -> BridgeRun:
+    run = BridgeRun(config, folder, CPU)
+    run.claim()
+    run.restore()
+    run.train(on_progress)
+    return run
+
+
+def flat(tree: object, prefix: str = "") -> dict[str, object]:
+    if isinstance(tree, dict | list):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {name: leaf for key, value in items for name, leaf in flat(value, f"{prefix}{key}.").items()}
+    return {prefix: tree}
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    ours, theirs = flat(read_checkpoint(a)), flat(read_checkpoint(b))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        same = torch.equal(value, theirs[name]) if isinstance(value, torch.Tensor) else value == theirs[name]
+        assert same, name
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("warm_start", [True, False])
+@pytest.mark.parametrize("algorithm", ["ipf", "imf"])
+def test_a_stopped_run_ends_the_same(algorithm, warm_start, tmp_path):
+    """Stopped in the middle of half-bridges, at their ends and before the first checkpoint: weights, averages, moments,
+    measurements and log are those of a run that was not stopped."""
+    overrides = {"bridge__algorithm": algorithm, "bridge__warm_start": warm_start}
+    whole = learn(config_of(**overrides), tmp_path / "whole")
+    for stop in (2, 10, 17, 31):
+
+        def stop_there(steps, stop=stop, seen=[0]) -> None:  # noqa: B006 -- counts over its own calls
+            seen[0] += steps
+            if seen[0] == stop:
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            learn(config_of(**overrides), tmp_path / "stopped", stop_there)
+    again = learn(config_of(**overrides), tmp_path / "stopped")
+    assert_same_state(whole.store.path(40), again.store.path(40))
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped")]
+    assert logs[0] == logs[1]
+    rows = [json.loads(line) for line in logs[0].splitlines()]
+    assert [row["step"] for row in rows if "w2_backward" in row or "w2_forward" in row] == [0, 10, 20, 30, 40]
+    assert {row["half_bridge"] for row in rows if "loss_backward" in row} == {1, 3}
+    assert [(row["iteration"], row["direction"]) for row in whole.history] == [
+        (0, FORWARD), (1, BACKWARD), (1, FORWARD), (2, BACKWARD), (2, FORWARD)
+    ]  # fmt: skip
+    # Nothing is left to do.
+    learn(config_of(**overrides), tmp_path / "stopped")
+
+
+def test_more_iterations_go_on_from_fewer(tmp_path):
+    learn(config_of(bridge__num_ipf=1), tmp_path / "a")
+    more = learn(config_of(bridge__num_ipf=2), tmp_path / "a")
+    assert_same_state(more.store.path(40), learn(config_of(), tmp_path / "b").store.path(40))
+
+
+def test_the_global_stream_is_left_alone(tmp_path):
+    """No reseeding: torch's and NumPy's own generators are where they were."""
+    torch.manual_seed(5)
+    np.random.seed(5)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    learn(config_of(), tmp_path)
+    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
+
+
+def test_noise_of_the_directions_is_independent(tmp_path):
+    """Chains of both directions, of successive refreshes and half-bridges: correlations of 32 × 2 × 5 numbers have a
+    standard deviation of 0.056."""
+    run = BridgeRun(config_of(training__cache_size=64), tmp_path, CPU)
+    drawn = []
+    for half_bridge in (0, 1, 2):
+        for refresh in (0, 1):
+            noise = run._noise(64, (2,), slice(None), ("cache", half_bridge, refresh, "noise"))
+            drawn.append(torch.stack([noise() for _ in range(5)]).flatten())
+    correlations = torch.corrcoef(torch.stack(drawn)) - torch.eye(len(drawn))
+    assert float(correlations.abs().max()) < 4 / np.sqrt(len(drawn[0]))
+    # What is drawn once for all processes is handed out in parts.
+    whole = run._noise(64, (2,), slice(None), ("x",))()
+    parts = [run._noise(64, (2,), slice(i, i + 16), ("x",))() for i in range(0, 64, 16)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_warm_and_fresh_networks(tmp_path):
+    """A new network of a half-bridge is another draw than the first one's; backward and forward are no twins."""
+    run = BridgeRun(config_of(), tmp_path, CPU)
+    first, second = (run._fresh(BACKWARD, n).network.first.weight for n in (0, 2))
+    assert not torch.equal(first, second) and torch.equal(first, run.mean_maps[BACKWARD].network.first.weight)
+    assert not torch.equal(run.mean_maps[FORWARD].network.first.weight, first)
+
+
+def test_affine_networks_learn_the_exact_iterates(tmp_path):
+    """Ten iterations learned by Adam through the same code as every run, against linear algebra: the law of the end.
+
+    A half-bridge of 200 steps of 2048 chains fits its coefficients to about 0.01, and hands its errors on: W₂ of the
+    fitted Gaussians within 0.1, where the first iteration is 0.25 away from the tenth. 20 000 chains measure it.
+    """
+    overrides = {"bridge__num_ipf": 10, "bridge__num_steps": 6, "bridge__gamma_min": 0.04, "bridge__gamma_max": 0.04}
+    sizes = {"training__n_iters": 200, "training__batch_size": 2048, "training__cache_size": 4096}
+    config = config_of("gaussian", **overrides, **sizes, training__refresh_freq=50, training__save_freq=1000)
+    run = learn(config, tmp_path)
+    exact = main.gaussian_rows(run)
+    assert [row["half_bridge"] for row in run.history] == [row["half_bridge"] for row in exact]
+    states = run.chains(FORWARD, 20_000, half_bridge=20, key=("test",)).double()
+    found = Normal(states[-1].mean(0), torch.cov(states[-1].T))
+    wanted = run.marginals[1]
+    assert wasserstein_gaussian(found, Normal(wanted.mean.double(), torch.eye(2).double())) == pytest.approx(
+        exact[-1]["w2"], abs=0.1
+    )
+    assert exact[2]["w2"] > exact[-1]["w2"] + 0.2
+    cost = float(((states[-1] - states[0]) ** 2).sum(1).mean())
+    assert cost == pytest.approx(exact[-1]["transport_cost"], rel=0.06)
+
+
+def test_labels_of_edges_come_back_as_edges():
+    network = PerEdgeAffine(2, 7)
+    with torch.no_grad():
+        network.bias[:] = torch.arange(7.0)[:, None]
+    labels = LABEL_RANGE * torch.arange(7) / 6
+    assert network(torch.zeros(7, 2), labels)[:, 0].tolist() == list(range(7))
+
+
+# ----------------------------------------------------------------------------------------------------------- marginals
+
+
+@pytest.mark.parametrize("name", POINT_SETS)
+def test_point_sets_are_standardised(name):
+    """Mean 0, mean standard deviation 1 of 50 000 points (standard errors 0.005); keys decide the draw."""
+    marginal = PointMarginal(name, 1.0)
+    x = marginal.sample(50_000, (0, "a"))
+    assert (
+        x.shape == (50_000, 2) and x.mean(0).abs().max() < 0.03 and float(x.std(0).mean()) == pytest.approx(1, abs=0.02)
+    )
+    assert torch.equal(marginal.sample(20, (1,)), marginal.sample(20, (1,)))
+    assert not torch.equal(marginal.sample(20, (1,)), marginal.sample(20, (2,)))
+    assert not torch.equal(marginal.sample(20, (1,)), marginal.sample(20, (1,), test=True))
+    torch.testing.assert_close(PointMarginal(name, 3.0).sample(20, (1,)), 3 * marginal.sample(20, (1,)))
+    assert torch.equal(marginal.sample(20, (1,))[5:9], marginal.sample(20, (1,), slice(5, 9)))
+    # In random order: the means of the two halves differ by their standard errors, 0.009, alone.
+    assert (x[:25_000].mean(0) - x[25_000:].mean(0)).abs().max() < 0.05
+
+
+def test_images_of_one_class():
+    config = digits.get_config("3-8")
+    first, last = get_marginals(config)
+    assert (first.name, last.name) == ("digits, class 3", "digits, class 8") and first.sharp
+    for marginal, label in ((first, 3), (last, 8)):
+        for test in (False, True):
+            half = marginal.halves[test]
+            allowed = {bytes(image.numpy()) for image in half.images[half.labels == label]}
+            x = marginal.sample(40, (0,), test=test)
+            assert x.shape == (40, 1, 8, 8) and -1 < x.min() < -0.9 and 0.7 < x.max() < 1
+            assert all(bytes(image.numpy()) in allowed for image in marginal.to_pixels(x))
+    assert torch.equal(first.sample(9, (0,))[2:5], first.sample(9, (0,), slice(2, 5)))
+
+
+def test_gaussian_of_any_covariance():
+    root = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+    x = GaussianMarginal(torch.tensor([1.0, 2.0]), root).sample(100_000, (0,))
+    torch.testing.assert_close(torch.cov(x.T), root @ root.T, atol=0.02, rtol=0)
+    torch.testing.assert_close(x.mean(0), torch.tensor([1.0, 2.0]), atol=0.015, rtol=0)
+
+
+# -------------------------------------------------------------------------------------------------- configs, bad input
+
+
+@pytest.mark.parametrize("pair", ["gaussian", *POINT_SETS, "scurve-circles", "moons-8gaussians"])
+def test_configs_of_the_plane_step(pair, tmp_path):
+    run = learn(config_of(pair, bridge__num_ipf=1, training__n_iters=2), tmp_path)
+    assert run.step == 4 and all(np.isfinite(row["w2"]) for row in run.history)
+
+
+@pytest.mark.parametrize(("module", "arguments"), [(digits, ("3-8",)), (mnist, ("all",)), (celeba, ())])
+def test_networks_of_images_fit_their_images(module, arguments):
+    """At full width: the mean map of the configured size has the images' shape, and is the identity at first."""
+    from models import create_network
+
+    config = module.get_config(*arguments)
+    network = create_network(config)
+    x = torch.rand(1, config.data.num_channels, config.data.image_size, config.data.image_size)
+    with torch.no_grad():
+        assert network(x, torch.zeros(1)).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bridge__algorithm": "sinkhorn"}, "bridge.algorithm='sinkhorn': allowed are ipf, imf"),
+        ({"bridge__reference": "x"}, "bridge.reference='x': allowed are ornstein_uhlenbeck, brownian"),
+        ({"bridge__coupling": "x"}, "bridge.coupling='x': allowed are reference, independent"),
+        ({"bridge__coupling": "independent"}, "bridge.coupling='independent': IPF starts"),
+        ({"bridge__matching": "x"}, "bridge.matching='x': allowed are drift, mean"),
+        ({"bridge__ladder": "x"}, "bridge.ladder='x': allowed are"),
+        ({"bridge__num_ipf": 0}, "bridge.num_ipf=0: at least 1"),
+        ({"bridge__gamma_min": 2.0, "bridge__gamma_max": 2.0}, "bridge.gamma_max=2.0: must be below the variance"),
+        ({"training__cache_size": 33}, "training.cache_size=33: must be a multiple of training.batch_size=8"),
+        ({"training__n_iters": 0}, "training.n_iters=0: at least 1"),
+        ({"evaluation__num_samples": 1}, "evaluation.num_samples=1: at least 2"),
+        ({"optim__lr": 0.0}, "optim.lr=0.0: allowed are positive"),
+        ({"optim__beta1": 1.0}, "optim.beta1=1.0: allowed are"),
+        ({"seed": -1}, "seed=-1: at least 0"),
+        ({"model__name": "ncsnpp"}, "model.name='ncsnpp': allowed for points are time_mlp, affine"),
+        ({"model__ema_rate": 1.0}, "model.ema_rate=1.0: allowed are"),
+        ({"data__dataset": "gaussian"}, "data.dataset='gaussian': a prior"),
+        ({"data__dataset": "moon"}, "data.dataset='moon': allowed are scurve"),
+        ({"final__dataset": "moon"}, "final.dataset='moon': allowed are scurve"),
+        ({"data__scale": 0.0}, "data.scale=0.0: allowed are positive"),
+    ],
+)
+def test_bad_fields(fields, message, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        BridgeRun(config_of(**fields), tmp_path / "w", CPU)
+    assert message in str(caught.value) and not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("module", [plane, digits, mnist])
+@pytest.mark.parametrize("pair", ["3", "3-", "33-8", "a-b", "moons-x", "-moons", ""])
+def test_bad_pairs(module, pair):
+    with pytest.raises(ValueError, match=r"config argument .*: allowed are"):
+        module.get_config(pair)
+
+
+def test_bad_classes_and_images():
+    config = digits.get_config("3-8")
+    config.final.class_label = 10
+    with pytest.raises(ValueError, match=r"final\.class_label=10 of digits-train: allowed is -1 \(all\) and 0 to 9"):
+        get_marginals(config)
+    config = digits.get_config("all")
+    config.model.dropout = 0.1
+    with pytest.raises(ValueError, match=r"model\.dropout=0\.1"):
+        BridgeRun(config, "w", CPU)
+
+
+def test_another_runs_folder_is_refused(tmp_path):
+    learn(config_of(bridge__num_ipf=1, training__n_iters=2), tmp_path)
+    for other in (config_of("circles", bridge__num_ipf=1, training__n_iters=2), config_of(training__n_iters=3)):
+        run = BridgeRun(other, tmp_path, CPU)
+        with pytest.raises(ValueError, match="holds results of other settings"):
+            run.claim()
+
+
+def test_processes_that_see_different_folders_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "gather_object", lambda values: [*values, 6])
+    with pytest.raises(ValueError, match=r"checkpoints of different steps, \[-1, 6\]; it must be one folder"):
+        BridgeRun(config_of(), tmp_path, CPU).restore()
+
+
+def test_images_that_have_changed_are_refused(tmp_path):
+    """A folder belongs to its data, too: those of another fingerprint have another bridge."""
+    config = config_of("3-8", digits, training__n_iters=2)
+    learn(config, tmp_path)
+    run = BridgeRun(config, tmp_path, CPU)
+    run.marginals[1].halves[0].fingerprint = "0" * 16
+    with pytest.raises(ValueError, match=r"holds results of other settings: contents of\.final was"):
+        run.claim()
+
+
+# ------------------------------------------------------------------------------------------------------ what is written
+
+
+def test_figures_of_points(tmp_path):
+    run = learn(config_of("scurve-circles", bridge__num_ipf=1, training__n_iters=2), tmp_path)
+    results = main.results_of(run)
+    text = main.table(results)
+    assert "# scurve – circles, IPF" in text and "| 0 (reference) |  |  |" in text and len(text.splitlines()) == 8
+    assert json.loads(json.dumps(results))["rows"] == run.history
+    paths = figures.draw_all(run, animate=True)
+    assert [path.name for path in paths] == ["errors.png", "marginals.png", "forward.gif", "backward.gif"]
+    for path in paths:
+        with Image.open(path) as image:
+            image.load()
+            assert image.format == ("GIF" if path.suffix == ".gif" else "PNG")
+            assert getattr(image, "n_frames", 1) == (1 if path.suffix == ".png" else 6)
+
+
+def test_figures_of_images(tmp_path):
+    """Two classes of digits: both directions lead to images; to a Gaussian only one does."""
+    run = learn(config_of("3-8", digits, training__n_iters=2), tmp_path / "a")
+    names = [path.name for path in figures.draw_all(run, animate=False)]
+    assert names == [
+        "errors.png", "backward_images.png", "backward_transitions.png", "forward_images.png", "forward_transitions.png"
+    ]  # fmt: skip
+    run = learn(config_of("all", digits, training__n_iters=2), tmp_path / "b")
+    names = [path.name for path in figures.draw_all(run, animate=True)]
+    assert names == ["errors.png", "backward_images.png", "backward_transitions.png", "backward.gif"]
+    assert isinstance(run.marginals[0], ImageMarginal) and "sliced" in main.table(main.results_of(run))
+
+
+def test_gaussian_results_have_what_linear_algebra_gives(tmp_path):
+    run = learn(config_of("gaussian", bridge__num_ipf=1, training__n_iters=2, training__batch_size=8), tmp_path)
+    results = main.results_of(run)
+    # The reference is exact before anything is learned: 20 chains against its law.
+    assert results["gaussian"][0]["transport_cost"] == pytest.approx(run.history[0]["transport_cost"], rel=0.6)
+    assert "(exact " in main.table(results)
+    assert main.gaussian_rows(BridgeRun(config_of(), tmp_path, CPU)) is None
+
+
+def test_comparison_of_algorithms(tmp_path):
+    overrides = TINY | {"bridge.num_ipf": 1, "training.n_iters": 2}
+    tasks = compare.make_tasks(tmp_path, ["moons", "scurve-circles"], overrides)
+    rows = compare.run(tmp_path, tasks, jobs=2)
+    assert [(row["pair"], row["algorithm"]) for row in rows] == [
+        ("moons", "ipf"), ("moons", "imf"), ("scurve-circles", "ipf"), ("scurve-circles", "imf")
+    ]  # fmt: skip
+    assert len(compare.table(rows).splitlines()) == 8 and (tmp_path / "comparison.png").stat().st_size > 10_000
+    # One process does the same, and finds everything done.
+    assert rows == compare.run(tmp_path, tasks, jobs=1)
+    with pytest.raises(ValueError, match="--pairs is empty"):
+        compare.make_tasks(tmp_path, [])
+    with pytest.raises(ValueError, match="config argument 'x'"):
+        compare.make_tasks(tmp_path, ["x"])
+
+
+def test_command(tmp_path):
+    """The program as a whole: it says what is wrong in a line, learns, resumes, and writes what it says."""
+    flags = [f"--config.{name}={value}" for name, value in (TINY | {"bridge.num_ipf": 1}).items()]
+
+    def command(*arguments: str) -> subprocess.CompletedProcess:
+        program = [sys.executable, "-m", "schrodinger_bridge.main", f"--workdir={tmp_path / 'w'}"]
+        return subprocess.run([*program, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True)
+
+    bad = command("--config=configs/dsb/2d.py:moons", *flags, "--config.bridge.ladder=odd")
+    assert bad.returncode == 1 and bad.stderr.splitlines()[-1].startswith("error: bridge.ladder='odd': allowed are")
+    assert not (tmp_path / "w").exists()
+    done = command("--config=configs/dsb/2d.py:moons", *flags, "--device=cpu")
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = (tmp_path / "w" / "table.md").read_text()
+    assert table in done.stdout and "# moons – gaussian, IPF" in table
+    results = (tmp_path / "w" / "results.json").read_bytes()
+    again = command("--config=configs/dsb/2d.py:moons", *flags, "--device=cpu")
+    assert again.returncode == 0 and (tmp_path / "w" / "results.json").read_bytes() == results
+
+
+@pytest.mark.slow
+def test_learned_coupling_is_the_static_bridge(tmp_path):
+    """Both algorithms, two pairs: the coupling's cost within 5 % of Sinkhorn's, marginals near the level of chance."""
+    overrides = {"bridge.num_ipf": 6, "training.n_iters": 300}
+    rows = compare.run(tmp_path, compare.make_tasks(tmp_path, ["scurve", "moons-8gaussians"], overrides), jobs=2)
+    for row in rows:
+        for direction in (BACKWARD, FORWARD):
+            last = compare.last_of(row, direction)
+            assert last["transport_cost"] == pytest.approx(row["static_cost"], rel=0.05), row["pair"]
+            assert last["w2"] < row["sampling_error"][direction] + 0.12
+        assert row["static_violation"] < 1e-3
