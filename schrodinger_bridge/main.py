@@ -113,11 +113,15 @@ def main(argv: list[str]) -> None:
     options = flags.FLAGS
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from run_setup import Runtime  # with torch, slow to import, which --help and a mistyped flag need not wait for
+    import torch  # slow to import, which --help and a mistyped flag need not wait for
+
+    from run_setup import Runtime
 
     from . import figures
     from .training import BridgeRun
 
+    if "image_size" not in options.config.data:
+        torch.set_num_threads(1)  # of networks so small more than one only wait for each other
     try:
         run = BridgeRun(options.config, options.workdir, Runtime(options.device, options.precision))
         run.claim()

@@ -15,7 +15,6 @@ GAUSSIAN = {
     "data.dataset": "correlated_gaussian",
     "model.name": "affine",
     "optim.lr": 2e-2,
-    "optim.cosine_decay": True,
     "training.batch_size": 2048,
     "training.n_iters": 400,
 }
@@ -32,6 +31,7 @@ def get_config(pair="scurve"):
     config.data = {"dataset": first, "scale": 1.0}
     config.final = {"dataset": last or "gaussian", "scale": 1.0}
     config.model = {"name": "time_mlp", "width": 128, "depth": 3, "ema_rate": 0.99}
+    config.optim.cosine_decay = True
     if pair == "gaussian":
         config.update_from_flattened_dict(GAUSSIAN)
     return config
