@@ -281,7 +281,7 @@ def test_likelihood_of_some_test_images_is_a_part_of_the_whole(trained, tmp_path
     assert [metrics[count]["nll_images"] for count in (0, 4, 50)] == [9, 4, 9]
     assert metrics[4]["test_images"] == 9
     assert metrics[4]["nll_bits_per_dim_se"] == pytest.approx(nll[4].std(ddof=1) / 2)
-    assert metrics[4]["likelihood"] == "rademacher divergence, rk45, rtol 0.001, atol 1e-05"
+    assert metrics[4]["likelihood"] == "rademacher divergence, adams in ln(σ/α), 160 steps"
 
 
 def test_damaged_evaluation_files_are_computed_again(trained, tmp_path, monkeypatch, caplog):
