@@ -461,7 +461,7 @@ def test_checkpoint_of_another_architecture_is_refused(trained, tmp_path):
 
 @pytest.mark.parametrize("poison", ["weights", "gradient"])
 def test_a_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, poison):
-    original = run_lib._Training._train_step
+    original = run_lib.Training.train_step
 
     def poisoned(self, images):
         if self.step == 7:
@@ -473,7 +473,7 @@ def test_a_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(tmp_path, m
                 bias.register_hook(lambda gradient: gradient * float("nan"))
         original(self, images)
 
-    monkeypatch.setattr(run_lib._Training, "_train_step", poisoned)
+    monkeypatch.setattr(run_lib.Training, "train_step", poisoned)
     with pytest.raises(FloatingPointError, match="not finite"):
         run_lib.train(tiny_config(), tmp_path, CPU)
     newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
