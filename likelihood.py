@@ -218,7 +218,7 @@ class LikelihoodEvaluator:
 
 
 def get_likelihood(config, sde: SDE) -> LikelihoodEvaluator:
-    """The evaluator of ``config.likelihood``.
+    """The evaluator of ``config.likelihood``; ``probes`` and ``time`` may be missing: one, and t.
 
     Raises:
         ValueError: a field outside what is allowed.
@@ -227,8 +227,8 @@ def get_likelihood(config, sde: SDE) -> LikelihoodEvaluator:
     return LikelihoodEvaluator(
         sde,
         divergence=settings.divergence,
-        probes=settings.probes,
-        time=settings.time,
+        probes=settings.get("probes", 1),
+        time=settings.get("time", "t"),
         solver=settings.solver,
         rtol=settings.rtol,
         atol=settings.atol,

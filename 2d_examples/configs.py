@@ -59,15 +59,7 @@ def get_config(name="gaussian_8-u"):
     # The paper's loss is twice ours, and its gradient clipped at 1.
     config.optim = ConfigDict({"lr": 7.5e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "grad_clip": 0.5})
     config.likelihood = ConfigDict(
-        {
-            "divergence": "exact",
-            "probes": 1,
-            "time": "t",
-            "solver": "rk45",
-            "rtol": 1e-3,
-            "atol": 1e-5,
-            "num_steps": 0,
-        }
+        {"divergence": "exact", "solver": "rk45", "rtol": 1e-3, "atol": 1e-5, "num_steps": 0}
     )
     config.sampling = ConfigDict(
         {"method": "ode", "solver": "rk45", "rtol": 1e-3, "atol": 1e-5, "num_steps": 50, "noise_removal": False}

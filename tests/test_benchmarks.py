@@ -114,6 +114,28 @@ def test_gradient_of_the_public_code_is_that_of_the_trace(network):
     assert max(part.abs().max() for part in ours) > 1e-3
 
 
+def test_what_the_trace_has_more_is_the_commutator():
+    """With J = S + A the two estimates differ by vᵀ(SA − AS)v, of mean zero: by nothing where S is a multiple of 1."""
+    matrix = torch.randn(6, 6, dtype=torch.float64)
+    symmetric, rest = 0.5 * (matrix + matrix.T), 0.5 * (matrix - matrix.T)
+    x, t = torch.randn(5, 6, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    v = rademacher_like(x, torch.Generator().manual_seed(0))
+    for s in (symmetric, 3 * torch.eye(6, dtype=torch.float64)):
+        trace, antisymmetric = (
+            qc_variance.asymmetry(
+                lambda x, t, s=s: x @ (s + rest).T,
+                x,
+                t,
+                probes=1,
+                estimator=estimator,
+                generator=torch.Generator().manual_seed(0),
+            ).asym
+            for estimator in ("trace", "antisymmetric")
+        )
+        commutator = s @ rest - rest @ s
+        torch.testing.assert_close(antisymmetric - trace, ((v @ commutator) * v).sum(1), rtol=1e-9, atol=1e-9)
+
+
 def test_compiled_gradient_is_the_default_one(network, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)  # compiling takes minutes
     model, batch, score_with = network

@@ -329,6 +329,10 @@ def test_evaluator_from_a_config():
     built = get_likelihood(likelihood_config(), SDES["vp"])
     assert built.divergence == "gaussian" and built.sde is SDES["vp"] and built.eps == 1e-5
     assert built.probes == 2 and isinstance(built.time, TIMES["log_ratio"])
+    older = likelihood_config()
+    del older.likelihood["probes"], older.likelihood["time"]  # a config from before there were these fields
+    built = get_likelihood(older, SDES["vp"])
+    assert built.probes == 1 and isinstance(built.time, TIMES["t"])
     assert built.settings == dict(solver="scipy", rtol=1e-2, atol=1e-4, num_steps=50)
 
 
