@@ -237,14 +237,16 @@ class Training:
                     upcoming = reader.submit(self.batch, step + 1)
                 yield batch
 
-    def inputs(self, images: Tensor, positions: Sequence[int]) -> tuple[Tensor, SampleGenerators]:
-        """Images (b, C, H, W) as the model sees them, on its device, and their random streams, of which the first
-        numbers have been drawn. ``positions`` are those in the batch of all processes."""
-        generator = SampleGenerators((self.config.seed, "train", self.step), positions)
+    def streams(self, positions: Sequence[int]) -> SampleGenerators:
+        """All random numbers of this step, for samples at ``positions`` in the batch of all processes."""
+        return SampleGenerators((self.config.seed, "train", self.step), positions)
+
+    def inputs(self, images: Tensor, generator: SampleGenerators) -> Tensor:
+        """Pixel levels (b, C, H, W) as the model sees them, on its device."""
         x0 = self.run.to_model(images, generator, dequantize=self.config.data.uniform_dequantization)
         if self.config.data.random_flip:
             x0 = random_flip(x0, generator)
-        return x0.to(self.run.device), generator
+        return x0.to(self.run.device)
 
     # -- the loop
 
@@ -306,7 +308,8 @@ class Training:
         )
         for images, labels, positions in micro_batches:
             with accelerator.accumulate(self.objective):
-                x0, generator = self.inputs(images, positions)
+                generator = self.streams(positions)
+                x0 = self.inputs(images, generator)
                 labels = self._class_labels(labels, generator)
                 terms = self.objective(x0, generator, step=self.step, class_labels=labels)
                 accelerator.backward(terms["loss"])

@@ -13,7 +13,6 @@ import contextlib
 import copy
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from ml_collections.config_flags import config_flags
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.clock import clock_of
 from command_line import parse_flags
 from likelihood import LIKELIHOOD_EPS, LikelihoodEvaluator, bits_per_dim
 from randomness import SampleGenerators, rademacher_like
@@ -167,6 +167,7 @@ def compare(
     }
     variants |= {name: lambda settings=settings: problem.ours(model, **settings) for name, settings in VARIANTS.items()}
 
+    clock, kind = clock_of(run.device)
     solutions: dict[str, Solution] = {}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     with tqdm(total=1 + rounds * len(variants), unit="solution") as bar:
@@ -177,15 +178,15 @@ def compare(
                 variants[name]()
         for _ in range(rounds):
             for name, solve in variants.items():
-                started = time.perf_counter()
-                solutions[name] = solve()  # on the host, so all work is done
-                seconds[name].append(time.perf_counter() - started)
+                started = clock()
+                solutions[name] = solve()
+                seconds[name].append(clock() - started)
                 bar.update()
     median = {name: statistics.median(times) for name, times in seconds.items()}
     lines = [
         f"{config.data.dataset}, step {step}, {num_images} images, {exact.mean():.3f} bits/dim, {run.device}, "
         f"{runtime.precision}{', ours compiled' if compiled else ''}, {torch.get_num_threads()} thread(s), "
-        f"torch {torch.__version__}, medians of {rounds}\n",
+        f"torch {torch.__version__}, medians of {rounds}, {kind}\n",
         f"| solver | network runs | seconds per image | paper's time over it | largest error, bits/dim | rms | mean "
         f"| images within {ALLOWED} |",
         "|---|---|---|---|---|---|---|---|",

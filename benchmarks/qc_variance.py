@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -31,6 +30,7 @@ from torch.func import functional_call, grad
 from torch.func import vjp as functional_vjp
 from tqdm import tqdm
 
+from benchmarks.clock import clock_of
 from command_line import parse_flags
 from conservativeness import EXACT_MAX_DIMENSION, asymmetry
 from randomness import SampleGenerators, normal_like, rademacher_like
@@ -212,7 +212,8 @@ def compare(
 
     lines = [
         f"{config.data.dataset}, step {step}, {batch_size} images, {probes} probes each, {run.device}, "
-        f"{runtime.precision}, {torch.get_num_threads()} thread(s), torch {torch.__version__}\n",
+        f"{runtime.precision}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, "
+        f"{clock_of(run.device)[1]}\n",
         "| field | NAsym | estimator | ms per gradient | standard deviation / norm of the mean "
         "| paper's variance over it | paper's variance × time over it |",
         "|---|---|---|---|---|---|---|",
@@ -273,15 +274,15 @@ def _measure(
     """Gradients (probes, P) and the median of seconds, by variant. All variants have the same probes, in turn."""
     gradients: dict[str, list[Tensor]] = {name: [] for name in variants}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    clock, _ = clock_of(run.device)
     for probe in range(-1, probes):  # the first is not counted
         for name, gradient in variants.items():
             generator = SampleGenerators((run.config.seed, "qc probe", probe + 1), range(len(batch.x)))
-            started = time.perf_counter()
+            started = clock()
             found = gradient(batch, generator)
-            if run.device.type == "cuda":
-                torch.cuda.synchronize()
+            duration = clock() - started
             if probe >= 0:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(duration)
                 gradients[name].append(torch.cat([part.flatten() for part in found]).cpu())
                 bar.update()
     return (

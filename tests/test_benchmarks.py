@@ -201,9 +201,10 @@ def test_benchmark_of_the_variance(workdir, monkeypatch):
 
 def test_benchmark_of_the_input(monkeypatch):
     monkeypatch.setattr(data_pipeline, "WARM_UP", 1)
-    paper, ours = table(data_pipeline.compare(small_config(), CPU, 2))
+    paper, ours, streams = table(data_pipeline.compare(small_config(), CPU, 2))
     assert paper["paper's time over it"] == "1.0"
-    for row in (paper, ours):
+    assert float(streams["ms per batch"]) >= float(ours["ms per batch"])
+    for row in (paper, ours, streams):
         assert float(row["ms per batch"]) >= 0 and row["share of a step"].endswith("%")
     with pytest.raises(run_lib.InvalidRun, match="--rounds=0: at least 1"):
         data_pipeline.compare(small_config(), CPU, 0)
