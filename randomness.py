@@ -12,8 +12,7 @@ ordinary ``torch.Generator``, or ``None`` for torch's global stream; everything 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -77,20 +76,29 @@ def mix32(value: IntegerOrTensor) -> IntegerOrTensor:
     return value ^ (value >> 16)
 
 
-def _draw(draw, shape: Sequence[int], generator: Generator, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _draw(
+    fill: Callable[..., Tensor], shape: Sequence[int], generator: Generator, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """``fill(tensor, generator=…)`` writes random numbers into a tensor and returns it."""
     if isinstance(generator, SampleGenerators):
         if shape[0] != len(generator):
             raise ValueError(f"a batch of {shape[0]} samples was given the generators of {len(generator)}")
-        rows = [draw(tuple(shape[1:]), generator=g, dtype=dtype) for g in generator.generators]
-        return torch.stack(rows).to(device) if rows else torch.empty(tuple(shape), dtype=dtype, device=device)
-    if generator is None:
-        return draw(tuple(shape), device=device, dtype=dtype)
-    return draw(tuple(shape), generator=generator, device=generator.device, dtype=dtype).to(device)
+        # In place: of a batch of small images this takes two thirds of the time of stacking single draws.
+        values = torch.empty(tuple(shape), dtype=dtype)
+        for row, own in zip(values.unbind(0), generator.generators, strict=True):
+            fill(row, generator=own)
+        return values.to(device)
+    own_device = device if generator is None else generator.device
+    return fill(torch.empty(tuple(shape), dtype=dtype, device=own_device), generator=generator).to(device)
+
+
+def _fill_with_bits(values: Tensor, generator: torch.Generator | None) -> Tensor:
+    return values.random_(-(2**63), 2**63 - 1, generator=generator)
 
 
 def normal_like(x: Tensor, generator: Generator = None) -> Tensor:
     """Standard normal numbers in the shape (B, ...), dtype and device of ``x``."""
-    return _draw(torch.randn, x.shape, generator, x.device, x.dtype)
+    return _draw(Tensor.normal_, x.shape, generator, x.device, x.dtype)
 
 
 def uniform(
@@ -101,14 +109,14 @@ def uniform(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Numbers uniform on [0, 1) of shape (B, ...)."""
-    return _draw(torch.rand, shape, generator, torch.device(device), dtype or torch.get_default_dtype())
+    return _draw(Tensor.uniform_, shape, generator, torch.device(device), dtype or torch.get_default_dtype())
 
 
 def random_bits(
     shape: Sequence[int], generator: Generator = None, *, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Integers int64 of shape (B, ...), uniform on all that there are (but the largest)."""
-    return _draw(partial(torch.randint, -(2**63), 2**63 - 1), shape, generator, torch.device(device), torch.int64)
+    return _draw(_fill_with_bits, shape, generator, torch.device(device), torch.int64)
 
 
 def rademacher_like(x: Tensor, generator: Generator = None) -> Tensor:

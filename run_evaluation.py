@@ -36,6 +36,7 @@ from feature_classifier import train_classifier
 from features import FeatureExtractor, Features, key_digest, read_statistics, statistics_file
 from inception import InceptionFeatures, find_weights
 from likelihood import bits_per_dim
+from ode import FIXED
 from randomness import SampleGenerators, normal_like
 from run_classifier import load_classifier
 from run_setup import (
@@ -171,16 +172,19 @@ def _sampler_name(config: ConfigDict) -> str:
     if sampling.method == "few_step":
         end = "" if sampling.noise_removal else ", not denoised"
         return f"few steps, {sampling.solver} on the EDM grid, {steps} steps{end}{guided}"
-    if sampling.solver == "heun":
-        return f"ODE, heun, {steps} steps{guided}"
+    if sampling.solver in FIXED:
+        return f"ODE, {sampling.solver}, {steps} steps{guided}"
     return f"ODE, {sampling.solver}, rtol {sampling.rtol:g}, atol {sampling.atol:g}{guided}"
 
 
 def _likelihood_name(config: ConfigDict) -> str:
     settings = config.likelihood
-    if settings.solver == "heun":
-        return f"{settings.divergence} divergence, heun, {settings.num_steps} steps"
-    return f"{settings.divergence} divergence, {settings.solver}, rtol {settings.rtol:g}, atol {settings.atol:g}"
+    several = f", {settings.probes} probes" if settings.probes > 1 and settings.divergence != "exact" else ""
+    name = f"{settings.divergence} divergence{several}, {settings.solver}"
+    name += " in ln(σ/α)" if settings.time == "log_ratio" else ""
+    if settings.solver in FIXED:
+        return f"{name}, {settings.num_steps} steps"
+    return f"{name}, rtol {settings.rtol:g}, atol {settings.atol:g}"
 
 
 def compute_stage(

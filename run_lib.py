@@ -24,7 +24,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -81,12 +81,12 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
         with checked():
             if config.sampling.condition not in ("", "class_free"):
                 raise ValueError(f"sampling.condition={config.sampling.condition!r}: not while training")
-            training = _Training(Run(config, workdir, runtime, free_fields=FREE_IN_TRAINING))
+            training = Training(Run(config, workdir, runtime, free_fields=FREE_IN_TRAINING))
             stack.enter_context(training.run.alone("training"))
         training.loop()
 
 
-class _Training:
+class Training:
     """The state of a training run: what a checkpoint holds."""
 
     def __init__(self, run: Run) -> None:
@@ -205,13 +205,13 @@ class _Training:
 
     # -- data
 
-    def _positions(self) -> range:
+    def positions(self) -> range:
         """Where this process's share lies in the batch of all processes."""
         share = self.config.training.batch_size // self.accelerator.num_processes
         return range(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images and labels."""
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images, pixel levels uint8 (b, C, H, W), and labels (b,): this process's share of a step's batch."""
         indices = datasets.batch_indices(
             self.config.seed,
             step,
@@ -227,15 +227,26 @@ class _Training:
         steps = range(self.step, self.config.training.n_iters)
         if isinstance(self.run.train_data, TensorSplit):
             # Already in memory: a thread would bring OpenMP workers of its own, which cost more than they save.
-            yield from map(self._batch, steps)
+            yield from map(self.batch, steps)
             return
         with ThreadPoolExecutor(1) as reader:
-            upcoming = reader.submit(self._batch, steps[0])
+            upcoming = reader.submit(self.batch, steps[0])
             for step in steps:
                 batch = upcoming.result()
                 if step < steps[-1]:
-                    upcoming = reader.submit(self._batch, step + 1)
+                    upcoming = reader.submit(self.batch, step + 1)
                 yield batch
+
+    def streams(self, positions: Sequence[int]) -> SampleGenerators:
+        """All random numbers of this step, for samples at ``positions`` in the batch of all processes."""
+        return SampleGenerators((self.config.seed, "train", self.step), positions)
+
+    def inputs(self, images: Tensor, generator: SampleGenerators) -> Tensor:
+        """Pixel levels (b, C, H, W) as the model sees them, on its device."""
+        x0 = self.run.to_model(images, generator, dequantize=self.config.data.uniform_dequantization)
+        if self.config.data.random_flip:
+            x0 = random_flip(x0, generator)
+        return x0.to(self.run.device)
 
     # -- the loop
 
@@ -253,7 +264,7 @@ class _Training:
         bar = self.run.progress(total=n_iters, initial=self.step, unit="step", desc=f"train {self.run.workdir.name}")
         with self._signals(), bar, log or contextlib.nullcontext():
             for batch in self._batches():
-                self._train_step(batch)
+                self.train_step(batch)
                 bar.update()
                 self.run.report_progress(1)
                 stopping = self._should_stop()
@@ -283,7 +294,7 @@ class _Training:
             if self.signals is not None:
                 self.signals.finish()
 
-    def _train_step(self, batch: tuple[Tensor, Tensor]) -> None:
+    def train_step(self, batch: tuple[Tensor, Tensor]) -> None:
         config, accelerator = self.config, self.accelerator
         self.objective.train()
         # step + 1: the source's step/warmup makes the first step one of size zero.
@@ -292,17 +303,15 @@ class _Training:
             group["lr"] = config.optim.lr * warmup
         micro_batches = zip(
             *(part.chunk(self.run.runtime.accumulation_steps) for part in batch),
-            np.array_split(np.array(self._positions()), self.run.runtime.accumulation_steps),
+            np.array_split(np.array(self.positions()), self.run.runtime.accumulation_steps),
             strict=True,
         )
         for images, labels, positions in micro_batches:
             with accelerator.accumulate(self.objective):
-                generator = SampleGenerators((config.seed, "train", self.step), positions)
-                x0 = self.run.to_model(images, generator, dequantize=config.data.uniform_dequantization)
-                if config.data.random_flip:
-                    x0 = random_flip(x0, generator)
+                generator = self.streams(positions)
+                x0 = self.inputs(images, generator)
                 labels = self._class_labels(labels, generator)
-                terms = self.objective(x0.to(self.run.device), generator, step=self.step, class_labels=labels)
+                terms = self.objective(x0, generator, step=self.step, class_labels=labels)
                 accelerator.backward(terms["loss"])
                 if accelerator.sync_gradients:
                     limit = config.optim.grad_clip if config.optim.grad_clip >= 0 else math.inf

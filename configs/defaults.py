@@ -99,7 +99,8 @@ def base_config() -> ConfigDict:
     config.sampling.corrector = "langevin"
     config.sampling.n_steps_each = 1
     config.sampling.snr = 0.16
-    config.sampling.solver = "rk45"  # of ode: rk45, scipy, dopri5, heun; of few_step: heun, dpmpp_2m, dpmpp_2m_sde
+    # of ode: rk45, scipy, dopri5, heun, adams; of few_step: heun, dpmpp_2m, dpmpp_2m_sde
+    config.sampling.solver = "rk45"
     config.sampling.rtol = 1e-5
     config.sampling.atol = 1e-5
     # What is given: inpaint, colorize, super_resolution, ct, linear (of the first test images); class, class_free
@@ -131,8 +132,10 @@ def base_config() -> ConfigDict:
 
     config.likelihood = ConfigDict()
     config.likelihood.divergence = "rademacher"  # rademacher, gaussian, exact
-    config.likelihood.solver = "rk45"  # rk45, scipy, dopri5, heun
-    config.likelihood.num_steps = 200  # of heun
+    config.likelihood.probes = 1  # of rademacher and gaussian; their variance falls as 1/probes
+    config.likelihood.time = "log_ratio"  # what to integrate over: log_ratio (of noise to signal), t
+    config.likelihood.solver = "adams"  # rk45, scipy, dopri5, heun, adams
+    config.likelihood.num_steps = 160  # of heun and adams
     config.likelihood.rtol = 1e-3
     config.likelihood.atol = 1e-5
 

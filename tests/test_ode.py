@@ -149,6 +149,31 @@ def test_heun_is_of_second_order_and_keeps_time_in_double_precision():
     torch.testing.assert_close(y, START[:1] + 0.5 * (0.09 - 1e-10), rtol=0, atol=1e-14)
 
 
+def test_adams_is_of_fourth_order_and_weighs_evaluations_alike():
+    problem = Tracking(RATES[:2], frequency=6.0)
+    steps = (40, 80, 160, 320)
+    errors = []
+    for n in steps:
+        problem.evaluations.zero_()
+        y = integrate(problem.velocity, START[:2], 0.0, 1.0, solver="adams", num_steps=n)
+        errors.append((y - problem.solution(START[:2], 0.0, 1.0)).abs().max().item())
+        assert torch.equal(problem.evaluations, torch.tensor([n + 10, n + 10]))
+    slope = np.polyfit(np.log(steps[1:]), np.log(errors[1:]), 1)[0]
+    assert slope == pytest.approx(-4, abs=0.3), errors
+    # Cubic polynomials of t are integrated exactly, few steps or many.
+    for n in (1, 2, 3, 4, 5, 9):
+        y = integrate(lambda y, t, rows: t[:, None] ** 3 + 0 * y, START[:1], 0.2, 1.7, solver="adams", num_steps=n)
+        torch.testing.assert_close(y, START[:1] + (1.7**4 - 0.2**4) / 4, rtol=0, atol=1e-13)
+    # Of a velocity of noise alone: the sum over n steps of size h of independent numbers has the variance n h².
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(y: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        return torch.randn(y.shape, generator=generator, dtype=y.dtype)
+
+    end = integrate(noise, torch.zeros(1000, 2, dtype=torch.float64), 0.0, 1.0, solver="adams", num_steps=100)
+    assert end.std().item() == pytest.approx(0.1, rel=0.05)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("since", [0.0, 0.5])
 def test_a_velocity_that_is_not_finite(solver, since):
@@ -192,11 +217,12 @@ def test_rk45_at_rest_and_in_single_precision():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(solver="rk4"), "solver='rk4': allowed are rk45, scipy, dopri5, heun"),
+        (dict(solver="rk4"), "solver='rk4': allowed are rk45, scipy, dopri5, heun, adams"),
         (dict(rtol=0.0), "rtol=0.0, atol=1e-05: both must be positive"),
         (dict(solver="scipy", atol=-1.0), "rtol=0.001, atol=-1.0: both must be positive"),
         (dict(solver="dopri5", rtol=math.nan), "rtol=nan"),
         (dict(solver="heun"), "num_steps=0: at least 1"),
+        (dict(solver="adams", num_steps=-3), "num_steps=-3: at least 1"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):

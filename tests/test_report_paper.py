@@ -121,6 +121,20 @@ def test_every_setting_that_differs_is_named(
         assert len(found) == (table in tables)
 
 
+@pytest.mark.parametrize(
+    ("likelihood", "differs"),
+    [
+        ("rademacher divergence, adams in ln(σ/α), 160 steps", False),
+        ("rademacher divergence, scipy, rtol 0.001, atol 1e-05", False),
+        ("rademacher divergence, adams in ln(σ/α), 40 steps", True),
+        ("rademacher divergence, adams, 160 steps", True),
+    ],
+)
+def test_solvers_as_accurate_as_the_paper_s_do_not_differ(tmp_path: Path, likelihood: str, differs: bool) -> None:
+    run = load_run(paper_run(tmp_path / "run", "u", {}, likelihood=likelihood))
+    assert any(text.startswith("likelihood") for text in differing_settings(run, 2)) is differs
+
+
 def test_protocols_of_what_was_not_computed_do_not_count(tmp_path: Path) -> None:
     changes = dict(nll_bits_per_dim=None, nll_images=None, likelihood=None, asym=None, asym_levels=None)
     assert differing_settings(load_run(paper_run(tmp_path / "run", "u", **changes)), 2) == []

@@ -348,7 +348,7 @@ def test_fewer_steps_visit_evenly_chosen_levels(predictor, nfe):
 
 
 @every_family
-@pytest.mark.parametrize("solver", ["rk45", "scipy", "dopri5", "heun"])
+@pytest.mark.parametrize("solver", ["rk45", "scipy", "dopri5", "heun", "adams"])
 def test_ode_sampler_is_the_gaussian_map(family, solver):
     sde = SDES[family]
     gaussian = gaussian_2d(sde)
@@ -407,7 +407,7 @@ def test_nfe_of_pc_samplers_is_the_number_of_calls(settings, expected, noise_rem
     assert samples.nfe == score.calls == expected + noise_removal
 
 
-@pytest.mark.parametrize("solver", ["rk45", "scipy", "dopri5", "heun"])
+@pytest.mark.parametrize("solver", ["rk45", "scipy", "dopri5", "heun", "adams"])
 def test_nfe_of_ode_samplers_is_the_number_of_calls(solver):
     sde = SDES["ve"]
     score = Calls(gaussian_2d(sde).score)
@@ -533,7 +533,7 @@ def test_samplers_from_a_config():
         (dict(n_steps_each=0), "sampling.n_steps_each=0"),
         (dict(snr=0.0), "sampling.snr=0.0"),
         (dict(snr=float("nan")), "sampling.snr=nan"),
-        (dict(method="ode", solver="rk4"), "sampling.solver='rk4': allowed are rk45, scipy, dopri5, heun"),
+        (dict(method="ode", solver="rk4"), "sampling.solver='rk4': allowed are rk45, scipy, dopri5, heun, adams"),
         (dict(method="ode", solver="rk45", rtol=0.0), "sampling.rtol=0.0"),
         (dict(method="ode", num_steps=-3), "sampling.num_steps=-3: at least 1"),
     ],

@@ -113,14 +113,14 @@ def runtime_of(name: str) -> run_lib.Runtime:
 
 def train_with_a_signal(name: str, workdir: Path) -> int:
     """Let the second process get SIGTERM in one of the steps; returns the step at which all have stopped."""
-    take_step = run_lib._Training._train_step
+    take_step = run_lib.Training.train_step
 
     def step_with_signal(self, batch) -> None:
         take_step(self, batch)
         if self.step == STOPPED and self.accelerator.process_index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    run_lib._Training._train_step = step_with_signal
+    run_lib.Training.train_step = step_with_signal
     try:
         run_lib.train(config_of(name), workdir, runtime_of(name))
     except run_lib.Interrupted as interruption:
@@ -128,7 +128,7 @@ def train_with_a_signal(name: str, workdir: Path) -> int:
     else:
         raise AssertionError("it did not stop")
     finally:
-        run_lib._Training._train_step = take_step
+        run_lib.Training.train_step = take_step
     return max(int(path.stem[5:]) for path in (workdir / "checkpoints").glob("step_*.pt"))
 
 
