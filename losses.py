@@ -206,7 +206,10 @@ class Objective(nn.Module):
             part = self._reduce(weight * asym, xt) * (count / probes)
             if start + count < probes and part.requires_grad:
                 found = torch.autograd.grad(part, parameters, materialize_grads=True)
-                gradients = torch._foreach_add(gradients, found) if gradients else list(found)
+                if gradients:
+                    torch._foreach_add_(gradients, found)
+                else:
+                    gradients = [gradient.clone() for gradient in found]  # their own: two may be one tensor
                 part = part.detach()
                 del value, asym, found  # the graph, before the next one is built
             total = total + part

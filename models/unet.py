@@ -22,6 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from models.higher_order import concatenate, differentiated_twice, higher_order, norm_act
 from models.layers import (
     Attention,
     BigGANBlock,
@@ -119,7 +120,7 @@ class _DecoderBlock(nn.Module):
     def forward(
         self, h: Tensor, temb: Tensor | None, pyramid: Tensor, skips: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        return self.block(torch.cat([h, skips.pop()], dim=1), temb), pyramid
+        return self.block(concatenate(h, skips.pop()), temb), pyramid
 
 
 class _LevelEnd(nn.Module):
@@ -178,8 +179,16 @@ class _OutputResidual(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+class _Projection(nn.Sequential):
+    """conv(act(norm(h)))."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        norm, activation, conv = self
+        return conv(norm_act(norm, activation, h))
+
+
 def _projection(in_channels: int, out_channels: int, activation: nn.Module, scale: float = 1.0) -> nn.Sequential:
-    return nn.Sequential(group_norm(in_channels), activation, conv3x3(in_channels, out_channels, scale))
+    return _Projection(group_norm(in_channels), activation, conv3x3(in_channels, out_channels, scale))
 
 
 class UNet(nn.Module):
@@ -394,6 +403,10 @@ class UNet(nn.Module):
                 f"class labels {'missing' if class_labels is None else 'given'}: the network has "
                 f"model.num_classes={self.num_classes}"
             )
+        with higher_order(differentiated_twice(x)):
+            return self._evaluate(x, label, class_labels)
+
+    def _evaluate(self, x: Tensor, label: Tensor, class_labels: Tensor | None) -> Tensor:
         temb = None
         if self.time_mlp is not None:
             temb = self.time_mlp(self.embedding(label.to(x.dtype)))

@@ -1,0 +1,579 @@
+"""Convolution, normalisation, activation and blur whose second derivatives are cheap.
+
+torch differentiates a convolution twice by a convolution with a kernel as large as the image, one with groups by one
+convolution per group, and a normalisation by a dozen passes over memory for each product. The quasi-conservative loss
+and conservative models consist of such derivatives. Here they are written out, in terms of what runs forward and
+backward anyway:
+
+* A convolution y = w * x is bilinear. With its two transposes, ȳ ↦ x̄ and (ȳ, x) ↦ w̄, it forms a set that is closed
+  under differentiation.
+* A normalisation a = (x − μ)r, r = (var + ε)^(−1/2), over groups of n numbers has the Jacobian
+
+      J = r(I − 11ᵀ/n − aaᵀ/n) = Jᵀ,
+
+  so that the kernel of the backward pass also maps tangents forward, and
+
+      ∇ₓ(cᵀJu) = −(r/n)(a cᵀJu + Jc aᵀu + Ju aᵀc).
+
+* x ↦ x·sigmoid(x) acts on each number by itself: its first two derivatives are computed once and then multiply.
+* A blur is linear, and the derivative of its transpose the blur again; so it is with a concatenation and its
+  transpose, which torch differentiates by padding each part with zeros, in another memory format, and adding up.
+
+All can be differentiated any number of times. Layers use them only where the input of the network itself has a
+gradient (``higher_order``): to train by the score alone torch's own are faster by what a call from Python costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from functools import cached_property
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+__all__ = [
+    "Conv2d",
+    "GroupNorm",
+    "blur",
+    "blur_transposed",
+    "concatenate",
+    "differentiated_twice",
+    "higher_order",
+    "is_higher_order",
+    "norm_act",
+]
+
+_HIGHER_ORDER: ContextVar[bool] = ContextVar("higher_order", default=False)
+
+
+def is_higher_order() -> bool:
+    """Whether layers use the functions of this file."""
+    return _HIGHER_ORDER.get()
+
+
+@contextlib.contextmanager
+def higher_order(wanted: bool) -> Iterator[None]:
+    """Let layers use the functions of this file, or not, within the context."""
+    token = _HIGHER_ORDER.set(wanted)
+    try:
+        yield
+    finally:
+        _HIGHER_ORDER.reset(token)
+
+
+def differentiated_twice(x: Tensor) -> bool:
+    """Whether what is computed from a network's input ``x`` may be differentiated more than once, by reverse mode.
+
+    Not under autocast, for whose casts these functions have no rule, nor for dual numbers, torch.func and torch.compile.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and x.requires_grad
+        and not torch.is_autocast_enabled(x.device.type)
+        and forward_ad.unpack_dual(x).tangent is None
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _asked(ctx, count: int) -> list[bool]:
+    """Which of the first ``count`` inputs, tensors, the engine wants the gradient of in this pass.
+
+    ctx.needs_input_grad says what has a gradient at all; the products for the Jacobian would then compute those of the
+    weights, too. The engine does not answer for leaves, so weights must come as views.
+    """
+    nodes = [node for node, _ in ctx.next_functions[:count]]
+    return [
+        node is not None
+        and (node.name() == "torch::autograd::AccumulateGrad" or torch._C._will_engine_execute_node(node))
+        for node in nodes
+    ]
+
+
+def _view(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.view_as(parameter)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Convolution
+
+
+class _Conv(Function):
+    """(x, w, b) ↦ w * x + b."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = geometry
+        return F.conv2d(x, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        asked = _asked(ctx, len(ctx.next_functions))
+        asked += [False] * (3 - len(asked))
+        if not torch.is_grad_enabled():
+            return *_convolution_backward(g, x, weight, ctx.geometry, asked), None
+        return (
+            _ConvInput.apply(g, weight, x.detach(), ctx.geometry) if asked[0] else None,
+            _ConvWeight.apply(g, x, weight.detach(), ctx.geometry) if asked[1] else None,
+            g.sum((0, 2, 3)) if asked[2] else None,
+            None,
+        )
+
+
+class _ConvInput(Function):
+    """(ȳ, w) ↦ x̄, the transpose in x; of ``like``, an x, only the shape matters."""
+
+    @staticmethod
+    def forward(ctx, g: Tensor, weight: Tensor, like: Tensor, geometry: tuple) -> Tensor:
+        ctx.save_for_backward(g, weight)
+        ctx.geometry = geometry
+        return _convolution_backward(g, like, weight, geometry, [True, False, False])[0]
+
+    @staticmethod
+    def backward(ctx, c: Tensor) -> tuple[Tensor | None, ...]:
+        g, weight = ctx.saved_tensors
+        for_g, for_weight = _asked(ctx, 2)
+        return (
+            _Conv.apply(c, weight, None, ctx.geometry) if for_g else None,
+            _ConvWeight.apply(g, c, weight.detach(), ctx.geometry) if for_weight else None,
+            None,
+            None,
+        )
+
+
+class _ConvWeight(Function):
+    """(ȳ, x) ↦ w̄, the transpose in w; of ``like``, a w, only the shape matters."""
+
+    @staticmethod
+    def forward(ctx, g: Tensor, x: Tensor, like: Tensor, geometry: tuple) -> Tensor:
+        ctx.save_for_backward(g, x)
+        ctx.geometry = geometry
+        return _convolution_backward(g, x, like, geometry, [False, True, False])[1]
+
+    @staticmethod
+    def backward(ctx, c: Tensor) -> tuple[Tensor | None, ...]:
+        g, x = ctx.saved_tensors
+        for_g, for_x = _asked(ctx, 2)
+        return (
+            _Conv.apply(x, c, None, ctx.geometry) if for_g else None,
+            _ConvInput.apply(g, c, x.detach(), ctx.geometry) if for_x else None,
+            None,
+            None,
+        )
+
+
+def _convolution_backward(
+    g: Tensor, x: Tensor, weight: Tensor, geometry: tuple, asked: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    stride, padding, dilation, groups = geometry
+    if len(weight) == 1:  # a clone in channels-last format has strides that torch's kernel refuses
+        weight = weight.contiguous()
+    bias_sizes, output_padding = [len(weight)], [0, 0]
+    return torch.ops.aten.convolution_backward(
+        g, x, weight, bias_sizes, stride, padding, dilation, False, output_padding, groups, list(asked)
+    )
+
+
+class Conv2d(nn.Conv2d):
+    """torch's, zeros outside of the image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not is_higher_order():
+            return super().forward(x)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return _Conv.apply(x, _view(self.weight), _view(self.bias), geometry)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Group normalisation
+
+
+class _GroupNorm(Function):
+    """(x, γ, β) ↦ z = γa + β, with γ and β (C,) given or both absent."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+    ) -> Tensor:
+        x = _dense(x)
+        value, mean, rstd = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.groups, ctx.eps = groups, eps
+        return value
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        for_x, for_weight, for_bias = (*_asked(ctx, 3), False, False)[:3]
+        if not torch.is_grad_enabled():
+            return *_group_norm_backward(g, x, weight, mean, rstd, ctx.groups, [for_x, for_weight, for_bias]), None, None
+        return (
+            _GroupNormInput.apply(g, x, weight, mean, rstd, ctx.groups, ctx.eps) if for_x else None,
+            (g * _GroupNorm.apply(x, None, None, ctx.groups, ctx.eps)).sum((0, 2, 3)) if for_weight else None,
+            g.sum((0, 2, 3)) if for_bias else None,
+            None,
+            None,
+        )
+
+
+class _GroupNormInput(Function):
+    """(z̄, x, γ) ↦ x̄ = J(γz̄). Mean and r of x (B, groups) are given, but count as functions of x."""
+
+    @staticmethod
+    def forward(
+        ctx, g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, groups: int, eps: float
+    ) -> Tensor:
+        product = _group_norm_backward(g, x, weight, mean, rstd, groups, [True, False, False])[0]
+        ctx.save_for_backward(g, x, weight, mean, rstd, product)
+        ctx.groups, ctx.eps = groups, eps
+        return product
+
+    @staticmethod
+    def backward(ctx, c: Tensor) -> tuple[Tensor | None, ...]:
+        g, x, weight, mean, rstd, ju = ctx.saved_tensors
+        groups, eps = ctx.groups, ctx.eps
+        for_g, for_x, *for_weight = _asked(ctx, 3 if weight is not None else 2)
+        jc = _GroupNormInput.apply(c, x, None, mean, rstd, groups, eps)
+        for_g = (jc if weight is None else jc * _per_channel(weight[None])) if for_g else None
+        for_weight = (g * jc).sum((0, 2, 3)) if any(for_weight) else None
+        if not for_x:
+            return for_g, None, for_weight, None, None, None, None
+
+        if torch.is_grad_enabled():  # of a still higher order: all of it as a function of x
+            a = _GroupNorm.apply(x, None, None, groups, eps)
+            rstd = (x.unflatten(1, (groups, -1)).var((2, 3, 4), correction=0) + eps).rsqrt()
+        else:
+            scale = _of_channels(rstd, x.shape[1])
+            a = torch.addcmul(_per_channel(-_of_channels(mean, x.shape[1]) * scale), x, _per_channel(scale))
+        sums = torch.stack([(c * ju).sum((2, 3)), _weighted((a * g).sum((2, 3)), weight), (a * c).sum((2, 3))])
+        sums = sums.unflatten(2, (groups, -1)).sum(3)  # cᵀJu, aᵀu and aᵀc, each (B, groups)
+        sums = _of_channels(sums * (rstd * (-groups / x[0].numel())), x.shape[1])
+        first, second, third = (_per_channel(s) for s in sums)
+        for_x = torch.addcmul(torch.addcmul(a * first, jc, second), ju, third)
+        return for_g, for_x, for_weight, None, None, None, None
+
+
+def _group_norm_backward(
+    g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, groups: int, asked: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    g = g.contiguous(memory_format=_format(x))
+    return torch.ops.aten.native_group_norm_backward(g, x, mean, rstd, weight, *_sizes(x), groups, asked)
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    """What torch's kernels of group normalisation take: on the CPU that of ``x``."""
+    channels_last = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=_format(x))
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    return x.shape[0], x.shape[1], x[0, 0].numel()
+
+
+def _of_channels(groups: Tensor, channels: int) -> Tensor:
+    """(..., groups) → (..., C)."""
+    each = channels // groups.shape[-1]
+    return groups[..., None].expand(*groups.shape, each).flatten(-2)
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values[:, :, None, None]
+
+
+def _weighted(sums: Tensor, weight: Tensor | None) -> Tensor:
+    return sums if weight is None else sums * weight
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch's, for images (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_higher_order():
+            return _GroupNorm.apply(x, _view(self.weight), _view(self.bias), self.num_groups, self.eps)
+        return super().forward(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Group normalisation followed by x·sigmoid(x)
+
+
+class _Constants:
+    """What the derivatives of y = φ(z), z = γa + β, share, as numbers without a graph, computed when first asked for."""
+
+    def __init__(self, x: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> None:
+        self.x, self.z, self.mean, self.rstd = x.detach(), z.detach(), mean, rstd
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """r of every channel, (B, C, 1, 1)."""
+        return _per_channel(_of_channels(self.rstd, self.x.shape[1]))
+
+    @cached_property
+    def normalised(self) -> Tensor:
+        """a (B, C, H, W)."""
+        return torch.addcmul(-_per_channel(_of_channels(self.mean, self.x.shape[1])) * self.scale, self.x, self.scale)
+
+    @cached_property
+    def slope(self) -> Tensor:
+        """φ'(z)."""
+        return torch.ops.aten.silu_backward(self.z.new_ones(()).expand_as(self.z), self.z)
+
+    @cached_property
+    def half_curvature(self) -> Tensor:
+        """½φ''(z) = (1 − s)(φ' − ½φ), s = sigmoid(z)."""
+        s = torch.sigmoid(self.z)
+        bracket = torch.addcmul(self.slope, s, self.z, value=-0.5)
+        return bracket.mul_(s.neg_().add_(1))
+
+    def project(self, u: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """J(γu) (B, C, H, W), and aᵀγu (B, groups); γ (C,), or 1."""
+        groups, size = self.rstd.shape[1], self.x[0].numel() // self.rstd.shape[1]
+        sums = torch.stack([u.sum((2, 3)), (self.normalised * u).sum((2, 3))])
+        sums = (sums if weight is None else sums * weight).unflatten(2, (groups, -1)).sum(3)
+        shift, slope = _of_channels(sums * (self.rstd / -size), self.x.shape[1])
+        scale = self.scale if weight is None else self.scale * _per_channel(weight[None])
+        product = torch.addcmul(_per_channel(shift), u, scale)
+        return product.addcmul_(self.normalised, _per_channel(slope)), sums[1]
+
+    def transposed(self, jc: Tensor, weight: Tensor) -> Tensor:
+        """γφ'(z)Jc."""
+        return (self.slope * jc).mul_(_per_channel(weight[None]))
+
+    def third(
+        self, g: Tensor, weight: Tensor, ju: tuple[Tensor, Tensor], jc: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The derivatives of (γφ'(z)ȳ)ᵀJ(x)c for x, γ and z, with u = γφ'(z)ȳ; ``ju`` and ``jc`` from ``project``."""
+        (ju, au), (jc, ac) = ju, jc
+        groups = self.rstd.shape[1]
+        for_z = g * jc
+        products = (self.slope * for_z).sum((2, 3))  # the part of each channel in uᵀJc, over γ
+        for_z.mul_(self.half_curvature).mul_(_per_channel(2 * weight[None]))
+        ujc = (products * weight).unflatten(1, (groups, -1)).sum(2)
+        sums = torch.stack([ujc, au, ac]) * (self.rstd * (-groups / self.x[0].numel()))
+        first, second, third = _of_channels(sums, self.x.shape[1])[..., None, None]
+        for_x = (self.normalised * first).addcmul_(jc, second).addcmul_(ju, third)
+        return for_x, products.sum(0), for_z
+
+
+class _NormAct(Function):
+    """(x, γ, β) ↦ y = φ(z) and, for what is derived from y, z = γa + β."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        x = _dense(x)
+        z, mean, rstd = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)
+        ctx.save_for_backward(x, weight, z)
+        ctx.constants, ctx.eps = _Constants(x, z, mean, rstd), eps
+        ctx.set_materialize_grads(False)
+        return F.silu(z), z
+
+    @staticmethod
+    def backward(ctx, g: Tensor | None, g_z: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, z = ctx.saved_tensors
+        constants, eps = ctx.constants, ctx.eps
+        groups = constants.rstd.shape[1]
+        asked = _asked(ctx, 3)
+        if not torch.is_grad_enabled():
+            total = g_z if g is None else constants.slope * g
+            if g is not None and g_z is not None:
+                total += g_z
+            return *_group_norm_backward(total, x, weight, constants.mean, constants.rstd, groups, asked), None, None
+        for_x = for_weight = for_bias = None
+        if asked[0] and g is not None:
+            for_x = _NormActInput.apply(g, x, weight, z, constants, eps)
+        if asked[0] and g_z is not None:
+            part = _GroupNormInput.apply(g_z, x, weight, constants.mean, constants.rstd, groups, eps)
+            for_x = part if for_x is None else for_x + part
+        if any(asked[1:]):
+            total = (0 if g is None else g * _slope(z)) + (0 if g_z is None else g_z)
+            for_weight = (total * _GroupNorm.apply(x, None, None, groups, eps)).sum((0, 2, 3))
+            for_bias = total.sum((0, 2, 3))
+        return for_x, for_weight, for_bias, None, None
+
+
+class _NormActInput(Function):
+    """(ȳ, x, γ, z) ↦ x̄ = J(γφ'(z)ȳ)."""
+
+    @staticmethod
+    def forward(
+        ctx, g: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants, eps: float
+    ) -> Tensor:
+        product, ctx.au = constants.project(constants.slope * g, weight)
+        ctx.save_for_backward(g, x, weight, z, product)
+        ctx.constants, ctx.eps = constants, eps
+        return product
+
+    @staticmethod
+    def backward(ctx, c: Tensor) -> tuple[Tensor | None, ...]:
+        g, x, weight, z, ju = ctx.saved_tensors
+        constants, eps, asked = ctx.constants, ctx.eps, _asked(ctx, 4)
+        if not any(asked[1:]):
+            return _NormActTangent.apply(c, x, weight, z, constants, eps), None, None, None, None, None
+        if torch.is_grad_enabled():
+            return *_by_torch(_input, asked, c, (g, x, weight, z), constants, eps), None, None
+        jc = constants.project(c)
+        for_x, for_weight, for_z = constants.third(g, weight, (ju, ctx.au), jc)
+        for_g = constants.transposed(jc[0], weight) if asked[0] else None
+        return for_g, for_x, for_weight, for_z, None, None
+
+
+class _NormActTangent(Function):
+    """(c, x, γ, z) ↦ γφ'(z)Jc, the transpose of the former."""
+
+    @staticmethod
+    def forward(
+        ctx, c: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants, eps: float
+    ) -> Tensor:
+        jc, ctx.ac = constants.project(c)
+        ctx.save_for_backward(c, x, weight, z)
+        ctx.jc, ctx.constants, ctx.eps = jc, constants, eps
+        return constants.transposed(jc, weight)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        c, x, weight, z = ctx.saved_tensors
+        constants, eps, asked = ctx.constants, ctx.eps, _asked(ctx, 4)
+        if not any(asked[1:]):
+            return _NormActInput.apply(g, x, weight, z, constants, eps), None, None, None, None, None
+        if torch.is_grad_enabled():
+            return *_by_torch(_tangent, asked, g, (c, x, weight, z), constants, eps), None, None
+        ju = constants.project(constants.slope * g, weight)
+        for_x, for_weight, for_z = constants.third(g, weight, ju, (ctx.jc, ctx.ac))
+        return ju[0] if asked[0] else None, for_x, for_weight, for_z, None, None
+
+
+def _slope(z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+def _input(g: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants, eps: float) -> Tensor:
+    mean, rstd = constants.mean, constants.rstd
+    return _GroupNormInput.apply(g * _slope(z), x, weight, mean, rstd, rstd.shape[1], eps)
+
+
+def _tangent(c: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants, eps: float) -> Tensor:
+    mean, rstd = constants.mean, constants.rstd
+    return _GroupNormInput.apply(c, x, None, mean, rstd, rstd.shape[1], eps) * _per_channel(weight[None]) * _slope(z)
+
+
+def _by_torch(
+    function: Callable[..., Tensor], asked: Sequence[bool], cotangent: Tensor, inputs: Sequence[Tensor], *options
+) -> list[Tensor | None]:
+    """The gradients of a function, with a graph: for what is differentiated further than need be fast."""
+    # Views, so that x does not count once more where z is a function of it.
+    views = [x.view_as(x) for x in inputs]
+    wanted = [view for view, needed in zip(views, asked, strict=True) if needed]
+    found = iter(
+        torch.autograd.grad(
+            function(*views, *options), wanted, cotangent, create_graph=True, materialize_grads=True
+        )
+    )
+    return [next(found) if needed else None for needed in asked]
+
+
+def norm_act(norm: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
+    """``activation(norm(x))`` for images (B, C, H, W)."""
+    if is_higher_order() and isinstance(norm, GroupNorm) and isinstance(activation, nn.SiLU):
+        return _NormAct.apply(x, _view(norm.weight), _view(norm.bias), norm.num_groups, norm.eps)[0]
+    return activation(norm(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Blur
+
+
+class _Blur(Function):
+    """The correlation of each channel of x (B, C, H, W) with one kernel, which has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kernel: Tensor, stride: int, padding: int) -> Tensor:
+        ctx.kernel, ctx.options, ctx.size = kernel, (stride, padding), x.shape[2:]
+        return F.conv2d(x, _each(kernel, x), stride=stride, padding=padding, groups=x.shape[1])
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, None]:
+        return _BlurTransposed.apply(g, ctx.kernel, *ctx.options, ctx.size), None, None, None
+
+
+class _BlurTransposed(Function):
+    """The transpose of ``_Blur`` on images of a given size."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kernel: Tensor, stride: int, padding: int, size: Sequence[int]) -> Tensor:
+        ctx.kernel, ctx.options = kernel, (stride, padding)
+        least = [stride * (n - 1) + k - 2 * padding for n, k in zip(x.shape[2:], kernel.shape, strict=True)]
+        missing = [n - m for n, m in zip(size, least, strict=True)]
+        return F.conv_transpose2d(
+            x, _each(kernel, x), stride=stride, padding=padding, output_padding=missing, groups=x.shape[1]
+        )
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _Blur.apply(g, ctx.kernel, *ctx.options), None, None, None, None
+
+
+def _each(kernel: Tensor, x: Tensor) -> Tensor:
+    return kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
+
+
+def blur(x: Tensor, kernel: Tensor, *, stride: int, padding: int = 0) -> Tensor:
+    """Each channel of x (B, C, H, W) correlated with a constant kernel (k, l), every ``stride``-th pixel of it."""
+    if is_higher_order():
+        return _Blur.apply(x, kernel, stride, padding)
+    return F.conv2d(x, _each(kernel, x), stride=stride, padding=padding, groups=x.shape[1])
+
+
+def blur_transposed(x: Tensor, kernel: Tensor, *, stride: int, padding: int = 0) -> Tensor:
+    """The transpose of ``blur``: (B, C, H, W) → (B, C, stride(H − 1) + k − 2·padding, ...)."""
+    if is_higher_order():
+        size = [stride * (n - 1) + k - 2 * padding for n, k in zip(x.shape[2:], kernel.shape, strict=True)]
+        return _BlurTransposed.apply(x, kernel, stride, padding, size)
+    return F.conv_transpose2d(x, _each(kernel, x), stride=stride, padding=padding, groups=x.shape[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Concatenation
+
+
+class _Concatenate(Function):
+    """Tensors (B, C_i, H, W) ↦ (B, ΣC_i, H, W)."""
+
+    @staticmethod
+    def forward(ctx, *parts: Tensor) -> Tensor:
+        ctx.sizes = [part.shape[1] for part in parts]
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, ...]:
+        return _Split.apply(g, ctx.sizes)
+
+
+class _Split(Function):
+    """Its transpose, (B, ΣC_i, H, W) ↦ tensors (B, C_i, H, W)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        return x.split(sizes, dim=1)
+
+    @staticmethod
+    def backward(ctx, *parts: Tensor) -> tuple[Tensor, None]:
+        return _Concatenate.apply(*parts), None
+
+
+def concatenate(*parts: Tensor) -> Tensor:
+    """Tensors (B, C_i, H, W) → (B, ΣC_i, H, W)."""
+    return _Concatenate.apply(*parts) if is_higher_order() else torch.cat(parts, dim=1)
