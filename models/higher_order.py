@@ -26,9 +26,10 @@ gradient (``higher_order``): to train by the score alone torch's own are faster 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -140,6 +141,9 @@ class _ConvInput(Function):
     def backward(ctx, c: Tensor) -> tuple[Tensor | None, ...]:
         g, weight = ctx.saved_tensors
         for_g, for_weight = _asked(ctx, 2)
+        if not torch.is_grad_enabled():
+            product = F.conv2d(c, weight, None, *ctx.geometry) if for_g else None
+            return product, _convolution_backward(g, c, weight, ctx.geometry, [False, for_weight, False])[1], None, None
         return (
             _Conv.apply(c, weight, None, ctx.geometry) if for_g else None,
             _ConvWeight.apply(g, c, weight.detach(), ctx.geometry) if for_weight else None,
@@ -278,7 +282,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
-    return x.shape[0], x.shape[1], x[0, 0].numel()
+    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
 
 
 def _of_channels(groups: Tensor, channels: int) -> Tensor:
@@ -316,13 +320,25 @@ class _Constants:
 
     @cached_property
     def scale(self) -> Tensor:
-        """r of every channel, (B, C, 1, 1)."""
-        return _per_channel(_of_channels(self.rstd, self.x.shape[1]))
+        """r of every channel, (B, C)."""
+        return _of_channels(self.rstd, self.x.shape[1])
+
+    @cached_property
+    def minus_scale_over_size(self) -> Tensor:
+        """−r/n of every channel, (B, C)."""
+        return self.scale * (-self.rstd.shape[1] / math.prod(self.x.shape[1:]))
+
+    @cached_property
+    def groups(self) -> Tensor:
+        """(C, C), 1 where two channels are of one group: a product with it sums over groups."""
+        channels, groups = self.x.shape[1], self.rstd.shape[1]
+        return _group_matrix(channels, groups, self.x.dtype, self.x.device)
 
     @cached_property
     def normalised(self) -> Tensor:
         """a (B, C, H, W)."""
-        return torch.addcmul(-_per_channel(_of_channels(self.mean, self.x.shape[1])) * self.scale, self.x, self.scale)
+        shift = _of_channels(self.mean, self.x.shape[1]).mul(self.scale).neg_()
+        return torch.addcmul(_per_channel(shift), self.x, _per_channel(self.scale))
 
     @cached_property
     def slope(self) -> Tensor:
@@ -337,14 +353,15 @@ class _Constants:
         return bracket.mul_(s.neg_().add_(1))
 
     def project(self, u: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """J(γu) (B, C, H, W), and aᵀγu (B, groups); γ (C,), or 1."""
-        groups, size = self.rstd.shape[1], self.x[0].numel() // self.rstd.shape[1]
+        """J(γu) (B, C, H, W), and aᵀγu of each channel's group (B, C); γ (C,), or 1."""
         sums = torch.stack([u.sum((2, 3)), (self.normalised * u).sum((2, 3))])
-        sums = (sums if weight is None else sums * weight).unflatten(2, (groups, -1)).sum(3)
-        shift, slope = _of_channels(sums * (self.rstd / -size), self.x.shape[1])
-        scale = self.scale if weight is None else self.scale * _per_channel(weight[None])
-        product = torch.addcmul(_per_channel(shift), u, scale)
-        return product.addcmul_(self.normalised, _per_channel(slope)), sums[1]
+        scale = self.scale
+        if weight is not None:
+            sums, scale = sums * weight, scale * weight
+        sums = sums @ self.groups
+        shift, slope = (sums * self.minus_scale_over_size)[..., None, None].unbind()
+        product = torch.addcmul(shift, u, _per_channel(scale))
+        return product.addcmul_(self.normalised, slope), sums[1]
 
     def transposed(self, jc: Tensor, weight: Tensor) -> Tensor:
         """γφ'(z)Jc."""
@@ -355,15 +372,19 @@ class _Constants:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The derivatives of (γφ'(z)ȳ)ᵀJ(x)c for x, γ and z, with u = γφ'(z)ȳ; ``ju`` and ``jc`` from ``project``."""
         (ju, au), (jc, ac) = ju, jc
-        groups = self.rstd.shape[1]
         for_z = g * jc
         products = (self.slope * for_z).sum((2, 3))  # the part of each channel in uᵀJc, over γ
         for_z.mul_(self.half_curvature).mul_(_per_channel(2 * weight[None]))
-        ujc = (products * weight).unflatten(1, (groups, -1)).sum(2)
-        sums = torch.stack([ujc, au, ac]) * (self.rstd * (-groups / self.x[0].numel()))
-        first, second, third = _of_channels(sums, self.x.shape[1])[..., None, None]
+        coefficients = torch.stack([(products * weight) @ self.groups, au, ac]) * self.minus_scale_over_size
+        first, second, third = coefficients[..., None, None].unbind()
         for_x = (self.normalised * first).addcmul_(jc, second).addcmul_(ju, third)
         return for_x, products.sum(0), for_z
+
+
+@lru_cache(maxsize=64)
+def _group_matrix(channels: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    group = torch.arange(channels, device=device) // (channels // groups)
+    return (group[:, None] == group).to(dtype)
 
 
 class _NormAct(Function):

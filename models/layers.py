@@ -304,7 +304,6 @@ class Attention(Recomputable):
         h = self.norm(x)
         # (B, HW, C): the order of channels-last memory, so that nothing is copied.
         query, key, value = (layer(h).permute(0, 2, 3, 1).flatten(1, 2) for layer in (self.query, self.key, self.value))
-        logits = query @ key.transpose(1, 2) * channels**-0.5  # (B, HW, HW)
-        weights = torch.softmax(logits, dim=2)
+        weights = torch.softmax((channels**-0.5 * query) @ key.transpose(1, 2), dim=2)  # (B, HW, HW)
         h = (weights.to(value.dtype) @ value).unflatten(1, (height, width)).permute(0, 3, 1, 2)
         return self.rescale * (x + self.out(h))
