@@ -54,13 +54,13 @@ _HIGHER_ORDER: ContextVar[bool] = ContextVar("higher_order", default=False)
 
 def is_higher_order() -> bool:
     """Whether layers use the functions of this file."""
-    return _HIGHER_ORDER.get()
+    return not torch.compiler.is_compiling() and _HIGHER_ORDER.get()
 
 
 @contextlib.contextmanager
-def higher_order(wanted: bool) -> Iterator[None]:
-    """Let layers use the functions of this file, or not, within the context."""
-    token = _HIGHER_ORDER.set(wanted)
+def higher_order() -> Iterator[None]:
+    """Let layers use the functions of this file within the context."""
+    token = _HIGHER_ORDER.set(True)
     try:
         yield
     finally:
@@ -203,9 +203,7 @@ class _GroupNorm(Function):
     """(x, γ, β) ↦ z = γa + β, with γ and β (C,) given or both absent."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
-    ) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
         x = _dense(x)
         value, mean, rstd = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
@@ -217,7 +215,11 @@ class _GroupNorm(Function):
         x, weight, mean, rstd = ctx.saved_tensors
         for_x, for_weight, for_bias = (*_asked(ctx, 3), False, False)[:3]
         if not torch.is_grad_enabled():
-            return *_group_norm_backward(g, x, weight, mean, rstd, ctx.groups, [for_x, for_weight, for_bias]), None, None
+            return (
+                *_group_norm_backward(g, x, weight, mean, rstd, ctx.groups, [for_x, for_weight, for_bias]),
+                None,
+                None,
+            )
         return (
             _GroupNormInput.apply(g, x, weight, mean, rstd, ctx.groups, ctx.eps) if for_x else None,
             (g * _GroupNorm.apply(x, None, None, ctx.groups, ctx.eps)).sum((0, 2, 3)) if for_weight else None,
@@ -391,9 +393,7 @@ class _NormAct(Function):
     """(x, γ, β) ↦ y = φ(z) and, for what is derived from y, z = γa + β."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
         x = _dense(x)
         z, mean, rstd = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)
         ctx.save_for_backward(x, weight, z)
@@ -429,9 +429,7 @@ class _NormActInput(Function):
     """(ȳ, x, γ, z) ↦ x̄ = J(γφ'(z)ȳ)."""
 
     @staticmethod
-    def forward(
-        ctx, g: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants, eps: float
-    ) -> Tensor:
+    def forward(ctx, g: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants, eps: float) -> Tensor:
         product, ctx.au = constants.project(constants.slope * g, weight)
         ctx.save_for_backward(g, x, weight, z, product)
         ctx.constants, ctx.eps = constants, eps
@@ -455,9 +453,7 @@ class _NormActTangent(Function):
     """(c, x, γ, z) ↦ γφ'(z)Jc, the transpose of the former."""
 
     @staticmethod
-    def forward(
-        ctx, c: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants, eps: float
-    ) -> Tensor:
+    def forward(ctx, c: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants, eps: float) -> Tensor:
         jc, ctx.ac = constants.project(c)
         ctx.save_for_backward(c, x, weight, z)
         ctx.jc, ctx.constants, ctx.eps = jc, constants, eps
@@ -499,9 +495,7 @@ def _by_torch(
     views = [x.view_as(x) for x in inputs]
     wanted = [view for view, needed in zip(views, asked, strict=True) if needed]
     found = iter(
-        torch.autograd.grad(
-            function(*views, *options), wanted, cotangent, create_graph=True, materialize_grads=True
-        )
+        torch.autograd.grad(function(*views, *options), wanted, cotangent, create_graph=True, materialize_grads=True)
     )
     return [next(found) if needed else None for needed in asked]
 
