@@ -129,7 +129,7 @@ def public_step(objective: Objective, x0: Tensor, generator: Generator, *, probe
         generator: of times, noise and probes.
         probes: K.
     """
-    model, sde = objective.score_model, objective.sde
+    model = objective.score_model
     t, mean_coefficient, std = objective._noise_level(x0, generator)
     z = normal_like(x0, generator)
     xt = expand(mean_coefficient, x0) * x0 + expand(std, x0) * z

@@ -70,7 +70,7 @@ def higher_order() -> Iterator[None]:
 def differentiated_twice(x: Tensor) -> bool:
     """Whether what is computed from a network's input ``x`` may be differentiated more than once, by reverse mode.
 
-    Not under autocast, for whose casts these functions have no rule, nor for dual numbers, torch.func and torch.compile.
+    Not under autocast, for whose casts these functions have no rule, nor for dual numbers, torch.func, torch.compile.
     """
     return (
         not torch.compiler.is_compiling()
@@ -315,7 +315,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class _Constants:
-    """What the derivatives of y = φ(z), z = γa + β, share, as numbers without a graph, computed when first asked for."""
+    """What the derivatives of y = φ(z), z = γa + β, share: numbers without a graph, computed when first asked for."""
 
     def __init__(self, x: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> None:
         self.x, self.z, self.mean, self.rstd = x.detach(), z.detach(), mean, rstd
