@@ -560,7 +560,13 @@ def blur_transposed(x: Tensor, kernel: Tensor, *, stride: int, padding: int = 0)
     if is_higher_order():
         size = [stride * (n - 1) + k - 2 * padding for n, k in zip(x.shape[2:], kernel.shape, strict=True)]
         return _BlurTransposed.apply(x, kernel, stride, padding, size)
-    return F.conv_transpose2d(x, _each(kernel, x), stride=stride, padding=padding, groups=x.shape[1])
+    # In float32 on the CPU, also under autocast: in bfloat16 torch's kernel takes a hundred times as long.
+    precise = x.to(torch.promote_types(x.dtype, torch.float32)) if x.device.type == "cpu" else x
+    with torch.autocast(x.device.type, enabled=False) if x.device.type == "cpu" else contextlib.nullcontext():
+        result = F.conv_transpose2d(
+            precise, _each(kernel, precise), stride=stride, padding=padding, groups=x.shape[1]
+        )
+    return result.to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------
