@@ -124,21 +124,27 @@ def build(variant: Variant, given: dict, device: torch.device) -> Callable[[int]
 
 def measure(steps: dict[str, Callable[[int], None]], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds per step of every variant, one after the other in each of ``repeats`` rounds, after one that does not
-    count."""
+    count.
+
+    With one thread it is processor time, so that what else the machine does matters little; else time on the clock.
+    """
     import torch
     from tqdm import trange
+
+    one_thread = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if one_thread else time.perf_counter
 
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in trange(repeats + 1, unit="round"):
         for name, take in steps.items():
             count = VARIANTS[name].steps
-            started = time.perf_counter()
+            started = clock()
             for step in range(count * repeat, count * (repeat + 1)):
                 take(step)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if repeat:
-                times[name].append((time.perf_counter() - started) / count)
+                times[name].append((clock() - started) / count)
     return times
 
 
@@ -244,6 +250,7 @@ def main(argv: list[str]) -> None:
 
     import torch
 
+    from host_memory import keep_freed_memory
     from run_setup import Runtime
 
     torch.set_num_threads(flag.threads)
@@ -251,6 +258,8 @@ def main(argv: list[str]) -> None:
         device = Runtime(flag.device).accelerator().device
     except ValueError as error:
         sys.exit(f"error: {error}")
+    if device.type == "cpu":
+        keep_freed_memory()  # as training does
     given = {name: flag[name].value for name in ("nf", "num_res_blocks", "batch_size", "precision", "compile")}
     steps = {name: build(variant, given, device) for name, variant in chosen.items()}
     times = measure(steps, flag.repeats, device)

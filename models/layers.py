@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dropout import Dropout
-from models.higher_order import Conv2d, GroupNorm, blur, blur_transposed, concatenate, norm_act
+from models.higher_order import Conv2d, attend, blur, blur_transposed, concatenate
+from models.normalisation import GroupNorm, norm_act
 from models.recompute import Recomputable
 
 __all__ = [
@@ -285,10 +286,7 @@ class BigGANBlock(_ResidualBlock):
 
 
 class Attention(Recomputable):
-    """Single-head self-attention over all pixels with a residual connection, (B, C, H, W) → (B, C, H, W).
-
-    Plain matrix products and softmax: the fused attention kernels cannot be differentiated twice.
-    """
+    """Single-head self-attention over all pixels with a residual connection, (B, C, H, W) → (B, C, H, W)."""
 
     def __init__(self, channels: int, *, init_scale: float, skip_rescale: bool) -> None:
         super().__init__()
@@ -304,6 +302,5 @@ class Attention(Recomputable):
         h = self.norm(x)
         # (B, HW, C): the order of channels-last memory, so that nothing is copied.
         query, key, value = (layer(h).permute(0, 2, 3, 1).flatten(1, 2) for layer in (self.query, self.key, self.value))
-        weights = torch.softmax((channels**-0.5 * query) @ key.transpose(1, 2), dim=2)  # (B, HW, HW)
-        h = (weights.to(value.dtype) @ value).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        h = attend(channels**-0.5 * query, key, value).unflatten(1, (height, width)).permute(0, 3, 1, 2)
         return self.rescale * (x + self.out(h))

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from models.higher_order import concatenate, differentiated_twice, higher_order, norm_act
+from models.higher_order import concatenate, differentiated_twice, higher_order
 from models.layers import (
     Attention,
     BigGANBlock,
@@ -40,6 +40,7 @@ from models.layers import (
     dense,
     group_norm,
 )
+from models.normalisation import norm_act
 
 __all__ = ["ACTIVATIONS", "UNet"]
 

@@ -13,14 +13,14 @@ from benchmarks.training_step import operations_of_passes
 from losses import Objective
 from models.higher_order import (
     Conv2d,
-    GroupNorm,
+    attend,
     blur,
     blur_transposed,
     concatenate,
     differentiated_twice,
     higher_order,
-    norm_act,
 )
+from models.normalisation import GroupNorm, norm_act
 from models.recompute import recompute_activations
 from models.score import ConservativeScore, NoiseLevel, UnconstrainedScore
 from models.unet import UNet
@@ -64,6 +64,11 @@ CASES: dict[str, Callable[[], tuple[Callable[[Tensor], Tensor], Sequence[Tensor]
     "blur": lambda: (lambda x: blur(x, KERNEL, stride=2, padding=1), (), (2, 3, 6, 5)),
     "blur without remainder": lambda: (lambda x: blur(x, KERNEL, stride=2, padding=1), (), (2, 3, 7, 7)),
     "transposed blur": lambda: (lambda x: blur_transposed(x, KERNEL, stride=2, padding=1), (), (2, 3, 4, 5)),
+    "attention": lambda: (
+        lambda x: attend(x.flatten(2), x[:, :3].flatten(2).cos(), x[:, :3].flatten(2)),
+        (),
+        (2, 4, 2, 3),
+    ),
     "concatenation": lambda: (lambda x: concatenate(x, x[:, :2] ** 2), (), (2, 3, 4, 4)),
 }
 

@@ -45,6 +45,7 @@ RUN_ELSEWHERE = {
     "tutorial_example.main": "test_tutorial_example.py::test_every_figure_in_small",
     "benchmarks.qc_memory": "test_recompute.py::test_many_probes_take_the_memory_of_one",
     "benchmarks.sampling": "test_few_step.py::test_benchmark_compares_samplers",
+    "benchmarks.training_step": "test_training_step_benchmark.py::test_benchmark_measures_and_prints",
     "benchmarks.qc_precision": "test_recompute.py::test_precision_benchmark_measures",
     "2d_examples.main": "test_2d_examples.py::test_every_pair_resolves_and_trains",
     "torchrun": "test_several_processes.py::test_same_training",
