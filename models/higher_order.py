@@ -19,7 +19,7 @@ gradient (``higher_order``): to train by the score alone torch's own are faster 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 
 import torch
@@ -230,7 +230,7 @@ def blur(x: Tensor, kernel: Tensor, *, stride: int, padding: int = 0) -> Tensor:
     """Each channel of x (B, C, H, W) correlated with a constant kernel (k, l), every ``stride``-th pixel of it."""
     if is_higher_order():
         return _Blur.apply(x, kernel, stride, padding)
-    return F.conv2d(x, _each(kernel, x), stride=stride, padding=padding, groups=x.shape[1])
+    return _precise(lambda x: F.conv2d(x, _each(kernel, x), stride=stride, padding=padding, groups=x.shape[1]), x)
 
 
 def blur_transposed(x: Tensor, kernel: Tensor, *, stride: int, padding: int = 0) -> Tensor:
@@ -238,11 +238,20 @@ def blur_transposed(x: Tensor, kernel: Tensor, *, stride: int, padding: int = 0)
     if is_higher_order():
         size = [stride * (n - 1) + k - 2 * padding for n, k in zip(x.shape[2:], kernel.shape, strict=True)]
         return _BlurTransposed.apply(x, kernel, stride, padding, size)
-    # In float32 on the CPU, also under autocast: in bfloat16 torch's kernel takes a hundred times as long.
-    precise = x.to(torch.promote_types(x.dtype, torch.float32)) if x.device.type == "cpu" else x
-    with torch.autocast(x.device.type, enabled=False) if x.device.type == "cpu" else contextlib.nullcontext():
-        result = F.conv_transpose2d(precise, _each(kernel, precise), stride=stride, padding=padding, groups=x.shape[1])
-    return result.to(x.dtype)
+
+    def transposed(x: Tensor) -> Tensor:
+        return F.conv_transpose2d(x, _each(kernel, x), stride=stride, padding=padding, groups=x.shape[1])
+
+    return _precise(transposed, x)
+
+
+def _precise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)``; on the CPU in float32, also under autocast, since torch's kernel for the transposed of these
+    convolutions takes a hundred times as long in bfloat16."""
+    if x.device.type != "cpu":
+        return function(x)
+    with torch.autocast("cpu", enabled=False):
+        return function(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------
