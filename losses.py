@@ -188,13 +188,13 @@ class Objective(nn.Module):
         self, score: ScoreFunction, xt: Tensor, t: Tensor, weight: Tensor, generator: Generator
     ) -> tuple[Tensor, Tensor]:
         """The score at x_t and the weighted L_QC there, averaged over all probes."""
-        parameters = [p for p in self.score_model.parameters() if p.requires_grad]
         probes = 1 if self.qc_estimator == "exact" else self.qc_probes
         total: Tensor | float = 0.0
+        parameters: list[Tensor] = []
         gradients: list[Tensor] = []
         for start in range(0, probes, self.qc_probe_chunk):
             count = min(self.qc_probe_chunk, probes - start)
-            value, asym, _ = asymmetry(
+            value, asym, norm = asymmetry(
                 score,
                 xt,
                 t,
@@ -205,10 +205,14 @@ class Objective(nn.Module):
             )
             part = self._reduce(weight * asym, xt) * (count / probes)
             if start + count < probes and part.requires_grad:
+                parameters = parameters or [p for p in self.score_model.parameters() if p.requires_grad]
                 found = torch.autograd.grad(part, parameters, materialize_grads=True)
-                gradients = torch._foreach_add(gradients, found) if gradients else list(found)
+                if gradients:
+                    torch._foreach_add_(gradients, found)
+                else:
+                    gradients = [gradient.clone() for gradient in found]  # their own: two may be one tensor
                 part = part.detach()
-                del value, asym, found  # the graph, before the next one is built
+                del value, asym, norm, found  # the graph, before the next one is built
             total = total + part
         return value, _attach(total, parameters, gradients) if gradients else total
 

@@ -43,6 +43,7 @@ from checkpoints import (
     convert_public_checkpoint,
     read_checkpoint,
 )
+from host_memory import keep_freed_memory
 from losses import Objective
 from metrics_log import MetricsLog
 from pixels import random_flip
@@ -94,6 +95,8 @@ class Training:
         self.step = 0
         self.sums: dict[str, list[float]] = {}  # of each logged quantity since the last row: total, count
         optim = self.config.optim
+        if run.device.type == "cpu":
+            keep_freed_memory()
         run.ema.model.to(run.device)
         objective = run.objective.to(run.device)
         optimizer = torch.optim.Adam(

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dropout import Dropout
+from models.higher_order import Conv2d, attend, blur, blur_transposed, concatenate
+from models.normalisation import GroupNorm, norm_act
 from models.recompute import Recomputable
 
 __all__ = [
@@ -55,11 +57,11 @@ def initialise(layer: nn.Module, scale: float = 1.0) -> nn.Module:
 
 
 def conv3x3(in_channels: int, out_channels: int, scale: float = 1.0) -> nn.Conv2d:
-    return initialise(nn.Conv2d(in_channels, out_channels, 3, padding=1), scale)
+    return initialise(Conv2d(in_channels, out_channels, 3, padding=1), scale)
 
 
 def conv1x1(in_channels: int, out_channels: int, scale: float = 1.0) -> nn.Conv2d:
-    return initialise(nn.Conv2d(in_channels, out_channels, 1), scale)
+    return initialise(Conv2d(in_channels, out_channels, 1), scale)
 
 
 def dense(in_features: int, out_features: int) -> nn.Linear:
@@ -67,7 +69,7 @@ def dense(in_features: int, out_features: int) -> nn.Linear:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(max(channels // 4, 1), 32), channels, eps=1e-6)
+    return GroupNorm(min(max(channels // 4, 1), 32), channels, eps=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -130,9 +132,10 @@ class FIRDown(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         before, after = self.padding
-        channels = x.shape[1]
-        x = F.pad(x, (before, after, before, after))
-        return F.conv2d(x, self.kernel.to(x.dtype).expand(channels, 1, -1, -1), stride=self.stride, groups=channels)
+        both = min(before, after)
+        if before != after:
+            x = F.pad(x, 2 * (before - both, after - both))
+        return blur(x, self.kernel, stride=self.stride, padding=both)
 
 
 class FIRUp(nn.Module):
@@ -148,13 +151,16 @@ class FIRUp(nn.Module):
         self.margin = margin
 
     def forward(self, x: Tensor) -> Tensor:
-        channels, height, width = x.shape[1:]
-        kernel = self.kernel.to(x.dtype).expand(channels, 1, -1, -1)
-        full = F.conv_transpose2d(x, kernel, stride=2, groups=channels)
-        end_rows = self.start + 2 * (height + self.margin) - full.shape[2]
-        end_columns = self.start + 2 * (width + self.margin) - full.shape[3]
+        height, width = x.shape[2:]
+        crop = max(self.start, 0)
+        full = blur_transposed(x, self.kernel, stride=2, padding=crop)
+        before = self.start - crop
+        end_rows = before + 2 * (height + self.margin) - full.shape[2]
+        end_columns = before + 2 * (width + self.margin) - full.shape[3]
+        if before == end_rows == end_columns == 0:
+            return full
         # Negative amounts crop, positive ones pad: the margin may reach beyond the full convolution.
-        return F.pad(full, (-self.start, end_columns, -self.start, end_rows))
+        return F.pad(full, (-before, end_columns, -before, end_rows))
 
 
 class FIRConvDown(nn.Module):
@@ -163,7 +169,7 @@ class FIRConvDown(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, taps: Sequence[float]) -> None:
         super().__init__()
         self.blur = FIRDown(taps, margin=1, stride=1)
-        self.conv = initialise(nn.Conv2d(in_channels, out_channels, 3, stride=2))
+        self.conv = initialise(Conv2d(in_channels, out_channels, 3, stride=2))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(self.blur(x))
@@ -179,7 +185,7 @@ class FIRConvUp(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, taps: Sequence[float]) -> None:
         super().__init__()
         self.up = FIRUp(taps, margin=1)
-        self.conv = initialise(nn.Conv2d(in_channels, out_channels, 3))
+        self.conv = initialise(Conv2d(in_channels, out_channels, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(self.up(x))
@@ -190,7 +196,7 @@ class Downsample(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, with_conv: bool) -> None:
         super().__init__()
-        self.conv = initialise(nn.Conv2d(in_channels, out_channels, 3, stride=2)) if with_conv else None
+        self.conv = initialise(Conv2d(in_channels, out_channels, 3, stride=2)) if with_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 2) if self.conv is None else self.conv(F.pad(x, (0, 1, 0, 1)))
@@ -218,7 +224,7 @@ class Combine(nn.Module):
 
     def forward(self, pyramid: Tensor, h: Tensor) -> Tensor:
         projected = self.conv(pyramid)
-        return torch.cat([projected, h], dim=1) if self.concatenate else projected + h
+        return concatenate(projected, h) if self.concatenate else projected + h
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -254,10 +260,10 @@ class _ResidualBlock(Recomputable):
         self.rescale = 1 / math.sqrt(2) if skip_rescale else 1.0
 
     def compute(self, x: Tensor, temb: Tensor | None) -> Tensor:
-        h = self.conv1(self.resample(self.activation(self.norm1(x))))
+        h = self.conv1(self.resample(norm_act(self.norm1, self.activation, x)))
         if self.time is not None:
             h = h + self.time(self.activation(temb))[:, :, None, None]
-        h = self.conv2(self.dropout(self.activation(self.norm2(h))))
+        h = self.conv2(self.dropout(norm_act(self.norm2, self.activation, h)))
         return self.rescale * (self.shortcut(self.resample(x)) + h)
 
 
@@ -280,10 +286,7 @@ class BigGANBlock(_ResidualBlock):
 
 
 class Attention(Recomputable):
-    """Single-head self-attention over all pixels with a residual connection, (B, C, H, W) → (B, C, H, W).
-
-    Plain matrix products and softmax: the fused attention kernels cannot be differentiated twice.
-    """
+    """Single-head self-attention over all pixels with a residual connection, (B, C, H, W) → (B, C, H, W)."""
 
     def __init__(self, channels: int, *, init_scale: float, skip_rescale: bool) -> None:
         super().__init__()
@@ -295,10 +298,9 @@ class Attention(Recomputable):
         self.rescale = 1 / math.sqrt(2) if skip_rescale else 1.0
 
     def compute(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
+        channels, height, width = x.shape[1:]
         h = self.norm(x)
-        query, key, value = (layer(h).flatten(2) for layer in (self.query, self.key, self.value))  # (B, C, HW)
-        logits = query.transpose(1, 2) @ key * channels**-0.5  # (B, HW, HW)
-        weights = torch.softmax(logits, dim=2)
-        h = (value @ weights.to(value.dtype).transpose(1, 2)).reshape(batch, channels, height, width)
+        # (B, HW, C): the order of channels-last memory, so that nothing is copied.
+        query, key, value = (layer(h).permute(0, 2, 3, 1).flatten(1, 2) for layer in (self.query, self.key, self.value))
+        h = attend(channels**-0.5 * query, key, value).unflatten(1, (height, width)).permute(0, 3, 1, 2)
         return self.rescale * (x + self.out(h))

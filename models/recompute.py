@@ -16,12 +16,14 @@ Source: Griewank, Walther, "Evaluating Derivatives" (SIAM, 2008), Chapter 12, fo
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from models.dropout import Dropout
+from models.higher_order import higher_order, is_higher_order
 
 __all__ = ["Recomputable", "recompute_activations", "recomputed"]
 
@@ -43,12 +45,15 @@ class Recomputable(nn.Module, abc.ABC):
             return self.compute(*inputs)
         dropouts = [module for module in self.modules() if isinstance(module, Dropout)]
         keys = [dropout.keys for dropout in dropouts]
+        # Known here alone: backward, which evaluates again, is outside of the network.
+        context = higher_order if is_higher_order() else contextlib.nullcontext
 
         def compute(*inputs: Tensor | None) -> Tensor:
             # By the time of backward the layers may have been given the keys of another batch.
             for dropout, own in zip(dropouts, keys, strict=True):
                 dropout.keys = own
-            return self.compute(*inputs)
+            with context():
+                return self.compute(*inputs)
 
         return recomputed(compute, inputs, tuple(self.parameters()))
 

@@ -88,6 +88,11 @@ class ScoreModel(nn.Module):
         super().__init__()
         self.network = network
         self.noise_level = noise_level
+        self._compiled: list[Callable[..., Tensor]] = []  # in a list, so as not to be a submodule
+
+    def compile_network(self) -> None:
+        """Compile the network (torch.compile) for where it is differentiated once; twice, a compiled one cannot be."""
+        self._compiled = [torch.compile(self.network)]
 
     @property
     def sde(self) -> SDE:
@@ -96,7 +101,8 @@ class ScoreModel(nn.Module):
     def residual(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """The network's output h (B, C, H, W) and the noise's scale σ (B, 1, 1, 1)."""
         label, std = self.noise_level(t)
-        h = self.network(x, label) if class_labels is None else self.network(x, label, class_labels)
+        network = self._compiled[0] if self._compiled and not x.requires_grad else self.network
+        h = network(x, label) if class_labels is None else network(x, label, class_labels)
         return h, expand(std, x)
 
 

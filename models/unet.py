@@ -22,6 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from models.higher_order import concatenate, differentiated_twice, higher_order
 from models.layers import (
     Attention,
     BigGANBlock,
@@ -39,6 +40,7 @@ from models.layers import (
     dense,
     group_norm,
 )
+from models.normalisation import norm_act
 
 __all__ = ["ACTIVATIONS", "UNet"]
 
@@ -119,7 +121,7 @@ class _DecoderBlock(nn.Module):
     def forward(
         self, h: Tensor, temb: Tensor | None, pyramid: Tensor, skips: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        return self.block(torch.cat([h, skips.pop()], dim=1), temb), pyramid
+        return self.block(concatenate(h, skips.pop()), temb), pyramid
 
 
 class _LevelEnd(nn.Module):
@@ -178,8 +180,16 @@ class _OutputResidual(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+class _Projection(nn.Sequential):
+    """conv(act(norm(h)))."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        norm, activation, conv = self
+        return conv(norm_act(norm, activation, h))
+
+
 def _projection(in_channels: int, out_channels: int, activation: nn.Module, scale: float = 1.0) -> nn.Sequential:
-    return nn.Sequential(group_norm(in_channels), activation, conv3x3(in_channels, out_channels, scale))
+    return _Projection(group_norm(in_channels), activation, conv3x3(in_channels, out_channels, scale))
 
 
 class UNet(nn.Module):
@@ -260,6 +270,8 @@ class UNet(nn.Module):
             raise ValueError(f"model.num_classes={num_classes}: class labels need model.conditional=True")
 
         self.image_shape = (num_channels, image_size, image_size)
+        # Both are for comparisons alone: torch's own second derivatives are slower and otherwise the same.
+        self.memory_format, self.own_derivatives = torch.channels_last, True
         self.input_scale, self.input_shift = (1.0, 0.0) if centered else (2.0, -1.0)
         self.num_classes = num_classes
         act = ACTIVATIONS[chosen["nonlinearity"]]()
@@ -371,7 +383,7 @@ class UNet(nn.Module):
             None if chosen["progressive"] == "output_skip" else _projection(channels, num_channels, act, init_scale)
         )
         # CPU and tensor-core convolutions are fastest on channels-last memory.
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=self.memory_format)
 
     def forward(self, x: Tensor, label: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """The raw network output.
@@ -394,6 +406,12 @@ class UNet(nn.Module):
                 f"class labels {'missing' if class_labels is None else 'given'}: the network has "
                 f"model.num_classes={self.num_classes}"
             )
+        if self.own_derivatives and differentiated_twice(x):
+            with higher_order():
+                return self._evaluate(x, label, class_labels)
+        return self._evaluate(x, label, class_labels)
+
+    def _evaluate(self, x: Tensor, label: Tensor, class_labels: Tensor | None) -> Tensor:
         temb = None
         if self.time_mlp is not None:
             temb = self.time_mlp(self.embedding(label.to(x.dtype)))
@@ -401,7 +419,7 @@ class UNet(nn.Module):
                 temb = temb + self.class_embedding(class_labels)
 
         pyramid = self.input_scale * x + self.input_shift
-        pyramid = pyramid.contiguous(memory_format=torch.channels_last)
+        pyramid = pyramid.contiguous(memory_format=self.memory_format)
         h = self.stem(pyramid)
         skips = [h]
         for stage in self.encoder:

@@ -51,6 +51,7 @@ RUN_ELSEWHERE = {
     "benchmarks.qc_variance": "test_benchmarks.py::test_benchmark_of_the_variance",
     "benchmarks.data_pipeline": "test_benchmarks.py::test_benchmark_of_the_input",
     "benchmarks.startup": "test_benchmarks.py::test_benchmark_of_the_start",
+    "benchmarks.training_step": "test_training_step_benchmark.py::test_benchmark_measures_and_prints",
     "benchmarks.qc_precision": "test_recompute.py::test_precision_benchmark_measures",
     "2d_examples.main": "test_2d_examples.py::test_every_pair_resolves_and_trains",
     "torchrun": "test_several_processes.py::test_same_training",
