@@ -19,8 +19,6 @@ from command_line import available_cores, parse_flags
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
     options = flags.FLAGS
     if (options.mode == "table") != (options.config is None):
         sys.exit("error: --config: needed for --mode=train and eval; the table has all nine, without it")
