@@ -13,15 +13,15 @@ __all__ = ["available_cores", "parse_counts", "parse_flags"]
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parse, or exit with one line that names the flag: absl and ml_collections answer some mistakes with a
-    traceback."""
+    """Parse, or exit with one line that names the flag, or the argument that is none: absl and ml_collections answer
+    some mistakes with a traceback, and leave other arguments to the program."""
     given = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
     given += [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
     for config_file in (value.split(":")[0] for value in given):
         if not os.path.isfile(config_file):
             sys.exit(f"error: --config={config_file}: no such file")
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
     except flags.Error as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         sys.exit(f"error: {lines[-1].removeprefix('ValueError: ') if 'Traceback' in str(error) else lines[0]}")
@@ -30,6 +30,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         # ml_collections puts a suggestion after the name, quoted once more for every exception it passed through.
         reason = " ".join(str(error.args[0]).replace("\\n", " ").replace("\\'", "").strip("\"'").split())
         sys.exit(f"error: {overrides}: the config has no field {reason}")
+    if len(rest) > 1:
+        sys.exit(f"error: unexpected argument {rest[1]!r}: every argument is a flag, --name=value")
+    return rest
 
 
 def parse_counts(flag: str, values: Sequence[str]) -> tuple[int, ...]:

@@ -27,8 +27,6 @@ flags.mark_flags_as_required(["config", "workdir", "mode"])
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
     if FLAGS.checkpoint and FLAGS.mode not in ("eval", "sample"):
         sys.exit("--checkpoint: only for --mode=eval or sample; training starts from --config.training.init_from")
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -300,8 +300,6 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
     from run_setup import Runtime  # not needed by the processes that train
 
     options = flags.FLAGS

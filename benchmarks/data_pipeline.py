@@ -126,8 +126,6 @@ def _compare(training: Training, rounds: int, compiled: bool) -> str:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
     given = flags.FLAGS
     try:
         print(compare(given.config, Runtime(given.device, given.precision), given.rounds, given.compile))

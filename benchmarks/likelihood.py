@@ -202,8 +202,6 @@ def compare(
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
     given = flags.FLAGS
     try:
         runtime = Runtime(given.device, given.precision)

@@ -64,8 +64,6 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
     given = flags.FLAGS
     for name in ("nf", "num_res_blocks", "batch_size", "repeats"):
         if given[name].value < 1:

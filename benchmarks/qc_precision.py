@@ -201,8 +201,6 @@ def network_tables(steps: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
     if flags.FLAGS.steps < 1:
         sys.exit(f"error: --steps={flags.FLAGS.steps}: at least 1")
     torch.set_num_threads(1)

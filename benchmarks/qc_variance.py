@@ -292,8 +292,6 @@ def _measure(
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
     given = flags.FLAGS
     try:
         times = [float(value) for value in given.times]

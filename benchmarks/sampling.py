@@ -103,8 +103,6 @@ def compare(config: ConfigDict, workdir: str, runtime: Runtime, num_samples: int
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
     given = flags.FLAGS
     try:
         runtime = Runtime(given.device, given.precision, cache_dir=given.cache_dir)

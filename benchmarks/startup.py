@@ -94,8 +94,6 @@ def compare(config: str, device: str, precision: str, rounds: int) -> str:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
     given = flags.FLAGS
     try:
         print(compare(given.config, given.device, given.precision, given.rounds))

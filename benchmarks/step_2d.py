@@ -27,8 +27,6 @@ VARIANTS = {
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
     repeats = flags.FLAGS.repeats
     if repeats < 1:
         sys.exit(f"error: --repeats={repeats}: at least 1")

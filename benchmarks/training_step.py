@@ -236,8 +236,6 @@ def tables(times: dict[str, list[float]], operations: dict[str, float], passes: 
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
     flag = flags.FLAGS
     for name in ("nf", "num_res_blocks", "batch_size", "repeats", "threads"):
         if flag[name].value < 1:

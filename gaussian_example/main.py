@@ -555,8 +555,6 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
     torch.set_num_threads(1)  # tensors this small are only slowed down by more
     try:
         print(run(flags.FLAGS.workdir, flags.FLAGS.epsilons, flags.FLAGS.figures))

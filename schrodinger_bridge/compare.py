@@ -143,8 +143,6 @@ def run(workdir: str | Path, tasks: Sequence[Task], *, jobs: int) -> list[dict[s
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
     options = flags.FLAGS
     try:
         tasks = make_tasks(Path(options.workdir), options.pairs)

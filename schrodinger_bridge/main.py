@@ -108,8 +108,6 @@ def table(results: Mapping) -> str:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}: every argument is a flag, --name=value")
     options = flags.FLAGS
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
