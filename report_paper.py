@@ -106,13 +106,8 @@ _QC_STARTS_AT = 600_000
 _QC = {"training.qc_weight": (1e-4,), "training.qc_interval": (1,), "training.qc_stride": (1, None)}
 _QC_PROBES = {2: 16, 3: 1}
 _QC_BATCH = {2: 8, 3: 128}
-# The paper's own, the same with a step size per sample, and ours, which is nearer to the exact solution than both
-# (docs/benchmarks.md).
-_LIKELIHOODS = (
-    "rk45, rtol 0.001, atol 1e-05",
-    "scipy, rtol 0.001, atol 1e-05",
-    "adams in ln(σ/α), 160 steps",
-)
+# The paper's own, and the same with a step size per sample.
+_LIKELIHOODS = ("rk45, rtol 0.001, atol 1e-05", "scipy, rtol 0.001, atol 1e-05")
 _ASYM_LEVELS = 100
 _SAMPLER = f"PC, reverse_diffusion + langevin (snr 0.16), {PREDICTOR_STEPS} steps"
 _NUM_SAMPLES = 50_000
