@@ -91,7 +91,7 @@ def compare(config: ConfigDict, runtime: Runtime, rounds: int, compiled: bool = 
 def _compare(training: Training, rounds: int, compiled: bool) -> str:
     config, run = training.config, training.run
     if compiled:
-        run.score_model.network.compile()
+        run.score_model.compile_network()
     loader = public_loader(run.train_data, config, config.training.batch_size)
     seconds: dict[str, list[float]] = {PAPER: [], "streams": [], OURS: [], "batch and step": []}
     clock, kind = clock_of(run.device)

@@ -26,9 +26,9 @@ from models.layers import Attention, FIRDown, FIRUp
 from models.score import ScoreModel
 from models.unet import UNet
 from randomness import Generator, normal_like, rademacher_like
-from sde_lib import expand
+from sde_lib import ScoreFunction, expand
 
-__all__ = ["PublicEMA", "in_public_style", "public_step"]
+__all__ = ["PublicEMA", "in_public_style", "public_step", "qc_backward"]
 
 
 class _Mix(nn.Module):
@@ -137,12 +137,19 @@ def public_step(objective: Objective, x0: Tensor, generator: Generator, *, probe
     objective._reduce(error, x0).backward()
     for _ in range(probes):
         v = rademacher_like(x0, generator)
-        _qc_backward(model, xt, t, v, lambda a: objective._reduce(std**2 * a, x0) * objective.qc_weight / probes)
+        qc_backward(model, xt, t, v, lambda a: objective._reduce(std**2 * a, x0) * objective.qc_weight / probes)
 
 
-def _qc_backward(model: ScoreModel, x: Tensor, t: Tensor, v: Tensor, reduce: Callable[[Tensor], Tensor]) -> None:
+def qc_backward(score: ScoreFunction, x: Tensor, t: Tensor, v: Tensor, reduce: Callable[[Tensor], Tensor]) -> None:
+    """Add to the gradients of the score's parameters that of ``reduce`` of ‖Jᵀv‖² − vᵀJᵀw, w = Jᵀv.
+
+    Args:
+        score: s(x, t), of x (B, ...) and t (B,).
+        v: probes (B, ...).
+        reduce: of one value per sample (B,), linear.
+    """
     x = x.detach().requires_grad_()
-    value = model(x, t)
+    value = score(x, t)
     (jtv,) = torch.autograd.grad(value, x, v, create_graph=True)
     w = jtv.detach().requires_grad_()
     (jtw,) = torch.autograd.grad(value, x, w, create_graph=True)

@@ -9,8 +9,7 @@ same accuracy of the mean over many probes.
 Two kinds of field: s(x) = Wx with a random matrix W = S + rN, S symmetric, N antisymmetric and r such that NAsym is
 1e-3; and the network of a run, its NAsym being what it is.
 
-``paper`` is our own writing of what the public code does: vᵀJJᵀv − vᵀJJv by two vector-Jacobian products, w = Jᵀv and
-Jᵀw, of which the second is differentiated with w held fixed, and then once more through w.
+``paper`` is our own writing of what the public code does (benchmarks/public_code.py).
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from torch.func import vjp as functional_vjp
 from tqdm import tqdm
 
 from benchmarks.clock import clock_of
+from benchmarks.public_code import qc_backward
 from command_line import parse_flags
 from conservativeness import EXACT_MAX_DIMENSION, asymmetry
 from randomness import SampleGenerators, normal_like, rademacher_like
@@ -61,17 +61,12 @@ Gradient = Callable[[Batch, SampleGenerators], Sequence[Tensor]]
 def paper_gradient(
     score: ScoreFunction, parameters: list[nn.Parameter], batch: Batch, generator: SampleGenerators
 ) -> Sequence[Tensor]:
-    """As the public code has it; see the top."""
-    x = batch.x.clone().requires_grad_()
-    v = rademacher_like(x, generator)
-    value = score(x, batch.t)
-    (w,) = torch.autograd.grad(value, x, v, create_graph=True)
-    fixed = w.detach().requires_grad_()
-    (product,) = torch.autograd.grad(value, x, fixed, create_graph=True)
-    first = _mean(batch, w * w) - _mean(batch, product * v)
-    *found, through_w = torch.autograd.grad(first, [*parameters, fixed], retain_graph=True, materialize_grads=True)
-    secondary = torch.autograd.grad(w, parameters, through_w, materialize_grads=True)
-    return torch._foreach_add(found, secondary)
+    """As the public code has it (benchmarks/public_code.py)."""
+    for parameter in parameters:
+        parameter.grad = None
+    v = rademacher_like(batch.x, generator)
+    qc_backward(score, batch.x, batch.t, v, lambda asym: 0.5 * (batch.weight * asym).mean())
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
 
 def our_gradient(

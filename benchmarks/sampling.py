@@ -67,7 +67,7 @@ def compare(config: ConfigDict, workdir: str, runtime: Runtime, num_samples: int
         step = load_for_evaluation(run, None)
         samplers = {name: get_sampler(_variant(config, change), run.sde) for name, change in VARIANTS.items()}
     if compiled:
-        run.ema.model.network.compile()
+        run.ema.model.compile_network()
     cache = runtime.cache_dir or str(Path(workdir) / "eval" / "cache")
     extractor, real = reference_features(config, cache, run.device)
 

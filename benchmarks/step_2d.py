@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import statistics
 import sys
-import time
 from pathlib import Path
 
 from absl import app, flags
@@ -35,6 +34,7 @@ def main(argv: list[str]) -> None:
     from torch import nn
     from tqdm import trange
 
+    from benchmarks.clock import clock_of
     from run_setup import Runtime
 
     configs = importlib.import_module("2d_examples.configs")
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
 
+    clock, kind = clock_of(device)
     steps = {}
     for name, (model, overrides) in VARIANTS.items():
         config = configs.get_config(f"gaussian_8-{model}")
@@ -55,14 +56,12 @@ def main(argv: list[str]) -> None:
 
     def take(name: str, step: int) -> float:
         run, optimizer, x0 = steps[name]
-        started = time.perf_counter()
+        started = clock()
         optimizer.zero_grad()
         run.objective(x0, run.generator("train", step), step=step)["loss"].backward()
         nn.utils.clip_grad_norm_(run.model.parameters(), run.config.optim.grad_clip)
         optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return 1e3 * (time.perf_counter() - started)
+        return 1e3 * (clock() - started)
 
     # A sample is a pair of consecutive steps, so that a term that is due every second step counts half.
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
@@ -72,7 +71,7 @@ def main(argv: list[str]) -> None:
             if repeat >= 0:
                 times[name].append(pair)
     reference = statistics.median(times["U"])
-    print(f"batch 5000, one thread, {device}, torch {torch.__version__}, median of {repeats}\n")
+    print(f"batch 5000, one thread, {device}, torch {torch.__version__}, median of {repeats}, {kind}\n")
     print("| variant | ms per step | relative to U |\n|---|---|---|")
     for name, values in times.items():
         print(f"| {name} | {statistics.median(values):.1f} | {statistics.median(values) / reference:.2f} |")

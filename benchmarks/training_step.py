@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -124,16 +123,12 @@ def build(variant: Variant, given: dict, device: torch.device) -> Callable[[int]
 
 def measure(steps: dict[str, Callable[[int], None]], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds per step of every variant, one after the other in each of ``repeats`` rounds, after one that does not
-    count.
-
-    With one thread it is processor time, so that what else the machine does matters little; else time on the clock.
-    """
-    import torch
+    count, by the clock of ``benchmarks.clock``."""
     from tqdm import trange
 
-    one_thread = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if one_thread else time.perf_counter
+    from benchmarks.clock import clock_of
 
+    clock, _ = clock_of(device)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in trange(repeats + 1, unit="round"):
         for name, take in steps.items():
@@ -141,8 +136,6 @@ def measure(steps: dict[str, Callable[[int], None]], repeats: int, device: torch
             started = clock()
             for step in range(count * repeat, count * (repeat + 1)):
                 take(step)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
             if repeat:
                 times[name].append((clock() - started) / count)
     return times
