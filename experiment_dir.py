@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from atomic_write import write_atomically
 
-__all__ = ["claim", "differences", "flatten", "take_lock"]
+__all__ = ["check_at_least", "claim", "differences", "flatten", "take_lock"]
 
 _WAIT_SECONDS = 2.0
 """For a lock: the processes that a killed one had started end a moment after it."""
@@ -77,6 +77,14 @@ def claim(
     text = json.dumps({"experiment": experiment, "settings": settings or {}}, indent=1) + "\n"
     write_atomically(marker, lambda file: file.write(text.encode()))
     return folder
+
+
+def check_at_least(settings: Mapping[str, object], bounds: Mapping[str, float]) -> None:
+    """Raise a ValueError that names the first of some fields, dotted names, which is below its bound."""
+    flat = flatten(settings)
+    for name, bound in bounds.items():
+        if flat[name] < bound:
+            raise ValueError(f"{name}={flat[name]}: at least {bound}")
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:

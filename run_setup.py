@@ -32,7 +32,7 @@ from checkpoints import CheckpointStore, load_state_dict_strictly
 from configs.defaults import base_config
 from conservativeness import EXACT_MAX_DIMENSION
 from controllable_generation import CLASS_CONDITIONS, ClassifierFreeGuidance, ClassifierGuidance, check_condition
-from experiment_dir import differences, flatten, take_lock
+from experiment_dir import check_at_least, differences, flatten, take_lock
 from likelihood import get_likelihood
 from losses import Objective, get_objective
 from models import EMA, create_score_model
@@ -373,10 +373,7 @@ def _check_numbers(config: ConfigDict) -> None:
         "eval.asym_images": 0,
         "eval.asym_probes": 0,
     }
-    flat = flatten(config.to_dict())
-    for name, bound in at_least.items():
-        if flat[name] < bound:
-            raise ValueError(f"{name}={flat[name]}: at least {bound}")
+    check_at_least(config.to_dict(), at_least)
     optim, infinity = config.optim, math.inf
     for name, value, allowed, words in (
         ("seed", config.seed, config.seed < 2**63, "integers of 64 bits"),

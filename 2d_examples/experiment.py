@@ -23,6 +23,7 @@ from checkpoints import CheckpointError, CheckpointStore, load_state_dict_strict
 from conservativeness import asymmetry
 from distributions import NoisedDistribution, get_distribution
 from evaluation import precision_recall
+from experiment_dir import check_at_least
 from fit import fit
 from likelihood import get_likelihood
 from losses import Objective, get_objective
@@ -127,10 +128,7 @@ def _check(config: ConfigDict) -> None:
         "training.save_freq": 1,
         "sampling.num_steps": 1,
     }
-    for name, bound in at_least.items():
-        section, field = name.split(".")
-        if config[section][field] < bound:
-            raise ValueError(f"{name}={config[section][field]}: at least {bound}")
+    check_at_least(config.to_dict(), at_least)
     if config.training.batch_size > config.data.num_train:
         raise ValueError(
             f"training.batch_size={config.training.batch_size}: at most data.num_train={config.data.num_train}"

@@ -84,7 +84,7 @@ def work(task: Task, update: Callable[[int], None]) -> dict[str, object]:
         "algorithm": task.algorithm,
         "num_samples": count,
         "history": run.history,
-        "sampling_error": {direction: run.sampling_error(direction) for direction in ("backward", "forward")},
+        "sampling_error": run.sampling_errors,
         "static_cost": plan.cost,
         "static_violation": plan.violation,
     }

@@ -42,18 +42,15 @@ def draw_all(run: BridgeRun, *, animate: bool) -> list[Path]:
     """
     with matplotlib.rc_context(STYLE):
         paths = [draw_errors(run)]
-        if isinstance(run.marginals[0], ImageMarginal):
-            paths += _draw_images(run)
-            if animate:
-                paths += [_animate_images(run, direction) for direction in _image_directions(run)]
-        else:
-            states = {
-                direction: run.chains(direction, _FIGURE_CHAINS, half_bridge=run.num_half_bridges, key=("figure",))
-                for direction in (FORWARD, BACKWARD)
-            }
-            paths.append(_draw_marginals(run, states))
-            if animate:
-                paths += [_animate(run, direction, chains) for direction, chains in states.items()]
+        images = isinstance(run.marginals[0], ImageMarginal)
+        # Of images those directions that lead to some.
+        directions = [d for d in (FORWARD, BACKWARD) if not images or isinstance(run.end_of(d), ImageMarginal)]
+        count = _GRID_CHAINS if images else _FIGURE_CHAINS
+        states = {d: run.chains(d, count, half_bridge=run.num_half_bridges, key=("figure",)) for d in directions}
+        paths += _draw_images(run, states) if images else [_draw_marginals(run, states)]
+        if animate:
+            draw = _animate_images if images else _animate
+            paths += [draw(run, direction, chains) for direction, chains in states.items()]
     return paths
 
 
@@ -78,7 +75,7 @@ def draw_errors(run: BridgeRun) -> Path:
         iterations = [row["iteration"] for row in rows]
         style = {"color": COLOURS[direction], "linewidth": 1.2, "marker": "o", "markersize": 2.5}
         error.plot(iterations, [row["w2"] for row in rows], label=ARROWS[direction], **style)
-        error.axhline(run.sampling_error(direction), color=COLOURS[direction], linestyle=":", linewidth=1)
+        error.axhline(run.sampling_errors[direction], color=COLOURS[direction], linestyle=":", linewidth=1)
         cost.plot(iterations, [row["transport_cost"] for row in rows], label=ARROWS[direction], **style)
     error.plot([], [], color="0.4", linestyle=":", label="two sets of true samples")
     error.set(yscale="log", ylabel=f"{sliced}W₂ to the true marginal\n(units of the data)")
@@ -177,22 +174,16 @@ def _write_animation(figure: Figure, show, frames: list[int], path: Path) -> Pat
 # --------------------------------------------------------------------------------------------------------------- images
 
 
-def _image_directions(run: BridgeRun) -> list[str]:
-    """Directions that lead to images."""
-    return [d for d in (BACKWARD, FORWARD) if isinstance(run.end_of(d), ImageMarginal)]
-
-
 def _levels(run: BridgeRun, x: Tensor, direction: str) -> np.ndarray:
     """uint8 levels (B, H, W, C)."""
     return run.end_of(direction).to_pixels(x).permute(0, 2, 3, 1).numpy()
 
 
-def _draw_images(run: BridgeRun) -> list[Path]:
+def _draw_images(run: BridgeRun, states: Mapping[str, Tensor]) -> list[Path]:
     """Of each direction that leads to images: a grid of them, and how some come about, a row each."""
     paths = []
-    for direction in _image_directions(run):
+    for direction, chains in states.items():
         num_levels = run.end_of(direction).halves[0].num_levels
-        chains = run.chains(direction, _GRID_CHAINS, half_bridge=run.num_half_bridges, key=("figure",))
         order = chains if direction == FORWARD else chains.flip(0)
         columns = [round(i * (len(order) - 1) / (_TRANSITIONS - 1)) for i in range(_TRANSITIONS)]
         rows = order[columns, :_TRANSITIONS].transpose(0, 1).flatten(0, 1)
@@ -202,8 +193,7 @@ def _draw_images(run: BridgeRun) -> list[Path]:
     return paths
 
 
-def _animate_images(run: BridgeRun, direction: str) -> Path:
-    chains = run.chains(direction, _GRID_CHAINS, half_bridge=run.num_half_bridges, key=("figure",))
+def _animate_images(run: BridgeRun, direction: str, chains: Tensor) -> Path:
     frames = list(range(len(chains))) if direction == FORWARD else list(range(len(chains) - 1, -1, -1))
     top = run.end_of(direction).halves[0].num_levels - 1
     figure = _figure(3.2, 3.4)

@@ -29,7 +29,7 @@ def results_of(run) -> dict[str, object]:
         "experiment": "schrodinger_bridge",
         "config": run.config.to_dict(),
         "brownian_variance": run.reference.brownian_variance,
-        "sampling_error": {direction: run.sampling_error(direction) for direction in TITLES},
+        "sampling_error": run.sampling_errors,
         "rows": run.history,
     }
     if (exact := gaussian_rows(run)) is not None:
@@ -48,7 +48,7 @@ def gaussian_rows(run) -> list[dict[str, float]] | None:
 
     if not all(isinstance(m, GaussianMarginal) for m in run.marginals) or run.config.bridge.algorithm != "ipf":
         return None
-    first, last = (Normal(m.mean.double(), _covariance(m)) for m in run.marginals)
+    first, last = (Normal(m.mean.double(), m.covariance) for m in run.marginals)
     identity = torch.eye(len(first.mean), dtype=torch.float64)
     factor = run.reference.factor.cpu()
     chain = AffineChain(
@@ -68,14 +68,6 @@ def gaussian_rows(run) -> list[dict[str, float]] | None:
         cost = float(torch.trace(spread) + ((laws[0].mean - laws[-1].mean) ** 2).sum())
         rows.append({"half_bridge": number, "w2": wasserstein_gaussian(end, wanted), "transport_cost": cost})
     return rows
-
-
-def _covariance(marginal):
-    import torch
-
-    if isinstance(marginal.root, float):
-        return marginal.root**2 * torch.eye(len(marginal.mean), dtype=torch.float64)
-    return marginal.root.double() @ marginal.root.double().mT
 
 
 def table(results: Mapping) -> str:

@@ -96,6 +96,13 @@ class GaussianMarginal:
         self.mean, self.root, self.name = mean.float(), root, name
         self.shape = tuple(mean.shape)
 
+    @property
+    def covariance(self) -> Tensor:
+        """Σ (D, D), float64, of a vector."""
+        if isinstance(self.root, float):
+            return self.root**2 * torch.eye(len(self.mean), dtype=torch.float64)
+        return self.root.double() @ self.root.double().mT
+
     def sample(self, count: int, key: Key, share: slice = slice(None), *, test: bool = False) -> Tensor:
         generator = torch.Generator().manual_seed(seed_from(*key, "test" if test else "train"))
         z = torch.randn((count, *self.shape), generator=generator)[share]
@@ -156,7 +163,7 @@ def moments(marginal: Marginal, seed: int) -> tuple[Tensor, float]:
     """Mean (…) and the coordinates' mean variance, exact of a Gaussian, otherwise of draws."""
     if isinstance(marginal, GaussianMarginal):
         root = marginal.root
-        return marginal.mean, root**2 if isinstance(root, float) else float((root**2).sum(1).mean())
+        return marginal.mean, root**2 if isinstance(root, float) else float(marginal.covariance.diag().mean())
     x = marginal.sample(_MOMENT_SAMPLES, (seed, "moments")).double()
     return x.mean(0).float(), float(x.var(0).mean())
 

@@ -19,6 +19,7 @@ import ot  # noqa: E402
 __all__ = ["EntropicPlan", "entropic_plan", "mean_squared_displacement", "wasserstein"]
 
 _PROJECTIONS = 200
+_ITERATIONS = 2000
 
 
 def wasserstein(a: Tensor, b: Tensor, seed: int) -> float:
@@ -46,7 +47,7 @@ class EntropicPlan(NamedTuple):
     violation: float
 
 
-def entropic_plan(a: Tensor, b: Tensor, brownian_variance: float, *, num_iterations: int = 2000) -> EntropicPlan:
+def entropic_plan(a: Tensor, b: Tensor, brownian_variance: float) -> EntropicPlan:
     """The static Schrödinger bridge between samples (n, D) and (m, D): min_P ⟨P, ‖x − y‖²⟩ + ε Σ P log P.
 
     ε = 2s² makes P ∝ exp(−‖x − y‖²/2s²), the coupling that Brownian motion of variance s² is closest to. Sinkhorn's
@@ -55,12 +56,11 @@ def entropic_plan(a: Tensor, b: Tensor, brownian_variance: float, *, num_iterati
     Args:
         a, b: samples.
         brownian_variance: s², see ``Reference.brownian_variance``.
-        num_iterations: at most.
     """
     a, b = a.double().numpy(), b.double().numpy()
     cost = ot.dist(a, b)
     weights = (np.full(len(a), 1 / len(a)), np.full(len(b), 1 / len(b)))
-    options = {"method": "sinkhorn_log", "numItermax": num_iterations, "stopThr": 1e-7, "warn": False}
+    options = {"method": "sinkhorn_log", "numItermax": _ITERATIONS, "stopThr": 1e-7, "warn": False}
     plan = ot.sinkhorn(*weights, cost, 2 * brownian_variance, **options)
     violation = max(np.abs(plan.sum(axis) - w).sum() for axis, w in ((1, weights[0]), (0, weights[1])))
     return EntropicPlan(float((plan * cost).sum()), float(violation))

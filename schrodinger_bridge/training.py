@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoints import CheckpointStore, load_state_dict_strictly
-from experiment_dir import claim
+from experiment_dir import check_at_least, claim
 from metrics_log import MetricsLog
 from models import EMA, create_network
 from models.mlp import TimeConditionalMLP
@@ -102,7 +103,7 @@ class BridgeRun:
 
     def __init__(self, config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> None:
         _check(config)
-        self.config, self.workdir, self.runtime = config, Path(workdir), runtime
+        self.config, self.workdir = config, Path(workdir)
         bridge = config.bridge
         self.gammas = step_sizes(bridge.ladder, bridge.num_steps, bridge.gamma_min, bridge.gamma_max)
         self.accelerator = runtime.accelerator()
@@ -244,18 +245,18 @@ class BridgeRun:
         generator = torch.Generator().manual_seed(seed_from(self.config.seed, *key))
         return lambda: torch.randn((count, *shape), generator=generator)[share].to(self.device)
 
-    def chains(self, direction: str, count: int, *, half_bridge: int, key: Key, test: bool = True) -> Tensor:
-        """``count`` chains (N + 1, count, …) on the CPU, without the last step's noise where data are ``sharp``.
+    def chains(self, direction: str, count: int, *, half_bridge: int, key: Key) -> Tensor:
+        """``count`` chains (N + 1, count, …) from held-out data, on the CPU, without the last step's noise where data
+        are ``sharp``.
 
         Args:
             direction: 'forward' or 'backward'.
             count: how many.
             half_bridge: the number that is learned next; ``num_half_bridges`` when all are.
             key: of their randomness.
-            test: begin at held-out data.
         """
         start = self.start_of(direction)
-        x = start.sample(count, (self.config.seed, *key, direction), test=test).to(self.device)
+        x = start.sample(count, (self.config.seed, *key, direction), test=True).to(self.device)
         noise = self._noise(count, start.shape, slice(None), (*key, direction))
         mean_map, sharp = self.mean_map(direction, half_bridge), self.end_of(direction).sharp
         return simulate(mean_map, x, self.gammas, direction, noise, noise_removal=sharp)[0].cpu()
@@ -409,13 +410,18 @@ class BridgeRun:
             numbers = {f"{name}_{direction}": row[name] for name in ("w2", "transport_cost")}
             log.write(self.step, {"half_bridge": half_bridge, **numbers})
 
-    def sampling_error(self, direction: str) -> float:
-        """W₂ between two independent sets of as many samples of the end of a direction: what no model can be below but
-        by chance."""
-        count, end = self.config.evaluation.num_samples, self.end_of(direction)
-        wanted = end.sample(count, (self.config.seed, "evaluation", "wanted"), test=True)
-        other = end.sample(count, (self.config.seed, "evaluation", "other"), test=True)
-        return wasserstein(other, wanted, self.config.seed)
+    @cached_property
+    def sampling_errors(self) -> dict[str, float]:
+        """By direction: W₂ between two independent sets of as many samples of its end as are measured. No model can be
+        below but by chance."""
+        count, errors = self.config.evaluation.num_samples, {}
+        for direction in (BACKWARD, FORWARD):
+            wanted, other = (
+                self.end_of(direction).sample(count, (self.config.seed, "evaluation", which), test=True)
+                for which in ("wanted", "other")
+            )
+            errors[direction] = wasserstein(other, wanted, self.config.seed)
+        return errors
 
 
 def _check(config: ConfigDict) -> None:
@@ -436,10 +442,7 @@ def _check(config: ConfigDict) -> None:
         "evaluation.num_samples": 2,
         "evaluation.batch_size": 1,
     }
-    for name, bound in at_least.items():
-        section, field = name.split(".")
-        if config[section][field] < bound:
-            raise ValueError(f"{name}={config[section][field]}: at least {bound}")
+    check_at_least(config.to_dict(), at_least)
     optim = config.optim
     for name in ("lr", "eps", "grad_clip"):
         if not optim[name] > 0:

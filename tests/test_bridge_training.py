@@ -338,7 +338,7 @@ def test_figures_of_images(tmp_path):
     run = learn(config_of("3-8", digits, training__n_iters=2), tmp_path / "a")
     names = [path.name for path in figures.draw_all(run, animate=False)]
     assert names == [
-        "errors.png", "backward_images.png", "backward_transitions.png", "forward_images.png", "forward_transitions.png"
+        "errors.png", "forward_images.png", "forward_transitions.png", "backward_images.png", "backward_transitions.png"
     ]  # fmt: skip
     run = learn(config_of("all", digits, training__n_iters=2), tmp_path / "b")
     names = [path.name for path in figures.draw_all(run, animate=True)]
