@@ -9,7 +9,8 @@ same accuracy of the mean over many probes.
 Two kinds of field: s(x) = Wx with a random matrix W = S + rN, S symmetric, N antisymmetric and r such that NAsym is
 1e-3; and the network of a run, its NAsym being what it is.
 
-``paper`` is our own writing of what the public code does (benchmarks/public_code.py).
+``paper`` is our own writing of what the public code does (benchmarks/public_code.py): the same function as the run's
+network, in its modules and memory format, its estimator and its order of passes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch.func import vjp as functional_vjp
 from tqdm import tqdm
 
 from benchmarks.clock import clock_of
-from benchmarks.public_code import qc_backward
+from benchmarks.public_code import in_public_style, qc_backward
 from command_line import parse_flags
 from conservativeness import EXACT_MAX_DIMENSION, asymmetry
 from randomness import SampleGenerators, normal_like, rademacher_like
@@ -188,17 +189,21 @@ def compare(
     model = run.ema.model.eval()
     for averaged, trained in zip(model.parameters(), run.score_model.parameters(), strict=True):
         averaged.requires_grad_(trained.requires_grad)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    paper_model = in_public_style(model)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(runtime.precision)
 
-    def score_with(weights: dict[str, Tensor] | None, x: Tensor, t: Tensor) -> Tensor:
+    def score_of(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
-            value = model(x, t) if weights is None else functional_call(model, weights, (x, t))
+            value = network(x, t)
         return value.to(x.dtype)
 
-    score = partial(score_with, None)
-    variants = _variants(score, parameters)
+    score, paper_score = partial(score_of, model), partial(score_of, paper_model)
+    variants = _variants(score, _trained(model), paper_score, _trained(paper_model))
     if compiled:
+
+        def score_with(weights: dict[str, Tensor], x: Tensor, t: Tensor) -> Tensor:
+            return score_of(lambda *points: functional_call(model, weights, points), x, t)
+
         variants["antisymmetric, compiled"] = CompiledGradient(score_with, model)
     fields = [_linear_field(batch_size, run.config.seed, run.device)]
     for level in (None, *times):
@@ -233,9 +238,18 @@ def compare(
     return "\n".join(lines)
 
 
-def _variants(score: ScoreFunction, parameters: list[nn.Parameter]) -> dict[str, Gradient]:
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _variants(
+    score: ScoreFunction,
+    parameters: list[nn.Parameter],
+    paper_score: ScoreFunction,
+    paper_parameters: list[nn.Parameter],
+) -> dict[str, Gradient]:
     return {
-        PAPER: partial(paper_gradient, score, parameters),
+        PAPER: partial(paper_gradient, paper_score, paper_parameters),
         "trace": partial(our_gradient, score, parameters, estimator="trace"),
         DEFAULT: partial(our_gradient, score, parameters, estimator="antisymmetric"),
     }
@@ -259,7 +273,7 @@ def _linear_field(
     def score(x: Tensor, t: Tensor) -> Tensor:
         return layer(x)
 
-    variants = _variants(score, list(layer.parameters()))
+    variants = _variants(score, _trained(layer), score, _trained(layer))
     return f"linear, {LINEAR_DIMENSION} dimensions", score, Batch(x, ones, ones), variants
 
 

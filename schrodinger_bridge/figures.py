@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -65,6 +66,12 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
+def _plot_with_errors(ax: Axes, rows: Sequence[Mapping], name: str, **style) -> None:
+    """A measured number against the iteration, with its standard error where there is one."""
+    iterations, values = [row["iteration"] for row in rows], [row[name] for row in rows]
+    ax.errorbar(iterations, values, [row.get(f"{name}_error", 0) for row in rows], elinewidth=0.8, **style)
+
+
 def draw_errors(run: BridgeRun) -> Path:
     """W₂ to the true marginal against the iteration, with the level of chance; and the cost of transport."""
     figure = _figure(7.2, 2.9)
@@ -72,11 +79,10 @@ def draw_errors(run: BridgeRun) -> Path:
     sliced = "sliced " if isinstance(run.marginals[0], ImageMarginal) else ""
     for direction in (BACKWARD, FORWARD):
         rows = [row for row in run.history if row["direction"] == direction]
-        iterations = [row["iteration"] for row in rows]
         style = {"color": COLOURS[direction], "linewidth": 1.2, "marker": "o", "markersize": 2.5}
-        error.plot(iterations, [row["w2"] for row in rows], label=ARROWS[direction], **style)
+        _plot_with_errors(error, rows, "w2", label=ARROWS[direction], **style)
         error.axhline(run.sampling_errors[direction], color=COLOURS[direction], linestyle=":", linewidth=1)
-        cost.plot(iterations, [row["transport_cost"] for row in rows], label=ARROWS[direction], **style)
+        _plot_with_errors(cost, rows, "transport_cost", label=ARROWS[direction], **style)
     error.plot([], [], color="0.4", linestyle=":", label="two sets of true samples")
     error.set(yscale="log", ylabel=f"{sliced}W₂ to the true marginal\n(units of the data)")
     cost.set(ylabel="E‖$x_N$ − $x_0$‖²\n(units of the data, squared)")
@@ -98,7 +104,7 @@ def draw_comparison(rows: Sequence[Mapping], path: Path) -> None:
                 history = [entry for entry in row["history"] if entry["direction"] == BACKWARD]
                 style = {"color": colour, "linewidth": 1.2, "marker": "o", "markersize": 2}
                 for ax, name in ((error, "w2"), (cost, "transport_cost")):
-                    ax.plot(*zip(*((e["iteration"], e[name]) for e in history), strict=True), **style)
+                    _plot_with_errors(ax, history, name, **style)
             error.axhline(row["sampling_error"][BACKWARD], color="0.4", linestyle=":", linewidth=1)
             cost.axhline(row["static_cost"], color="black", linestyle="--", linewidth=1)
             error.set(yscale="log", title=pair)

@@ -70,6 +70,12 @@ def gaussian_rows(run) -> list[dict[str, float]] | None:
     return rows
 
 
+def with_error(row: Mapping, name: str) -> str:
+    """A measured number, ± its standard error if several sets of samples gave one."""
+    error = row.get(f"{name}_error")
+    return f"{row[name]:.3g}" + ("" if error is None else f" ± {error:.1g}")
+
+
 def table(results: Mapping) -> str:
     """In Markdown: per iteration the errors of both ends and the cost of transport."""
     rows = {(row["iteration"], row["direction"]): row for row in results["rows"]}
@@ -80,8 +86,8 @@ def table(results: Mapping) -> str:
         f"# {config['data']['dataset']} – {config['final']['dataset']}, {config['bridge']['algorithm'].upper()}",
         "",
         f"{sliced}W₂ of {config['evaluation']['num_samples']} samples to the true marginal, and E‖x_N − x₀‖², in units "
-        f"of the data. Two sets of true samples are {errors['backward']:.3g} (x₀) and {errors['forward']:.3g} (x_N) "
-        "apart.",
+        f"of the data; means over {config['evaluation']['num_sets']} set(s), ± standard error. Two sets of true "
+        f"samples are {errors['backward']:.3g} (x₀) and {errors['forward']:.3g} (x_N) apart.",
         "",
         "| iteration | " + " | ".join(f"W₂, {t} | cost, {t}" for t in TITLES.values()) + " |",
         "|---" * (1 + 2 * len(TITLES)) + "|",
@@ -91,7 +97,7 @@ def table(results: Mapping) -> str:
         for direction in TITLES:
             row = rows.get((iteration, direction))
             for name in ("w2", "transport_cost"):
-                cell = "" if row is None else f"{row[name]:.3g}"
+                cell = "" if row is None else with_error(row, name)
                 if row is not None and row["half_bridge"] in exact and name == "transport_cost":
                     cell += f" (exact {exact[row['half_bridge']][name]:.3g})"
                 cells.append(cell)

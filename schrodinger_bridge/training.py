@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 from accelerate.utils import gather_object
@@ -41,7 +42,7 @@ from .process import BACKWARD, FORWARD, LABEL_RANGE, MeanMap, Reference, Transit
 __all__ = ["EXPERIMENT", "BridgeRun", "Objective", "PerEdgeAffine"]
 
 EXPERIMENT = "schrodinger_bridge"
-VERSION = 1
+VERSION = 2
 """To be raised when a fix changes what training or evaluation compute; a folder of another version is refused."""
 REFERENCES = ("ornstein_uhlenbeck", "brownian")
 COUPLINGS = ("reference", "independent")
@@ -391,18 +392,26 @@ class BridgeRun:
     # -- measuring
 
     def _measure(self, half_bridge: int, direction: str, log: MetricsLog | None) -> None:
-        """What has been learned so far, number 0 the reference: a row of the history. Every process computes it."""
-        count = self.config.evaluation.num_samples
-        states = self.chains(direction, count, half_bridge=half_bridge, key=("evaluation",))
-        first, last = (states[0], states[-1]) if direction == FORWARD else (states[-1], states[0])
-        wanted = self.end_of(direction).sample(count, (self.config.seed, "evaluation", "wanted"), test=True)
+        """What has been learned so far, number 0 the reference: a row of the history. Every process computes it.
+
+        Of several sets of samples the mean, and in ``…_error`` its standard error.
+        """
+        count, seed = self.config.evaluation.num_samples, self.config.seed
         row = {
             "half_bridge": half_bridge,
             "iteration": (half_bridge + 1) // 2,
             "direction": direction,
-            "w2": wasserstein(last, wanted, self.config.seed),
-            "transport_cost": mean_squared_displacement(first, last),
         }
+        measured: dict[str, list[float]] = {"w2": [], "transport_cost": []}
+        for number in range(self.config.evaluation.num_sets):
+            states = self.chains(direction, count, half_bridge=half_bridge, key=("evaluation", number))
+            first, last = (states[0], states[-1]) if direction == FORWARD else (states[-1], states[0])
+            measured["w2"].append(wasserstein(last, self._true_samples(direction, "wanted", number), seed))
+            measured["transport_cost"].append(mean_squared_displacement(first, last))
+        for name, values in measured.items():
+            row[name] = fmean(values)
+            if len(values) > 1:
+                row[f"{name}_error"] = stdev(values) / math.sqrt(len(values))
         if half_bridge:
             row["loss"] = self._last_loss
         self.history.append(row)
@@ -410,18 +419,21 @@ class BridgeRun:
             numbers = {f"{name}_{direction}": row[name] for name in ("w2", "transport_cost")}
             log.write(self.step, {"half_bridge": half_bridge, **numbers})
 
+    def _true_samples(self, direction: str, which: str, number: int) -> Tensor:
+        count, key = self.config.evaluation.num_samples, (self.config.seed, "evaluation", which, number)
+        return self.end_of(direction).sample(count, key, test=True)
+
     @cached_property
     def sampling_errors(self) -> dict[str, float]:
-        """By direction: W₂ between two independent sets of as many samples of its end as are measured. No model can be
-        below but by chance."""
-        count, errors = self.config.evaluation.num_samples, {}
-        for direction in (BACKWARD, FORWARD):
-            wanted, other = (
-                self.end_of(direction).sample(count, (self.config.seed, "evaluation", which), test=True)
-                for which in ("wanted", "other")
-            )
-            errors[direction] = wasserstein(other, wanted, self.config.seed)
-        return errors
+        """By direction: W₂ between two independent sets of as many samples of its end as are measured, the mean of as
+        many pairs. No model can be below but by chance."""
+
+        def distance(direction: str, number: int) -> float:
+            pair = (self._true_samples(direction, which, number) for which in ("wanted", "other"))
+            return wasserstein(*pair, self.config.seed)
+
+        sets = range(self.config.evaluation.num_sets)
+        return {direction: fmean(distance(direction, i) for i in sets) for direction in (BACKWARD, FORWARD)}
 
 
 def _check(config: ConfigDict) -> None:
@@ -440,6 +452,7 @@ def _check(config: ConfigDict) -> None:
         "training.log_freq": 1,
         "training.save_freq": 1,
         "evaluation.num_samples": 2,
+        "evaluation.num_sets": 1,
         "evaluation.batch_size": 1,
     }
     check_at_least(config.to_dict(), at_least)

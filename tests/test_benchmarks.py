@@ -6,12 +6,13 @@ import itertools
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from oracles import SDES, gaussian_2d
 
 import run_lib
-from benchmarks import data_pipeline, qc_variance, startup
+from benchmarks import bf16_loss, data_pipeline, qc_variance, startup
 from benchmarks import likelihood as likelihood_benchmark
 from configs.digits import get_config
 from datasets import get_dataset
@@ -254,3 +255,31 @@ def test_benchmark_of_the_start(monkeypatch, tmp_path):
     assert [row["paper's time over it"] for row in rows] == ["1.0", "2.0", "2.0", "2.0"]
     with pytest.raises(startup.Failed, match="--rounds=0: at least 1"):
         startup.compare("configs/digits.py:u", "cpu", "fp32", 0)
+
+
+def test_losses_of_both_precisions(tmp_path):
+    """A run's losses, one per step; first weights, data and noise are the same in bf16, seeds differ."""
+    options = ("configs/digits.py:u", 2)
+    runs = [
+        bf16_loss.losses(*options, seed, precision, "cpu", tmp_path / f"{precision}_{seed}")
+        for seed, precision in ((0, "fp32"), (0, "bf16"), (1, "fp32"))
+    ]
+    exact, half, other = (run[0] for run in runs)
+    assert all(len(run) == 2 for run in runs)
+    assert 0 < abs(half / exact - 1) < 1e-2 < abs(other / exact - 1)
+    with pytest.raises(bf16_loss.Failed, match="--precision=fp31"):
+        bf16_loss.losses(*options, 0, "fp31", "cpu", tmp_path / "bad")
+
+
+def test_comparison_of_losses(tmp_path):
+    fp32 = np.repeat([[3.0], [5.0]], 130, axis=1)
+    fp32[:, :30] = 1e3
+    curves = {"fp32": fp32, "bf16": fp32 + np.array([[0.25], [0.75]])}
+    assert bf16_loss.smooth(curves["fp32"]).shape == (2, 6)
+    assert [tuple(row.values()) for row in table(bf16_loss.table(curves))] == [
+        ("float32, mean of the last 100 steps", "4.000", "1.414"),
+        ("bf16", "4.500", "1.768"),
+        ("bf16 − float32, same seed", "0.500", "0.354"),
+    ]
+    bf16_loss.draw(curves, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000

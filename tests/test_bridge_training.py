@@ -39,6 +39,7 @@ TINY = {
     "training.log_freq": 5,
     "training.save_freq": 3,
     "evaluation.num_samples": 20,
+    "evaluation.num_sets": 2,
     "evaluation.batch_size": 12,
 }
 TINY_IMAGES = {name: value for name, value in TINY.items() if name not in ("model.width", "model.depth")}
@@ -113,6 +114,23 @@ def test_more_iterations_go_on_from_fewer(tmp_path):
     learn(config_of(bridge__num_ipf=1), tmp_path / "a")
     more = learn(config_of(bridge__num_ipf=2), tmp_path / "a")
     assert_same_state(more.store.path(40), learn(config_of(), tmp_path / "b").store.path(40))
+
+
+def test_measured_on_several_sets(tmp_path):
+    """The reference takes points at the mean m to N(m, 0.1) and Gaussian data to a Gaussian, whose cost is known: the
+    mean over sets is that within their standard error, and of one set there is none."""
+    options = dict(training__n_iters=1, bridge__num_ipf=1, evaluation__num_samples=500)
+    run = learn(config_of("gaussian", training__batch_size=8, **options, evaluation__num_sets=8), tmp_path / "8")
+    row = run.history[0]
+    exact = main.gaussian_rows(run)[0]["transport_cost"]
+    # Of the error 8 sets give their own estimate: Student's t with 7 degrees of freedom is beyond 4 in 0.5 %.
+    assert abs(row["transport_cost"] - exact) < 4 * row["transport_cost_error"] < 0.2 * exact
+    assert row["w2_error"] > 0
+    # Two sets of true samples are nearer to each other than the reference's end to the truth.
+    assert 0 < run.sampling_errors[FORWARD] < row["w2"]
+    single = learn(config_of("gaussian", training__batch_size=8, **options, evaluation__num_sets=1), tmp_path / "1")
+    assert "w2_error" not in single.history[0] and main.with_error({"w2": 0.25}, "w2") == "0.25"
+    assert main.with_error({"w2": 0.25, "w2_error": 0.012}, "w2") == "0.25 ± 0.01"
 
 
 def test_the_global_stream_is_left_alone(tmp_path):
@@ -256,6 +274,7 @@ def test_networks_of_images_fit_their_images(module, arguments):
         ({"training__cache_size": 33}, "training.cache_size=33: must be a multiple of training.batch_size=8"),
         ({"training__n_iters": 0}, "training.n_iters=0: at least 1"),
         ({"evaluation__num_samples": 1}, "evaluation.num_samples=1: at least 2"),
+        ({"evaluation__num_sets": 0}, "evaluation.num_sets=0: at least 1"),
         ({"optim__lr": 0.0}, "optim.lr=0.0: allowed are positive"),
         ({"optim__beta1": 1.0}, "optim.beta1=1.0: allowed are"),
         ({"seed": -1}, "seed=-1: at least 0"),

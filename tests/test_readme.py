@@ -50,6 +50,7 @@ RUN_ELSEWHERE = {
     "benchmarks.likelihood": "test_benchmarks.py::test_benchmark_of_likelihood",
     "benchmarks.qc_variance": "test_benchmarks.py::test_benchmark_of_the_variance",
     "benchmarks.data_pipeline": "test_benchmarks.py::test_benchmark_of_the_input",
+    "benchmarks.bf16_loss": "test_benchmarks.py::test_losses_of_both_precisions",
     "benchmarks.startup": "test_benchmarks.py::test_benchmark_of_the_start",
     "benchmarks.training_step": "test_training_step_benchmark.py::test_benchmark_measures_and_prints",
     "benchmarks.qc_precision": "test_recompute.py::test_precision_benchmark_measures",

@@ -84,6 +84,7 @@ BRIDGE = {
     "training.log_freq": 2,
     "training.save_freq": 3,
     "evaluation.num_samples": 12,
+    "evaluation.num_sets": 2,
     "evaluation.batch_size": 8,
 }
 

@@ -41,7 +41,13 @@ def bridge_config() -> ConfigDict:
             "keep_half_bridges": False,  # keep the checkpoint at every half-bridge's end
         }
     )
-    config.evaluation = ConfigDict({"num_samples": 2000, "batch_size": 10_000})
+    config.evaluation = ConfigDict(
+        {
+            "num_samples": 2000,
+            "num_sets": 5,  # of so many samples each; the mean over them is reported
+            "batch_size": 10_000,
+        }
+    )
     return config
 
 
@@ -87,6 +93,7 @@ def image_config(dataset: str, image_size: int, num_channels: int) -> ConfigDict
         }
     )
     config.bridge.update(ladder="linear", gamma_min=1e-5, gamma_max=0.1)
+    config.evaluation.num_sets = 1
     config.optim.lr = 2e-4
     return config
 
