@@ -37,8 +37,13 @@ class Dropout(nn.Module):
         self.keys: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        factor = self.factor(x)
+        return x if factor is None else x * factor
+
+    def factor(self, x: Tensor) -> Tensor | None:
+        """What the numbers of x (B, C, H, W) are multiplied by, 0 or 1/(1 − p); None where that is 1 for all."""
         if not self.training or self.p == 0:
-            return x
+            return None
         keys = random_bits((len(x), 2), device=x.device) if self.keys is None else self.keys
         channels, height, width = x.shape[1:]
         # In the order of channels-last memory, which is that of x.
@@ -48,7 +53,7 @@ class Dropout(nn.Module):
         # The bits are those of a signed integer, between −2⁶³ and 2⁶³. As a factor, because torch.where is slow, and
         # slower still to differentiate.
         factor = (bits >= round((self.p - 0.5) * 2**64)).to(x.dtype).mul_(1 / (1 - self.p))
-        return x * factor.permute(0, 3, 1, 2)
+        return factor.permute(0, 3, 1, 2)
 
 
 def set_dropout_keys(layers: Sequence[Dropout], keys: Tensor) -> None:

@@ -263,7 +263,7 @@ class _ResidualBlock(Recomputable):
         h = self.conv1(self.resample(norm_act(self.norm1, self.activation, x)))
         if self.time is not None:
             h = h + self.time(self.activation(temb))[:, :, None, None]
-        h = self.conv2(self.dropout(norm_act(self.norm2, self.activation, h)))
+        h = self.conv2(norm_act(self.norm2, self.activation, h, self.dropout))
         return self.rescale * (self.shortcut(self.resample(x)) + h)
 
 

@@ -1,4 +1,4 @@
-"""Group normalisation, by itself and followed by x·sigmoid(x), with second derivatives that are cheap.
+"""Group normalisation, by itself and followed by x·sigmoid(x) and dropout, with second derivatives that are cheap.
 
 A normalisation a = (x − μ)r, r = (var + ε)^(−1/2), over groups of n numbers has the Jacobian
 
@@ -8,7 +8,8 @@ so that what the backward pass does to a gradient also maps a tangent forward, a
 
     ∇ₓ(cᵀJu) = −(r/n)(a cᵀJu + Jc aᵀu + Ju aᵀc).
 
-x ↦ x·sigmoid(x) acts on each number by itself: its first two derivatives are computed once and then multiply.
+x ↦ x·sigmoid(x) acts on each number by itself: its first two derivatives are computed once and then multiply. Dropout's
+factors are part of them.
 See ``models.higher_order`` for where these are used.
 """
 
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from models.dropout import Dropout
 from models.higher_order import asked_for, is_higher_order, view
 
 __all__ = ["GroupNorm", "norm_act"]
@@ -146,14 +148,14 @@ class GroupNorm(nn.GroupNorm):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Group normalisation followed by x·sigmoid(x)
+# Group normalisation followed by φ(z) = d·z·sigmoid(z), d the factors of dropout or 1
 
 
 class _Constants:
     """What the derivatives of y = φ(z), z = γa + β, share: numbers without a graph, computed when first asked for."""
 
-    def __init__(self, x: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> None:
-        self.x, self.z, self.mean, self.rstd = x.detach(), z.detach(), mean, rstd
+    def __init__(self, x: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, factor: Tensor | None) -> None:
+        self.x, self.z, self.mean, self.rstd, self.factor = x.detach(), z.detach(), mean, rstd, factor
 
     @cached_property
     def scale(self) -> Tensor:
@@ -180,13 +182,15 @@ class _Constants:
     @cached_property
     def slope(self) -> Tensor:
         """φ'(z)."""
-        return torch.ops.aten.silu_backward(self.z.new_ones(()).expand_as(self.z), self.z)
+        ones = self.z.new_ones(()).expand_as(self.z) if self.factor is None else self.factor
+        return torch.ops.aten.silu_backward(ones, self.z)
 
     @cached_property
     def half_curvature(self) -> Tensor:
         """½φ''(z) = (1 − s)(φ' − ½φ), s = sigmoid(z)."""
         s = torch.sigmoid(self.z)
-        bracket = torch.addcmul(self.slope, s, self.z, value=-0.5)
+        scaled = self.z if self.factor is None else self.z * self.factor
+        bracket = torch.addcmul(self.slope, s, scaled, value=-0.5)
         return bracket.mul_(s.neg_().add_(1))
 
     def project(self, u: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -199,6 +203,12 @@ class _Constants:
         shift, slope = (sums * self.minus_scale_over_size)[..., None, None].unbind()
         product = torch.addcmul(shift, u, _per_channel(scale))
         return product.addcmul_(self.normalised, slope), sums[1]
+
+    def times_slope(self, g: Tensor, z: Tensor) -> Tensor:
+        """φ'(z)g, as a function of z."""
+        s = torch.sigmoid(z)
+        slope = s * (1 + z * (1 - s))
+        return g * (slope if self.factor is None else slope * self.factor)
 
     def transposed(self, jc: Tensor, weight: Tensor) -> Tensor:
         """γφ'(z)Jc."""
@@ -228,13 +238,16 @@ class _NormAct(Function):
     """(x, γ, β) ↦ y = φ(z) and, for what is derived from y, z = γa + β."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, factor: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         x = _dense(x)
         z, mean, rstd = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)
         ctx.save_for_backward(x, weight, z)
-        ctx.constants, ctx.eps = _Constants(x, z, mean, rstd), eps
+        ctx.constants, ctx.eps = _Constants(x, z, mean, rstd, factor), eps
         ctx.set_materialize_grads(False)
-        return F.silu(z), z
+        y = F.silu(z)
+        return y if factor is None else y.mul_(factor), z
 
     @staticmethod
     def backward(ctx, g: Tensor | None, g_z: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -246,7 +259,8 @@ class _NormAct(Function):
             total = g_z if g is None else constants.slope * g
             if g is not None and g_z is not None:
                 total += g_z
-            return *_group_norm_backward(total, x, weight, constants.mean, constants.rstd, groups, asked), None, None
+            found = _group_norm_backward(total, x, weight, constants.mean, constants.rstd, groups, asked)
+            return *found, None, None, None
         for_x = for_weight = for_bias = None
         if asked[0] and g is not None:
             for_x = _NormActInput.apply(g, x, weight, z, constants, eps)
@@ -254,10 +268,10 @@ class _NormAct(Function):
             part = _GroupNormInput.apply(g_z, x, weight, constants.mean, constants.rstd, groups, eps)
             for_x = part if for_x is None else for_x + part
         if any(asked[1:]):
-            total = (0 if g is None else g * _slope(z)) + (0 if g_z is None else g_z)
+            total = (0 if g is None else constants.times_slope(g, z)) + (0 if g_z is None else g_z)
             for_weight = (total * _GroupNorm.apply(x, None, None, groups, eps)).sum((0, 2, 3))
             for_bias = total.sum((0, 2, 3))
-        return for_x, for_weight, for_bias, None, None
+        return for_x, for_weight, for_bias, None, None, None
 
 
 class _NormActInput(Function):
@@ -307,19 +321,15 @@ class _NormActTangent(Function):
         return ju[0] if asked[0] else None, for_x, for_weight, for_z, None, None
 
 
-def _slope(z: Tensor) -> Tensor:
-    s = torch.sigmoid(z)
-    return s * (1 + z * (1 - s))
-
-
 def _input(g: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants, eps: float) -> Tensor:
     mean, rstd = constants.mean, constants.rstd
-    return _GroupNormInput.apply(g * _slope(z), x, weight, mean, rstd, rstd.shape[1], eps)
+    return _GroupNormInput.apply(constants.times_slope(g, z), x, weight, mean, rstd, rstd.shape[1], eps)
 
 
 def _tangent(c: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants, eps: float) -> Tensor:
     mean, rstd = constants.mean, constants.rstd
-    return _GroupNormInput.apply(c, x, None, mean, rstd, rstd.shape[1], eps) * _per_channel(weight[None]) * _slope(z)
+    jc = _GroupNormInput.apply(c, x, None, mean, rstd, rstd.shape[1], eps)
+    return constants.times_slope(jc * _per_channel(weight[None]), z)
 
 
 def _by_torch(
@@ -335,8 +345,11 @@ def _by_torch(
     return [next(found) if needed else None for needed in asked]
 
 
-def norm_act(norm: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
-    """``activation(norm(x))`` for images (B, C, H, W)."""
-    if is_higher_order() and isinstance(norm, GroupNorm) and isinstance(activation, nn.SiLU):
-        return _NormAct.apply(x, view(norm.weight), view(norm.bias), norm.num_groups, norm.eps)[0]
-    return activation(norm(x))
+def norm_act(norm: nn.Module, activation: nn.Module, x: Tensor, dropout: nn.Module | None = None) -> Tensor:
+    """``dropout(activation(norm(x)))`` for images (B, C, H, W)."""
+    own = dropout is None or isinstance(dropout, Dropout)
+    if is_higher_order() and own and isinstance(norm, GroupNorm) and isinstance(activation, nn.SiLU):
+        factor = None if dropout is None else dropout.factor(x)
+        return _NormAct.apply(x, view(norm.weight), view(norm.bias), norm.num_groups, norm.eps, factor)[0]
+    y = activation(norm(x))
+    return y if dropout is None else dropout(y)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.training_step import operations_of_passes
 from losses import Objective
+from models.dropout import Dropout
 from models.higher_order import (
     Conv2d,
     attend,
@@ -24,7 +25,7 @@ from models.normalisation import GroupNorm, norm_act
 from models.recompute import recompute_activations
 from models.score import ConservativeScore, NoiseLevel, UnconstrainedScore
 from models.unet import UNet
-from randomness import SampleGenerators
+from randomness import SampleGenerators, random_bits
 
 KERNEL = torch.tensor([[1.0, 2.0, 0.5], [0.3, 1.0, 3.0], [2.0, 0.1, 0.7]], dtype=torch.float64)
 
@@ -53,6 +54,12 @@ def _activated(layer: GroupNorm) -> Callable[[Tensor], Tensor]:
     return lambda x: norm_act(layer, nn.SiLU(), x)
 
 
+def _with_dropout(layer: GroupNorm) -> Callable[[Tensor], Tensor]:
+    dropout = Dropout(0.4).train()
+    dropout.keys = random_bits((2, 2), torch.Generator().manual_seed(7))
+    return lambda x: norm_act(layer, nn.SiLU(), x, dropout)
+
+
 # Name: a function of one image with the parameters it depends on, and the image's shape.
 CASES: dict[str, Callable[[], tuple[Callable[[Tensor], Tensor], Sequence[Tensor], tuple[int, ...]]]] = {
     "convolution": lambda: (layer := conv(8, 3, 3, padding=1), tuple(layer.parameters()), (2, 8, 5, 4)),
@@ -61,6 +68,7 @@ CASES: dict[str, Callable[[], tuple[Callable[[Tensor], Tensor], Sequence[Tensor]
     "without bias": lambda: (layer := conv(8, 3, 1, bias=False), tuple(layer.parameters()), (2, 8, 3, 3)),
     "normalisation": lambda: (layer := norm(), tuple(layer.parameters()), (2, 8, 3, 4)),
     "with activation": lambda: (layer := norm(), _activated(layer), tuple(layer.parameters()), (2, 8, 3, 4))[1:],
+    "with dropout": lambda: (layer := norm(), _with_dropout(layer), tuple(layer.parameters()), (2, 8, 3, 4))[1:],
     "blur": lambda: (lambda x: blur(x, KERNEL, stride=2, padding=1), (), (2, 3, 6, 5)),
     "blur without remainder": lambda: (lambda x: blur(x, KERNEL, stride=2, padding=1), (), (2, 3, 7, 7)),
     "transposed blur": lambda: (lambda x: blur_transposed(x, KERNEL, stride=2, padding=1), (), (2, 3, 4, 5)),
