@@ -218,6 +218,15 @@ def test_point_sets_are_standardised(name):
     assert (x[:25_000].mean(0) - x[25_000:].mean(0)).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("name", POINT_SETS)
+def test_points_are_independent_draws(name):
+    """The means of 200 sets of 100 vary as those of independent points do, to a standard error of 10 %; those of evenly
+    spaced ones vary by a twentieth of it."""
+    marginal = PointMarginal(name, 1.0)
+    means = torch.stack([marginal.sample(100, (number,)).mean(0) for number in range(200)])
+    torch.testing.assert_close(100 * means.var(0), marginal.sample(50_000, (0, "a")).var(0), rtol=0.5, atol=0)
+
+
 def test_images_of_one_class():
     config = digits.get_config("3-8")
     first, last = get_marginals(config)
