@@ -31,8 +31,8 @@ class MetricsLog:
         self.path = directory / "metrics.jsonl"
         if self.path.exists():
             kept = []
-            for line in self.path.read_text().splitlines():
-                # A process killed while writing may leave half a line at the end.
+            for line in self.path.read_text(errors="replace").splitlines():
+                # A process killed while writing may leave half a line at the end, a full disk other bytes.
                 with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
                     if json.loads(line)["step"] <= step:
                         kept.append(line + "\n")

@@ -73,6 +73,7 @@ def table(curves: dict[str, np.ndarray]) -> str:
 def draw(curves: dict[str, np.ndarray], path: Path) -> None:
     """Both losses against the step, and their difference beside that between seeds."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     fp32, bf16 = smooth(curves["fp32"]), smooth(curves["bf16"])
     step = WINDOW * (np.arange(fp32.shape[1]) + 0.5)
@@ -82,15 +83,17 @@ def draw(curves: dict[str, np.ndarray], path: Path) -> None:
         for seed, curve in enumerate(values):
             left.plot(step, curve, lw=1, label=None if seed else f"{name}, {len(values)} seeds", **style)
     left.set(xlabel="training step", ylabel=f"loss, mean of {WINDOW} steps", yscale="log")
+    for axis_part in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        axis_part(ScalarFormatter())
     left.legend(fontsize=8)
     spread = fp32.std(0, ddof=1)
     right.fill_between(step, -spread, spread, color="C0", alpha=0.25, label="± standard deviation, float32's seeds")
     for seed, curve in enumerate(bf16 - fp32):
         right.plot(step, curve, color="C1", lw=1, label=None if seed else "bf16 − float32, same seed")
     right.axhline(0, color="0.5", lw=0.8)
-    right.set(xlabel="training step", ylabel="difference in loss")
-    right.set_yscale("symlog", linthresh=1)
-    right.legend(fontsize=8)
+    limit = 1.6 * max(spread.max(), np.abs(bf16 - fp32).max())  # room for the legend
+    right.set(xlabel="training step", ylabel="difference in loss", ylim=(-limit, limit))
+    right.legend(fontsize=8, loc="upper left")
     figure.savefig(path, dpi=150)
 
 

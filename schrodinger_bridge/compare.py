@@ -67,7 +67,10 @@ def make_tasks(workdir: Path, pairs: Sequence[str], overrides: Mapping[str, obje
         for algorithm in ALGORITHMS
     ]
     for task in tasks:
-        task.bridge_run()
+        try:
+            task.bridge_run()
+        except ValueError as error:
+            raise ValueError(f"--pairs={','.join(pairs)}: {error}") from None
     return tasks
 
 

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from atomic_write import write_atomically
@@ -88,7 +89,8 @@ def draw_errors(run: BridgeRun) -> Path:
     cost.set(ylabel="E‖$x_N$ − $x_0$‖²\n(units of the data, squared)")
     for ax in (error, cost):
         ax.set_xlabel(f"iteration of {run.config.bridge.algorithm.upper()} (0: the reference)")
-        ax.legend(frameon=False)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(*error.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return _save(figure, run.workdir / "errors.png")
 
 
@@ -109,8 +111,9 @@ def draw_comparison(rows: Sequence[Mapping], path: Path) -> None:
             cost.axhline(row["static_cost"], color="black", linestyle="--", linewidth=1)
             error.set(yscale="log", title=pair)
             cost.set_xlabel("iteration")
+            cost.xaxis.set_major_locator(MaxNLocator(integer=True))
         grid[0, 0].set_ylabel("W₂ at $x_0$\n(units of the data)")
-        grid[1, 0].set_ylabel("E‖$x_N$ − $x_0$‖², backward\n(units of the data, squared)")
+        grid[1, 0].set_ylabel("cost, backward\n(units of the data, squared)")
         lines = [
             Line2D([], [], color="tab:blue", label="IPF"),
             Line2D([], [], color="tab:red", label="IMF"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Mapping
 
@@ -71,9 +72,12 @@ def gaussian_rows(run) -> list[dict[str, float]] | None:
 
 
 def with_error(row: Mapping, name: str) -> str:
-    """A measured number, ± its standard error if several sets of samples gave one."""
+    """A measured number, ± its standard error if several sets of samples gave one, to the error's second digit."""
     error = row.get(f"{name}_error")
-    return f"{row[name]:.3g}" + ("" if error is None else f" ± {error:.1g}")
+    if error is None:
+        return f"{row[name]:.3g}"
+    decimals = max(0, 1 - math.floor(math.log10(error))) if error else 3
+    return f"{row[name]:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def table(results: Mapping) -> str:

@@ -26,6 +26,7 @@ __all__ = ["GaussianMarginal", "ImageMarginal", "Marginal", "PointMarginal", "ge
 Key = tuple[int | str, ...]
 _STANDARDISING_POINTS = 200_000
 _MOMENT_SAMPLES = 2_000
+_LEAST_SCALE = 1e-6
 
 
 class Marginal(Protocol):
@@ -179,27 +180,36 @@ def get_marginals(config: ConfigDict) -> tuple[Marginal, Marginal]:
 
 def _marginal(config: ConfigDict, data: ConfigDict, first: Marginal | None) -> Marginal:
     field = "data" if first is None else "final"
-    if not 0 < data.get("scale", 1.0) < float("inf"):
-        raise ValueError(f"{field}.scale={data.scale}: allowed are positive numbers")
-    if data.dataset == "correlated_gaussian":
-        root = torch.from_numpy(data.scale * np.linalg.cholesky(_CORRELATED_COVARIANCE))
-        return GaussianMarginal(torch.from_numpy(data.scale * _CORRELATED_MEAN), root, data.dataset)
     if data.dataset == "gaussian":
         if first is None:
             raise ValueError("data.dataset='gaussian': a prior, for final.dataset")
-        return GaussianMarginal(torch.zeros(first.shape), float(data.scale))
-    if data.dataset in POINT_SETS:
-        return PointMarginal(data.dataset, data.scale)
-    if "image_size" not in data:
+        return GaussianMarginal(torch.zeros(first.shape), _scale_of(data, field))
+    if data.dataset == "correlated_gaussian" or data.dataset in POINT_SETS:
+        scale = _scale_of(data, field)
+        marginal: Marginal = PointMarginal(data.dataset, scale) if data.dataset in POINT_SETS else _correlated(scale)
+    elif "image_size" in data:
+        halves, label = datasets.get_dataset(ConfigDict({"data": data})), data.class_label
+        name = data.dataset if label == -1 else f"{data.dataset}, class {label}"
+        try:
+            marginal = ImageMarginal(halves, label, centered=data.centered, name=name)
+        except ValueError as error:
+            raise ValueError(f"{field}.{error}") from None
+    else:
         names = ", ".join((*POINT_SETS, "correlated_gaussian", *(["gaussian"] if first is not None else [])))
         raise ValueError(f"{field}.dataset={data.dataset!r}: allowed are {names}")
-    halves = datasets.get_dataset(ConfigDict({"data": data}))
-    label = data.class_label
-    name = data.dataset if label == -1 else f"{data.dataset}, class {label}"
-    try:
-        marginal = ImageMarginal(halves, label, centered=data.centered, name=name)
-    except ValueError as error:
-        raise ValueError(f"{field}.{error}") from None
     if first is not None and marginal.shape != first.shape:
-        raise ValueError(f"final.dataset={data.dataset!r}: images of {marginal.shape}, but those of data {first.shape}")
+        raise ValueError(f"final.dataset={data.dataset!r}: samples {marginal.shape}, but those of data {first.shape}")
     return marginal
+
+
+def _correlated(scale: float) -> GaussianMarginal:
+    root = torch.from_numpy(scale * np.linalg.cholesky(_CORRELATED_COVARIANCE))
+    return GaussianMarginal(torch.from_numpy(scale * _CORRELATED_MEAN), root, "correlated_gaussian")
+
+
+def _scale_of(data: ConfigDict, field: str) -> float:
+    if "scale" not in data:
+        raise ValueError(f"{field}.dataset={data.dataset!r}: needs {field}.scale, which configs of images do not have")
+    if not _LEAST_SCALE <= data.scale <= 1 / _LEAST_SCALE:
+        raise ValueError(f"{field}.scale={data.scale}: allowed are {_LEAST_SCALE:g} to {1 / _LEAST_SCALE:g}")
+    return float(data.scale)

@@ -30,7 +30,7 @@ def wasserstein(a: Tensor, b: Tensor, seed: int) -> float:
     """
     a, b = a.flatten(1).double().numpy(), b.flatten(1).double().numpy()
     if a.shape[1] > 3:
-        return float(ot.sliced_wasserstein_distance(a, b, n_projections=_PROJECTIONS, seed=seed))
+        return float(ot.sliced_wasserstein_distance(a, b, n_projections=_PROJECTIONS, seed=seed % 2**32))
     weights = (np.full(len(a), 1 / len(a)), np.full(len(b), 1 / len(b)))
     return float(np.sqrt(ot.emd2(*weights, ot.dist(a, b), numItermax=10_000_000)))
 

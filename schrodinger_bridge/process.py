@@ -41,6 +41,10 @@ MATCHINGS = ("drift", "mean")
 LABEL_RANGE = 999.0
 """Networks know an edge by a number between 0 and this, the range of the time labels of VP models."""
 
+LEAST_GAMMA = 1e-12
+"""Noise of √(2γ) is then well within single precision."""
+_MOST_FORGOTTEN = 1e12
+
 MeanMap: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Where an edge leads to on average: x (B, ...) and edges k (B,), integers from 1 to N → (B, ...)."""
 
@@ -79,14 +83,19 @@ def step_sizes(ladder: str, num_steps: int, gamma_min: float, gamma_max: float) 
     An even number of steps has the largest twice, an odd one once.
 
     Raises:
-        ValueError: unknown ladder, fewer than two steps, or step sizes that are not 0 < γ_min ≤ γ_max.
+        ValueError: unknown ladder, fewer than two steps, or fewer than three where the step sizes differ, or step sizes
+            that are not 1e-12 ≤ γ_min ≤ γ_max.
     """
     if ladder not in LADDERS:
         raise ValueError(f"bridge.ladder={ladder!r}: allowed are {', '.join(LADDERS)}")
     if num_steps < 2:
         raise ValueError(f"bridge.num_steps={num_steps}: at least 2")
-    if not 0 < gamma_min <= gamma_max < math.inf:
-        raise ValueError(f"bridge.gamma_min={gamma_min}, bridge.gamma_max={gamma_max}: need 0 < γ_min ≤ γ_max")
+    if not LEAST_GAMMA <= gamma_min <= gamma_max < math.inf:
+        raise ValueError(
+            f"bridge.gamma_min={gamma_min}, bridge.gamma_max={gamma_max}: need {LEAST_GAMMA:g} ≤ γ_min ≤ γ_max"
+        )
+    if num_steps == 2 and gamma_min < gamma_max:
+        raise ValueError("bridge.num_steps=2: at least 3 for step sizes that rise and fall")
     rising = LADDERS[ladder](gamma_min, gamma_max, (num_steps + 1) // 2)
     return torch.cat([rising, rising.flip(0)[num_steps % 2 :]])
 
@@ -109,7 +118,7 @@ class Reference(nn.Module):
         alpha, variance_from_start: (N + 1,), of x_k given x_0: N(m + α_k (x_0 − m), v_k).
 
     Raises:
-        ValueError: a step that is not small against s².
+        ValueError: a step that is not small against s², or so many that x_N knows nothing of x_0 in double precision.
     """
 
     def __init__(self, gammas: Tensor, mean: Tensor, variance: float) -> None:
@@ -128,6 +137,11 @@ class Reference(nn.Module):
         self.register_buffer("factor", a)
         self.register_buffer("alpha", torch.stack(alpha))
         self.register_buffer("variance_from_start", torch.stack(v))
+        if not self.brownian_variance < _MOST_FORGOTTEN * float(v[-1]):
+            raise ValueError(
+                f"bridge.num_steps={len(gammas)} with step sizes of {float(gammas.sum()):.4g} in all: the reference "
+                f"keeps {float(alpha[-1]):.1g} of where it began; take fewer or smaller steps"
+            )
 
     @property
     def brownian_variance(self) -> float:

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoints import CheckpointStore, load_state_dict_strictly
+from checkpoints import CheckpointError, CheckpointStore, load_state_dict_strictly
 from experiment_dir import check_at_least, claim
 from metrics_log import MetricsLog
 from models import EMA, create_network
@@ -42,12 +42,13 @@ from .process import BACKWARD, FORWARD, LABEL_RANGE, MeanMap, Reference, Transit
 __all__ = ["EXPERIMENT", "BridgeRun", "Objective", "PerEdgeAffine"]
 
 EXPERIMENT = "schrodinger_bridge"
-VERSION = 2
+VERSION = 3
 """To be raised when a fix changes what training or evaluation compute; a folder of another version is refused."""
 REFERENCES = ("ornstein_uhlenbeck", "brownian")
 COUPLINGS = ("reference", "independent")
 FREE = ("bridge.num_ipf", "training.log_freq", "training.save_freq", "training.keep_half_bridges")
 """Fields that a run may be continued with other values of."""
+_NOT_FINITE = "{} not finite at or before step {}; try a smaller optim.lr"
 
 
 class PerEdgeAffine(nn.Module):
@@ -79,6 +80,8 @@ class Objective(nn.Module):
 def _network(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     model = config.model
     if len(shape) == 3:
+        if str(model.get("embedding_type")).lower() == "fourier":
+            raise ValueError("model.embedding_type='fourier': takes a logarithm, but the first edge has the label 0")
         if model.dropout:
             raise ValueError(f"model.dropout={model.dropout}: bridges are learned without, it must be 0")
         return create_network(config)
@@ -196,6 +199,8 @@ class BridgeRun:
             ValueError: the processes see different folders.
         """
         state = self.store.load_latest()
+        if state is not None:
+            self._check_state(state)
         steps = gather_object([-1 if state is None else state["step"]])
         if any(step != steps[0] for step in steps):
             raise ValueError(
@@ -210,8 +215,25 @@ class BridgeRun:
             self.averages[name].load_state_dict(state["averages"][name])
         self.step, self.history, self._sums = state["step"], state["history"], state["sums"]
         self._optimizer_state = state["optimizer"]
+        if state.get("scaler") is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _check_state(self, state: dict) -> None:
+        kinds = {"step": int, "history": list, "sums": list, "mean_maps": dict, "averages": dict, "optimizer": dict}
+        if wrong := [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]:
+            raise CheckpointError(f"{self.store.directory}: no checkpoint of a bridge; wrong: {', '.join(wrong)}")
+        if any(set(state[name]) != {BACKWARD, FORWARD} for name in ("mean_maps", "averages")):
+            raise CheckpointError(f"{self.store.directory}: no checkpoint of a bridge; a direction is missing")
+        begun = math.ceil(state["step"] / (2 * self.config.training.n_iters))
+        if begun > self.config.bridge.num_ipf:
+            raise ValueError(
+                f"bridge.num_ipf={self.config.bridge.num_ipf}: this run has begun iteration {begun}; at least that"
+            )
 
     def _save(self, optimizer: torch.optim.Optimizer, log: MetricsLog | None) -> None:
+        weights = self.mean_maps[self.direction_of((self.step - 1) // self.config.training.n_iters)].parameters()
+        if not all(bool(weight.isfinite().all()) for weight in weights):
+            raise FloatingPointError(_NOT_FINITE.format("weights are", self.step))
         if self.accelerator.is_main_process:
             log.sync()
             state = {
@@ -219,6 +241,7 @@ class BridgeRun:
                 "mean_maps": {name: mean_map.state_dict() for name, mean_map in self.mean_maps.items()},
                 "averages": {name: average.state_dict() for name, average in self.averages.items()},
                 "optimizer": optimizer.state_dict(),
+                "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
                 "sums": self._sums,
                 "history": self.history,
             }
@@ -356,6 +379,7 @@ class BridgeRun:
             if self.step % training.log_freq == 0 or at_end:
                 self._log_loss(half_bridge, direction, log)
             if at_end:
+                bar.set_description(f"half-bridge {half_bridge + 1} of {self.num_half_bridges}, measuring")
                 self._measure(half_bridge + 1, direction, log)
             if self.step % training.save_freq == 0 or at_end:
                 if self._sums:
@@ -384,7 +408,7 @@ class BridgeRun:
         # Every process has its part of the batch, and the parts are of one size.
         loss = float(self.accelerator.reduce(self._losses().mean(), "mean"))
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is not finite at or before step {self.step}; try a smaller optim.lr")
+            raise FloatingPointError(_NOT_FINITE.format("the loss is", self.step))
         self._sums, self._last_loss = [], loss
         if log is not None:
             log.write(self.step, {"half_bridge": half_bridge + 1, f"loss_{direction}": loss})
@@ -438,6 +462,8 @@ class BridgeRun:
 
 def _check(config: ConfigDict) -> None:
     """Fields that no module of its own checks."""
+    if "bridge" not in config:
+        raise ValueError("--config: no config of a bridge; those are in configs/dsb")
     for name, allowed in (("algorithm", tuple(ALGORITHMS)), ("reference", REFERENCES), ("coupling", COUPLINGS)):
         if config.bridge[name] not in allowed:
             raise ValueError(f"bridge.{name}={config.bridge[name]!r}: allowed are {', '.join(allowed)}")
@@ -453,12 +479,13 @@ def _check(config: ConfigDict) -> None:
         "training.save_freq": 1,
         "evaluation.num_samples": 2,
         "evaluation.num_sets": 1,
+        **({"model.width": 1, "model.depth": 1} if config.model.name == "time_mlp" else {}),
         "evaluation.batch_size": 1,
     }
     check_at_least(config.to_dict(), at_least)
     optim = config.optim
     for name in ("lr", "eps", "grad_clip"):
-        if not optim[name] > 0:
+        if not 0 < optim[name] < math.inf:
             raise ValueError(f"optim.{name}={optim[name]}: allowed are positive numbers")
     for name in ("beta1", "beta2"):
         if not 0 <= optim[name] < 1:

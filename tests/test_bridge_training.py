@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from test_run_lib import ROOT, environment, forget_accelerator  # noqa: F401 -- the last for every test here
 
-from checkpoints import read_checkpoint
+from checkpoints import CheckpointError, read_checkpoint
 from configs.dsb import celeba, digits, mnist
 from run_setup import Runtime
 from schrodinger_bridge import compare, figures, main, training
@@ -130,7 +130,7 @@ def test_measured_on_several_sets(tmp_path):
     assert 0 < run.sampling_errors[FORWARD] < row["w2"]
     single = learn(config_of("gaussian", training__batch_size=8, **options, evaluation__num_sets=1), tmp_path / "1")
     assert "w2_error" not in single.history[0] and main.with_error({"w2": 0.25}, "w2") == "0.25"
-    assert main.with_error({"w2": 0.25, "w2_error": 0.012}, "w2") == "0.25 ± 0.01"
+    assert main.with_error({"w2": 0.25, "w2_error": 0.012}, "w2") == "0.250 ± 0.012"
 
 
 def test_the_global_stream_is_left_alone(tmp_path):
@@ -285,14 +285,22 @@ def test_networks_of_images_fit_their_images(module, arguments):
         ({"evaluation__num_samples": 1}, "evaluation.num_samples=1: at least 2"),
         ({"evaluation__num_sets": 0}, "evaluation.num_sets=0: at least 1"),
         ({"optim__lr": 0.0}, "optim.lr=0.0: allowed are positive"),
+        ({"optim__lr": float("inf")}, "optim.lr=inf: allowed are positive"),
         ({"optim__beta1": 1.0}, "optim.beta1=1.0: allowed are"),
+        ({"model__width": 0}, "model.width=0: at least 1"),
+        ({"final__scale": 1e300}, "final.scale=1e+300: allowed are 1e-06 to 1e+06"),
+        ({"bridge__gamma_min": 1e-300, "bridge__ladder": "geometric"}, "bridge.gamma_min=1e-300"),
+        (
+            {"bridge__num_steps": 1100, "bridge__gamma_min": 0.5, "bridge__gamma_max": 0.5},
+            "bridge.num_steps=1100 with step sizes of 550 in all: the reference keeps",
+        ),
         ({"seed": -1}, "seed=-1: at least 0"),
         ({"model__name": "ncsnpp"}, "model.name='ncsnpp': allowed for points are time_mlp, affine"),
         ({"model__ema_rate": 1.0}, "model.ema_rate=1.0: allowed are"),
         ({"data__dataset": "gaussian"}, "data.dataset='gaussian': a prior"),
         ({"data__dataset": "moon"}, "data.dataset='moon': allowed are scurve"),
         ({"final__dataset": "moon"}, "final.dataset='moon': allowed are scurve"),
-        ({"data__scale": 0.0}, "data.scale=0.0: allowed are positive"),
+        ({"data__scale": 0.0}, "data.scale=0.0: allowed are 1e-06 to"),
     ],
 )
 def test_bad_fields(fields, message, tmp_path):
@@ -302,7 +310,7 @@ def test_bad_fields(fields, message, tmp_path):
 
 
 @pytest.mark.parametrize("module", [plane, digits, mnist])
-@pytest.mark.parametrize("pair", ["3", "3-", "33-8", "a-b", "moons-x", "-moons", ""])
+@pytest.mark.parametrize("pair", ["3", "3-", "33-8", "a-b", "moons-x", "-moons", "moons-", ""])
 def test_bad_pairs(module, pair):
     with pytest.raises(ValueError, match=r"config argument .*: allowed are"):
         module.get_config(pair)
@@ -317,6 +325,57 @@ def test_bad_classes_and_images():
     config.model.dropout = 0.1
     with pytest.raises(ValueError, match=r"model\.dropout=0\.1"):
         BridgeRun(config, "w", CPU)
+
+
+@pytest.mark.parametrize(
+    ("pair", "fields", "message"),
+    [
+        ("all", {"final.dataset": "correlated_gaussian"}, "samples (2,), but those of data (1, 8, 8)"),
+        ("3-8", {"final.dataset": "gaussian"}, "final.dataset='gaussian': needs final.scale"),
+        ("all", {"data.dataset": "scurve"}, "data.dataset='scurve': needs data.scale"),
+        ("all", {"model.embedding_type": "fourier"}, "model.embedding_type='fourier': takes a logarithm"),
+    ],
+)
+def test_what_does_not_go_with_images(pair, fields, message, tmp_path):
+    config = digits.get_config(pair)
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(ValueError) as caught:
+        BridgeRun(config, tmp_path / "w", CPU)
+    assert message in str(caught.value) and not (tmp_path / "w").exists()
+
+
+def test_a_config_without_a_bridge(tmp_path):
+    with pytest.raises(ValueError, match="--config: no config of a bridge"):
+        BridgeRun(importlib.import_module("configs.digits").get_config("u"), tmp_path, CPU)
+
+
+def test_a_large_seed(tmp_path):
+    config = config_of("all", digits, seed=2**40, bridge__num_steps=2, bridge__ladder="constant", training__n_iters=1)
+    config.bridge.update(gamma_min=0.1, gamma_max=0.1)
+    assert len(learn(config, tmp_path).history) == 3
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The checkpoint before stays the newest, though no loss has been looked at since."""
+    config = config_of(optim__lr=1e30, training__log_freq=10)
+    with pytest.raises(FloatingPointError, match=r"not finite at or before step 3; try a smaller optim\.lr"):
+        learn(config, tmp_path)
+    assert BridgeRun(config, tmp_path, CPU).store.steps() == []
+
+
+def test_fewer_iterations_than_begun_are_refused(tmp_path):
+    learn(config_of(), tmp_path)
+    run = BridgeRun(config_of(bridge__num_ipf=1), tmp_path, CPU)
+    with pytest.raises(ValueError, match=r"bridge\.num_ipf=1: this run has begun iteration 2; at least that"):
+        run.restore()
+
+
+@pytest.mark.parametrize("state", [{"a": 1}, {"step": 12}, {"step": 12, "history": [], "sums": [], "optimizer": {}}])
+def test_checkpoints_that_lack_a_part(state, tmp_path):
+    run = BridgeRun(config_of(), tmp_path, CPU)
+    run.store.save(state, 12)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of a bridge; wrong: .*mean_maps"):
+        run.restore()
 
 
 def test_another_runs_folder_is_refused(tmp_path):
@@ -395,7 +454,7 @@ def test_comparison_of_algorithms(tmp_path):
     assert rows == compare.run(tmp_path, tasks, jobs=1)
     with pytest.raises(ValueError, match="--pairs is empty"):
         compare.make_tasks(tmp_path, [])
-    with pytest.raises(ValueError, match="config argument 'x'"):
+    with pytest.raises(ValueError, match="--pairs=x: config argument 'x'"):
         compare.make_tasks(tmp_path, ["x"])
 
 
