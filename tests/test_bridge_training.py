@@ -20,6 +20,7 @@ from run_setup import Runtime
 from schrodinger_bridge import compare, figures, main, training
 from schrodinger_bridge.gaussian import Normal, wasserstein_gaussian
 from schrodinger_bridge.marginals import GaussianMarginal, ImageMarginal, PointMarginal, get_marginals
+from schrodinger_bridge.metrics import mean_squared_displacement
 from schrodinger_bridge.point_sets import POINT_SETS
 from schrodinger_bridge.process import BACKWARD, FORWARD, LABEL_RANGE
 from schrodinger_bridge.training import BridgeRun, PerEdgeAffine
@@ -125,6 +126,10 @@ def test_measured_on_several_sets(tmp_path):
     exact = main.gaussian_rows(run)[0]["transport_cost"]
     # Of the error 8 sets give their own estimate: Student's t with 7 degrees of freedom is beyond 4 in 0.5 %.
     assert abs(row["transport_cost"] - exact) < 4 * row["transport_cost_error"] < 0.2 * exact
+    chains = (run.chains(FORWARD, 500, half_bridge=0, key=("evaluation", i)) for i in range(8))
+    costs = torch.tensor([mean_squared_displacement(states[0], states[-1]) for states in chains])
+    assert row["transport_cost"] == pytest.approx(costs.mean().item(), rel=1e-6)
+    assert row["transport_cost_error"] == pytest.approx(costs.std().item() / 8**0.5, rel=1e-4)
     assert row["w2_error"] > 0
     # Two sets of true samples are nearer to each other than the reference's end to the truth.
     assert 0 < run.sampling_errors[FORWARD] < row["w2"]

@@ -276,6 +276,28 @@ def test_qc_term_costs_no_further_evaluation_of_the_network():
     assert len(score.network.inputs) == 1
 
 
+class SumOfWeights(nn.Module):
+    """x ↦ x(P + Q): autograd gives P and Q one and the same tensor as their gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.q = (nn.Parameter(torch.randn(4, 4, generator=seeded(s), dtype=torch.float64)) for s in (1, 2))
+
+    def forward(self, x: Tensor, label: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        return (x.flatten(1) @ (self.p + self.q)).view_as(x)
+
+
+def test_chunks_of_parameters_that_are_added():
+    """Gradients of chunks are summed in place: what P and Q share must not be summed twice."""
+    found = []
+    for size in (3, 1):
+        score = UnconstrainedScore(SumOfWeights(), NoiseLevel(SDES["vp"], None))
+        Objective(score, qc_weight=0.3, qc_probes=3, qc_probe_chunk=size)(data(), seeded())["loss"].backward()
+        found.append([parameter.grad for parameter in score.parameters()])
+    for chunked, whole in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-10, atol=0)
+
+
 @pytest.mark.parametrize("estimator", ["antisymmetric", "trace", "exact"])
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_probes_in_chunks_are_the_same_loss(estimator, chunk):
