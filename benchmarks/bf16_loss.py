@@ -106,6 +106,8 @@ def main(argv: list[str]) -> None:
     figure = Path(given.figure)
     if not figure.parent.is_dir():
         sys.exit(f"error: --figure={figure}: no such folder")
+    if figure.suffix != ".png":
+        sys.exit(f"error: --figure={figure}: a file .png")
     from tqdm import tqdm
 
     runs = [(seed, precision) for seed in range(given.seeds) for precision in PRECISIONS]

@@ -27,12 +27,20 @@ def wasserstein(a: Tensor, b: Tensor, seed: int) -> float:
 
     Exact for points of at most three coordinates (network simplex). Otherwise *sliced*: the root of the mean of W₂²
     over 200 random directions, which ``seed`` chooses, the same ones for all comparisons.
+
+    Raises:
+        FloatingPointError: samples that are not finite, of which POT's answer would be 0, or no solution found.
     """
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise FloatingPointError("samples are not finite; try a smaller optim.lr")
     a, b = a.flatten(1).double().numpy(), b.flatten(1).double().numpy()
     if a.shape[1] > 3:
         return float(ot.sliced_wasserstein_distance(a, b, n_projections=_PROJECTIONS, seed=seed % 2**32))
     weights = (np.full(len(a), 1 / len(a)), np.full(len(b), 1 / len(b)))
-    return float(np.sqrt(ot.emd2(*weights, ot.dist(a, b), numItermax=10_000_000)))
+    squared, log = ot.emd2(*weights, ot.dist(a, b), numItermax=10_000_000, log=True)
+    if log["warning"] is not None:
+        raise FloatingPointError(f"exact transport of {len(a)} samples: {log['warning']}")
+    return float(np.sqrt(squared))
 
 
 def mean_squared_displacement(first: Tensor, last: Tensor) -> float:

@@ -20,7 +20,7 @@ from run_setup import Runtime
 from schrodinger_bridge import compare, figures, main, training
 from schrodinger_bridge.gaussian import Normal, wasserstein_gaussian
 from schrodinger_bridge.marginals import GaussianMarginal, ImageMarginal, PointMarginal, get_marginals
-from schrodinger_bridge.metrics import mean_squared_displacement
+from schrodinger_bridge.metrics import mean_squared_displacement, wasserstein
 from schrodinger_bridge.point_sets import POINT_SETS
 from schrodinger_bridge.process import BACKWARD, FORWARD, LABEL_RANGE
 from schrodinger_bridge.training import BridgeRun, PerEdgeAffine
@@ -370,6 +370,18 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     """The checkpoint before stays the newest, though no loss has been looked at since."""
     config = config_of(optim__lr=1e30, training__log_freq=10)
     with pytest.raises(FloatingPointError, match=r"not finite at or before step 3; try a smaller optim\.lr"):
+        learn(config, tmp_path)
+    assert BridgeRun(config, tmp_path, CPU).store.steps() == []
+
+
+def test_samples_that_are_not_finite_are_no_perfect_ones(tmp_path):
+    """Also of weights that are still finite: after one step of this size chains leave the range of float32."""
+    x = PointMarginal("moons", 1.0).sample(20, (0,))
+    for bad in (float("inf"), float("nan")):
+        with pytest.raises(FloatingPointError, match="samples are not finite"):
+            wasserstein(x, torch.where(torch.arange(20)[:, None] == 3, bad, x), 0)
+    config = config_of(optim__lr=1e30, training__n_iters=1)
+    with pytest.raises(FloatingPointError, match="not finite"):
         learn(config, tmp_path)
     assert BridgeRun(config, tmp_path, CPU).store.steps() == []
 

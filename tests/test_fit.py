@@ -13,6 +13,7 @@ from torch import nn
 
 from checkpoints import CheckpointError, CheckpointStore
 from fit import fit
+from metrics_log import MetricsLog
 
 
 class Killed(Exception):
@@ -223,3 +224,12 @@ def test_logging_does_not_import_tensorflow(tmp_path):
     program += "sys.exit('tensorflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=Path(__file__).parent.parent)
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_log_with_other_bytes_in_it_is_gone_on_with(tmp_path):
+    """What a full disk or a killed process may leave: lines that are no rows go, the others stay."""
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n\xff\xfe\x00\n{"step": 2, "lo')
+    with MetricsLog(tmp_path, 5) as log:
+        log.write(6, {"loss": 1.0})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": 2.0}, {"step": 6, "loss": 1.0}]
