@@ -20,6 +20,7 @@ MODES = ["train", "eval", "sample", "stats", "train_classifier"]
 flags.DEFINE_enum("mode", None, MODES, "What to do; stats is for the data's features that FID needs.")
 flags.DEFINE_string("device", "auto", "auto, cpu, cuda or mps.")
 flags.DEFINE_string("precision", "fp32", "fp32, bf16 or fp16 (mixed).")
+flags.DEFINE_bool("compile", False, "Compile the network (torch.compile); not for what differentiates it twice.")
 flags.DEFINE_integer("accumulation_steps", 1, "Split each process's share of a batch into so many passes.")
 flags.DEFINE_string("checkpoint", None, "File to evaluate or sample from; default: the newest in the workdir.")
 flags.DEFINE_string("cache_dir", "", "Where eval and stats keep features of the data, which several runs can share.")
@@ -29,13 +30,17 @@ flags.mark_flags_as_required(["config", "workdir", "mode"])
 def main(argv: list[str]) -> None:
     if FLAGS.checkpoint and FLAGS.mode not in ("eval", "sample"):
         sys.exit("--checkpoint: only for --mode=eval or sample; training starts from --config.training.init_from")
+    if FLAGS.compile and FLAGS.mode in ("stats", "train_classifier"):
+        sys.exit(f"--compile: not for --mode={FLAGS.mode}, which does not run the score's network")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     import run_lib  # imports torch, which --help and a mistyped flag need not wait for
     from splits import UnreadableImage
 
     try:
-        runtime = run_lib.Runtime(FLAGS.device, FLAGS.precision, FLAGS.accumulation_steps, FLAGS.cache_dir)
+        runtime = run_lib.Runtime(
+            FLAGS.device, FLAGS.precision, FLAGS.accumulation_steps, compile=FLAGS.compile, cache_dir=FLAGS.cache_dir
+        )
         if FLAGS.mode == "train":
             run_lib.train(FLAGS.config, FLAGS.workdir, runtime)
         elif FLAGS.mode == "eval":

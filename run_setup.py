@@ -114,6 +114,8 @@ class Runtime:
     device: str = "auto"
     precision: str = "fp32"
     accumulation_steps: int = 1
+    compile: bool = False
+    """Have the network compiled for where it is differentiated once or not at all: ``ScoreModel.compile_network``."""
     cache_dir: str = ""
     """Where the feature classifier and the data's features are kept; empty: W/eval/cache."""
     on_progress: Callable[[int], None] | None = None
@@ -185,6 +187,8 @@ class Run:
         self.sampler = get_sampler(config, self.sde)
         self.likelihood = get_likelihood(config, self.sde)
         self.accelerator = runtime.accelerator()
+        if runtime.compile:
+            self._compile()
         self._check_batch_size()
         with self.main_process_first():
             self.train_data, self.test_data = datasets.get_dataset(config)
@@ -299,6 +303,20 @@ class Run:
             labels = self.wanted_labels(indices)
             return ClassifierGuidance(self.score, self.classifier.log_probs, labels, weight=sampling.guidance_weight)
         return self.score
+
+    def _compile(self) -> None:
+        if self.config.model.parameterization == "conservative":
+            raise ValueError(
+                "--compile: not with model.parameterization='conservative', whose every score is a derivative; "
+                "torch.compile cannot differentiate twice"
+            )
+        try:
+            torch.compile(torch.neg)(torch.zeros(1, device=self.device))
+        except Exception as error:  # of whatever kind its backend raises, which without a compiler are several
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"--compile: torch.compile does not work on this machine: {reason}") from error
+        self.score_model.compile_network()
+        self.ema.model.compile_network()
 
     def _check_classes(self) -> None:
         sampling, own, available = self.config.sampling, self.num_classes, self.train_data.num_classes

@@ -66,14 +66,13 @@ def public_loader(split: Split, config: ConfigDict, batch_size: int) -> Iterator
         yield from DataLoader(images, batch_size, sampler=order)
 
 
-def compare(config: ConfigDict, runtime: Runtime, rounds: int, compiled: bool = False) -> str:
+def compare(config: ConfigDict, runtime: Runtime, rounds: int) -> str:
     """The table for training steps of the config's model from its first weights.
 
     Args:
         config: of the run; its batch size counts.
-        runtime: the device and the precision of the step.
+        runtime: the device and the precision of the step, and whether its network is compiled.
         rounds: training steps; medians count.
-        compiled: whether the step runs a compiled network.
 
     Raises:
         InvalidRun: bad config or number; a model that is differentiated twice, compiled.
@@ -82,16 +81,17 @@ def compare(config: ConfigDict, runtime: Runtime, rounds: int, compiled: bool = 
         with checked():
             if rounds < 1:
                 raise ValueError(f"--rounds={rounds}: at least 1")
-            if compiled and (config.training.qc_weight or config.model.parameterization == "conservative"):
-                raise ValueError("--compile: only for U, as torch.compile cannot differentiate twice")
+            if runtime.compile and config.training.qc_weight:
+                raise ValueError(
+                    f"--compile: not with training.qc_weight={config.training.qc_weight}, as torch.compile cannot "
+                    "differentiate twice"
+                )
             training = Training(Run(config, workdir, runtime, free_fields=FREE_IN_TRAINING))
-        return _compare(training, rounds, compiled)
+        return _compare(training, rounds)
 
 
-def _compare(training: Training, rounds: int, compiled: bool) -> str:
+def _compare(training: Training, rounds: int) -> str:
     config, run = training.config, training.run
-    if compiled:
-        run.score_model.compile_network()
     loader = public_loader(run.train_data, config, config.training.batch_size)
     seconds: dict[str, list[float]] = {PAPER: [], "streams": [], OURS: [], "batch and step": []}
     clock, kind = clock_of(run.device)
@@ -114,8 +114,8 @@ def _compare(training: Training, rounds: int, compiled: bool) -> str:
     rest = median["batch and step"] - median[OURS]
     lines = [
         f"{config.data.dataset}, batch {config.training.batch_size}, {run.device}, {run.runtime.precision}"
-        f"{', compiled' if compiled else ''}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, "
-        f"medians of {rounds}, {kind}; all but the input takes {rest:.1f} ms\n",
+        f"{', compiled' if run.runtime.compile else ''}, {torch.get_num_threads()} thread(s), "
+        f"torch {torch.__version__}, medians of {rounds}, {kind}; all but the input takes {rest:.1f} ms\n",
         "| input | ms per batch | share of a step | paper's time over it |",
         "|---|---|---|---|",
     ]
@@ -128,7 +128,8 @@ def _compare(training: Training, rounds: int, compiled: bool) -> str:
 def main(argv: list[str]) -> None:
     given = flags.FLAGS
     try:
-        print(compare(given.config, Runtime(given.device, given.precision), given.rounds, given.compile))
+        runtime = Runtime(given.device, given.precision, compile=given.compile)
+        print(compare(given.config, runtime, given.rounds))
     except InvalidRun as error:
         sys.exit(f"error: {error}")
 

@@ -53,9 +53,8 @@ VARIANTS: dict[str, dict] = {
 BATCH = 250
 
 
-def compare(config: ConfigDict, workdir: str, runtime: Runtime, num_samples: int, compiled: bool = False) -> str:
-    """The table of all variants, for the moving average of the newest checkpoint in ``workdir``; ``compiled``: of a
-    compiled network.
+def compare(config: ConfigDict, workdir: str, runtime: Runtime, num_samples: int) -> str:
+    """The table of all variants, for the moving average of the newest checkpoint in ``workdir``.
 
     Raises:
         InvalidRun: bad config or working directory, or fewer samples than the error of FID takes.
@@ -66,8 +65,6 @@ def compare(config: ConfigDict, workdir: str, runtime: Runtime, num_samples: int
         run = run_for_evaluation(config, workdir, runtime, None)
         step = load_for_evaluation(run, None)
         samplers = {name: get_sampler(_variant(config, change), run.sde) for name, change in VARIANTS.items()}
-    if compiled:
-        run.ema.model.compile_network()
     cache = runtime.cache_dir or str(Path(workdir) / "eval" / "cache")
     extractor, real = reference_features(config, cache, run.device)
 
@@ -90,7 +87,7 @@ def compare(config: ConfigDict, workdir: str, runtime: Runtime, num_samples: int
     _, _, paper_seconds, paper_fid, paper_error = rows[0]
     lines = [
         f"{config.data.dataset}, step {step}, {num_samples} samples, {run.device}, {runtime.precision}"
-        f"{', compiled' if compiled else ''}, {torch.get_num_threads()} thread(s), torch {torch.__version__}\n",
+        f"{', compiled' if runtime.compile else ''}, {torch.get_num_threads()} thread(s), torch {torch.__version__}\n",
         "| sampler | NFE | seconds | paper's time over it | FID | from the paper's, in its standard errors |",
         "|---|---|---|---|---|---|",
     ]
@@ -105,8 +102,8 @@ def compare(config: ConfigDict, workdir: str, runtime: Runtime, num_samples: int
 def main(argv: list[str]) -> None:
     given = flags.FLAGS
     try:
-        runtime = Runtime(given.device, given.precision, cache_dir=given.cache_dir)
-        print(compare(given.config, given.workdir, runtime, given.num_samples, given.compile))
+        runtime = Runtime(given.device, given.precision, compile=given.compile, cache_dir=given.cache_dir)
+        print(compare(given.config, given.workdir, runtime, given.num_samples))
     except InvalidRun as error:
         sys.exit(f"error: {error}")
 

@@ -1,6 +1,6 @@
 """How long main.py takes to answer: its help, a mistake, and the first step of training, in fresh processes.
 
-python -m benchmarks.startup [--device=cpu] [--precision=fp32] [--config=configs/digits.py:u] [--rounds=5]
+python -m benchmarks.startup [--device=cpu] [--precision=fp32] [--compile] [--config=configs/digits.py:u] [--rounds=5]
 
 ``paper`` imports everything before it looks at the command line, as the public code does (ours: what ours needs; the
 public code also imports TensorFlow).
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import app, flags
@@ -31,9 +32,8 @@ class Failed(ValueError):
     """A command did not do what it is timed for."""
 
 
-def commands(config: str, device: str, precision: str, workdir: Path) -> dict[str, tuple[list[str], str]]:
-    """Arguments of Python by variant, and what the output must have in it."""
-    runtime = [f"--device={device}", f"--precision={precision}"]
+def commands(config: str, runtime: Sequence[str], workdir: Path) -> dict[str, tuple[list[str], str]]:
+    """Arguments of Python by variant, and what the output must have in it; ``runtime``: flags of main.py."""
     required = [f"--config={config}", f"--workdir={workdir}", "--mode=train", *runtime]
     one_step = ["n_iters=1", "snapshot_sampling=False"]
     help_text = "Folder of the run"
@@ -63,7 +63,7 @@ def measure(arguments: list[str], expected: str) -> float:
     return seconds
 
 
-def compare(config: str, device: str, precision: str, rounds: int) -> str:
+def compare(config: str, runtime: Sequence[str], rounds: int) -> str:
     """The table: medians of so many fresh processes, the variants in turn.
 
     Raises:
@@ -75,16 +75,16 @@ def compare(config: str, device: str, precision: str, rounds: int) -> str:
         raise Failed(f"--rounds={rounds}: at least 1")
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        names = list(commands(config, device, precision, Path(folder)))
+        names = list(commands(config, runtime, Path(folder)))
         with tqdm(total=rounds * len(names), unit="process") as bar:
             for round_number in range(rounds):
                 workdir = Path(folder) / str(round_number)
-                for name, (arguments, expected) in commands(config, device, precision, workdir).items():
+                for name, (arguments, expected) in commands(config, runtime, workdir).items():
                     seconds.setdefault(name, []).append(measure(arguments, expected))
                     bar.update()
     paper = statistics.median(seconds[PAPER])
     lines = [
-        f"{config}, {device}, {precision}, medians of {rounds} processes\n",
+        f"{config} {' '.join(runtime)}, medians of {rounds} processes\n",
         "| command | seconds | slowest | paper's time over it |",
         "|---|---|---|---|",
     ]
@@ -98,7 +98,8 @@ def compare(config: str, device: str, precision: str, rounds: int) -> str:
 def main(argv: list[str]) -> None:
     given = flags.FLAGS
     try:
-        print(compare(given.config, given.device, given.precision, given.rounds))
+        runtime = [f"--device={given.device}", f"--precision={given.precision}"] + ["--compile"] * given.compile
+        print(compare(given.config, runtime, given.rounds))
     except Failed as error:
         sys.exit(f"error: {error}")
 
@@ -107,5 +108,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("config", "configs/digits.py:u", "What is trained for a step.")
     flags.DEFINE_string("device", "cpu", "auto, cpu, cuda or mps: passed on.")
     flags.DEFINE_string("precision", "fp32", "fp32, bf16 or fp16: passed on.")
+    flags.DEFINE_bool("compile", False, "Passed on.")
     flags.DEFINE_integer("rounds", 5, "Processes of every command; the medians are printed.")
     app.run(main, flags_parser=parse_flags)

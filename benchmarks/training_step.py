@@ -23,15 +23,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 U, PAPER_U, BF16 = "U", "U, paper", "U, bf16"
+COMPILED_U, COMPILED_BF16 = "U, compiled", "U, bf16, compiled"
 
 
 class Variant(NamedTuple):
-    """What is timed: overrides of the config, probes of the paper's form (None: ours), bf16, steps to average over."""
+    """What is timed: overrides of the config, probes of the paper's form (None: ours), bf16, steps to average over, and
+    whether the network is compiled for where it is differentiated once."""
 
     overrides: dict
     paper_probes: int | None = None
     bf16: bool = False
     steps: int = 1
+    compiled: bool = False
 
 
 def _qc(**fields) -> dict:
@@ -52,6 +55,12 @@ VARIANTS = {
     "QC, K = 1, every 4th sample": Variant(_qc(qc_stride=4)),
     "QC, K = 1, every 4th step, bf16": Variant(_qc(qc_interval=4), steps=4, bf16=True),
 }
+# With --compile, beside the others: compiling takes minutes on a CPU.
+COMPILED = {
+    COMPILED_U: Variant({}, compiled=True),
+    COMPILED_BF16: Variant({}, bf16=True, compiled=True),
+    "QC, K = 1, every 4th step, compiled": Variant(_qc(qc_interval=4), steps=4, compiled=True),
+}
 
 # Figure: numerator, denominator, and what is required of their ratio.
 REQUIRED = {
@@ -60,6 +69,9 @@ REQUIRED = {
     "mean QC step with qc_interval 4 / U step": ("QC, K = 1, every 4th step", U, "≤ 1.7"),
     "U step, paper / ours": (PAPER_U, U, "≥ 1.15"),
     "U step, bf16 / float32": (BF16, U, "≤ 0.65"),
+    "U step, compiled / not": (COMPILED_U, U, ""),
+    "U step, bf16 and compiled / float32": (COMPILED_BF16, U, ""),
+    "U step, bf16 / float32, both compiled": (COMPILED_BF16, COMPILED_U, ""),
     "paper's QC step / paper's U step, K = 1": ("QC, K = 1, paper", PAPER_U, ""),
     "paper's QC step / paper's U step, K = 4": ("QC, K = 4, paper", PAPER_U, ""),
     "QC step, paper / ours, K = 1": ("QC, K = 1, paper", "QC, K = 1", ""),
@@ -71,8 +83,8 @@ def build(variant: Variant, given: dict, device: torch.device) -> Callable[[int]
     """The step of a variant, as a function of its number.
 
     Args:
-        variant: of ``VARIANTS``.
-        given: nf, num_res_blocks, batch_size, precision (fp32 or bf16) and compile.
+        variant: of ``VARIANTS`` or ``COMPILED``.
+        given: nf, num_res_blocks, batch_size and precision (fp32 or bf16).
         device: where it is computed.
     """
     import torch
@@ -99,7 +111,7 @@ def build(variant: Variant, given: dict, device: torch.device) -> Callable[[int]
     x0 = torch.rand(given["batch_size"], *model.network.image_shape, generator=torch.Generator().manual_seed(0))
     x0 = x0.to(device)
     bf16 = variant.bf16 or given["precision"] == "bf16"
-    if given["compile"] and not paper:
+    if variant.compiled:
         model.compile_network()
 
     def gradient(step: int) -> None:
@@ -121,7 +133,9 @@ def build(variant: Variant, given: dict, device: torch.device) -> Callable[[int]
     return take
 
 
-def measure(steps: dict[str, Callable[[int], None]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+def measure(
+    steps: dict[str, Callable[[int], None]], variants: dict[str, Variant], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
     """Seconds per step of every variant, one after the other in each of ``repeats`` rounds, after one that does not
     count, by the clock of ``benchmarks.clock``."""
     from tqdm import trange
@@ -132,7 +146,7 @@ def measure(steps: dict[str, Callable[[int], None]], repeats: int, device: torch
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in trange(repeats + 1, unit="round"):
         for name, take in steps.items():
-            count = VARIANTS[name].steps
+            count = variants[name].steps
             started = clock()
             for step in range(count * repeat, count * (repeat + 1)):
                 take(step)
@@ -162,7 +176,7 @@ def operations_of(work: Callable[[], object]) -> float:
 
 
 def operations_of_step(variant: Variant, given: dict, device: torch.device) -> float:
-    take = build(variant, given | {"compile": False}, device)
+    take = build(variant._replace(compiled=False), given, device)
     return operations_of(lambda: [take(step) for step in range(variant.steps)]) / variant.steps
 
 
@@ -235,9 +249,10 @@ def main(argv: list[str]) -> None:
             sys.exit(f"error: --{name}={flag[name].value}: at least 1")
     if flag.batch_size % 4:
         sys.exit(f"error: --batch_size={flag.batch_size}: a multiple of 4, for the term on every 4th sample")
-    chosen = {name: v for name, v in VARIANTS.items() if not flag.variants or name in (U, *flag.variants)}
-    if unknown := set(flag.variants) - set(VARIANTS):
-        sys.exit(f"error: --variants={unknown.pop()}: allowed are {'; '.join(VARIANTS)}")
+    known = VARIANTS | (COMPILED if flag.compile else {})
+    chosen = {name: v for name, v in known.items() if not flag.variants or name in (U, *flag.variants)}
+    if unknown := set(flag.variants) - set(known):
+        sys.exit(f"error: --variants={unknown.pop()}: allowed are {'; '.join(known)}")
 
     import torch
 
@@ -251,13 +266,13 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     if device.type == "cpu":
         keep_freed_memory()  # as training does
-    given = {name: flag[name].value for name in ("nf", "num_res_blocks", "batch_size", "precision", "compile")}
+    given = {name: flag[name].value for name in ("nf", "num_res_blocks", "batch_size", "precision")}
     steps = {name: build(variant, given, device) for name, variant in chosen.items()}
-    times = measure(steps, flag.repeats, device)
+    times = measure(steps, chosen, flag.repeats, device)
     operations = {name: operations_of_step(variant, given, device) for name, variant in chosen.items()}
     print(
         f"NCSN++, 3x32x32, nf {flag.nf}, {flag.num_res_blocks} blocks, batch {flag.batch_size}, {device}, "
-        f"{torch.get_num_threads()} thread(s), {flag.precision}{', compiled' if flag.compile else ''}, "
+        f"{torch.get_num_threads()} thread(s), {flag.precision}, "
         f"torch {torch.__version__}, median of {flag.repeats}\n"
     )
     print(tables(times, operations, operations_of_passes(given, device)))
@@ -271,6 +286,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("repeats", 10, "Rounds; the medians are printed.")
     flags.DEFINE_string("device", "cpu", "auto, cpu, cuda or mps.")
     flags.DEFINE_enum("precision", "fp32", ["fp32", "bf16"], "Of every variant of ours, and of the paper's.")
-    flags.DEFINE_boolean("compile", False, "Compile the network where it is differentiated once.")
+    flags.DEFINE_boolean("compile", False, "Time steps of a compiled network, too.")
     flags.DEFINE_multi_string("variants", [], "Of the steps, beside U; may be given several times. Empty: all.")
     app.run(main, flags_parser=parse_flags)

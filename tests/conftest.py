@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,22 @@ def pytest_configure(config) -> None:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def forget_accelerator() -> Callable[[], None]:
+    """accelerate keeps its settings for the life of the process; every test starts afresh, and again where it calls
+    this."""
+
+    def forget() -> None:
+        if "accelerate.state" in sys.modules:  # which the tests of mathematics need not wait for
+            from accelerate.state import AcceleratorState, GradientState, PartialState
+
+            for state in (AcceleratorState, GradientState, PartialState):
+                state._reset_state()
+
+    forget()
+    return forget
 
 
 @pytest.fixture(scope="session")

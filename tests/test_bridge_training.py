@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_run_lib import ROOT, environment, forget_accelerator  # noqa: F401 -- the last for every test here
+from test_run_lib import ROOT, environment
 
 from checkpoints import CheckpointError, read_checkpoint
 from configs.dsb import celeba, digits, mnist

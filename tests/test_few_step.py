@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -197,8 +198,9 @@ def test_benchmark_compares_samplers(tmp_path, monkeypatch):
     # Compiled is said, and done: of the same network.
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
-    assert ", cpu, fp32, compiled, " in benchmark.compare(config, str(tmp_path), runtime, 40, True)
-    assert len(compiled) == 1
+    with_compiler = dataclasses.replace(runtime, compile=True)
+    assert ", cpu, fp32, compiled, " in benchmark.compare(config, str(tmp_path), with_compiler, 40)
+    assert [type(module).__name__ for module in compiled].count("UNet") == 2  # the network and its average
     *_, first, second, third = benchmark.compare(config, str(tmp_path), runtime, 40).splitlines()
     assert [row.split("|")[2].strip() for row in (first, second, third)] == ["20", "13", "10"]
     assert first.rstrip(" |").endswith("+0.0") and first.split("|")[4].strip() == "1.0"

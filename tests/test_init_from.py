@@ -12,7 +12,6 @@ from reference_networks import ddpm_shapes, random_state, refinenet_shapes
 from test_run_lib import (
     CPU,
     assert_identical,
-    forget_accelerator,  # noqa: F401 -- for every test here
     tiny_config,
     weights,
 )

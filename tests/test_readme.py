@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -220,14 +221,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inception_weights
 HALVES = ("train", "test")
 
 
-def forget_accelerator() -> None:
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
-def test_commands_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_run(
+    workplace: Path, capsys: pytest.CaptureFixture[str], forget_accelerator: Callable[[], None]
+) -> None:
     """`make demo`, then every command of the documents that RUN_HERE has, in the order of the page: each as it stands
     there, only the experiments are small."""
     to_run = [command for command in made_commands() if "runs/figures" not in " ".join(command)]

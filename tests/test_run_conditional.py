@@ -12,7 +12,6 @@ import torch
 from test_run_lib import (
     CPU,
     assert_identical,
-    forget_accelerator,  # noqa: F401 -- for every test here
     rows,
     tiny_config,
     weights,

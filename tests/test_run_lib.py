@@ -79,19 +79,6 @@ def without_times(logged: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in logged]
 
 
-@pytest.fixture(autouse=True)
-def forget_accelerator():
-    """accelerate keeps its settings for the life of the process; every test here starts afresh."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    def forget() -> None:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-
-    forget()
-    return forget
-
-
 def command(workdir: Path, mode: str, *extra: str) -> list[str]:
     overrides = [f"--config.{name}={value}" for name, value in TINY.items()]
     base = [sys.executable, str(ROOT / "main.py"), f"--config={ROOT / 'configs/digits.py'}:qc", "--device=cpu"]

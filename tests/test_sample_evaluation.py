@@ -39,15 +39,6 @@ TINY = {
 has_tensorflow = all(importlib.util.find_spec(name) for name in ("tensorflow", "tensorflow_gan"))
 
 
-@pytest.fixture(autouse=True)
-def forget_accelerator():
-    """accelerate keeps its settings for the life of the process; every test here starts afresh."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
 class Moments:
     """In place of Inception: features that are quick to compute, and a count of the images that it has seen."""
 

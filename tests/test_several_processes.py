@@ -15,7 +15,6 @@ from PIL import Image
 from test_run_lib import (
     ROOT,
     environment,
-    forget_accelerator,  # noqa: F401 -- for every test here
     rows,
     weights,
     without_times,

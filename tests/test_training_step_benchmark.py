@@ -13,7 +13,7 @@ from models import EMA
 from models.score import NoiseLevel, UnconstrainedScore
 
 CPU = torch.device("cpu")
-SMALL = dict(nf=8, num_res_blocks=1, batch_size=4, precision="fp32", compile=False)
+SMALL = dict(nf=8, num_res_blocks=1, batch_size=4, precision="fp32")
 
 
 def score_model(small_unet) -> UnconstrainedScore:
@@ -75,7 +75,7 @@ def test_benchmark_measures_and_prints(monkeypatch):
     names = ("U", "U, paper", "U, bf16", "QC, K = 1", "QC, K = 1, paper", "QC, K = 1, every 4th step")
     variants = {name: training_step.VARIANTS[name] for name in names}
     steps = {name: training_step.build(variant, SMALL, CPU) for name, variant in variants.items()}
-    times = training_step.measure(steps, 1, CPU)
+    times = training_step.measure(steps, variants, 1, CPU)
     assert all(len(values) == 1 and values[0] > 0 for values in times.values())
     operations = {name: training_step.operations_of_step(variant, SMALL, CPU) for name, variant in variants.items()}
     # 3F, 9F, 3F + 13F, and a quarter of the difference.

@@ -1,0 +1,108 @@
+"""``--compile``: what is compiled, what is refused, and that nothing but rounding changes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import run_lib
+from configs.digits import get_config
+
+ROOT = Path(__file__).parent.parent
+COMPILED = run_lib.Runtime(device="cpu", compile=True)
+
+
+def small_config(model: str = "u", **overrides):
+    config = get_config(model)
+    config.model.update(nf=8, num_res_blocks=1, dropout=0.2)
+    config.training.update(batch_size=8, n_iters=4, log_freq=1, eval_freq=2, snapshot_sampling=False)
+    config.sampling.num_steps = 3
+    config.eval.update(num_samples=4, batch_size=3)
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in overrides.items()})
+    return config
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """Names of what is compiled and then called; torch.compile itself, which takes a minute, does nothing."""
+    found = []
+
+    def compiled(function):
+        name = type(function).__name__
+        return lambda *args: found.append(name) or function(*args)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    return found
+
+
+def test_training_and_its_evaluations_run_the_compiled_network(tmp_path, calls):
+    run_lib.train(small_config(), tmp_path, COMPILED)
+    # One for the check that there is a compiler; four steps, and two evaluations of the average.
+    assert calls[0] == "builtin_function_or_method" and set(calls[1:]) == {"UNet"}
+    steps = len(calls) - 1
+    calls.clear()
+    folder = run_lib.sample(small_config(), tmp_path, COMPILED)
+    evaluations = json.loads((folder / "metrics.json").read_text())["nfe_sampling"]
+    assert steps >= 4 + 2 and len(calls) - 1 == 2 * evaluations  # batches of 3 and 1
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(1, 0), (2, 2)])
+def test_steps_with_the_term_that_differentiates_twice_do_not(tmp_path, calls, interval, steps):
+    run_lib.train(small_config("qc", training__eval_freq=100, training__qc_interval=interval), tmp_path, COMPILED)
+    # Beside steps without the term, of four: the check that there is a compiler, and the evaluation at the end.
+    assert calls.count("UNet") == steps + 1
+
+
+def test_a_conservative_model_is_refused(tmp_path):
+    with pytest.raises(run_lib.InvalidRun, match=r"--compile: not with model\.parameterization='conservative'"):
+        run_lib.train(small_config("c"), tmp_path / "w", COMPILED)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_machine_that_cannot_compile_is_told_before_any_work(tmp_path, monkeypatch):
+    def broken(function):
+        def call(*args):
+            raise RuntimeError("no C++ compiler\nand a long explanation")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(run_lib.InvalidRun, match=r"--compile: .* on this machine: no C\+\+ compiler$") as caught:
+        run_lib.train(small_config(), tmp_path / "w", COMPILED)
+    assert "\n" not in str(caught.value) and not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("mode", ["stats", "train_classifier"])
+def test_modes_without_the_network_refuse_it(tmp_path, mode):
+    arguments = ["--config=configs/digits.py:u", f"--workdir={tmp_path / 'w'}", f"--mode={mode}", "--compile"]
+    answer = subprocess.run([sys.executable, "main.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode != 0 and f"--compile: not for --mode={mode}" in answer.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_results_are_the_same(tmp_path, precision, forget_accelerator):
+    """In float32 to 1e-5; in bf16 a compiled network rounds less often, where operations are joined."""
+    losses, samples = {}, {}
+    for compile in (False, True):
+        forget_accelerator()
+        runtime = run_lib.Runtime(device="cpu", precision=precision, compile=compile)
+        run_lib.train(small_config(), tmp_path / str(compile), runtime)
+        rows = [json.loads(line) for line in (tmp_path / str(compile) / "metrics.jsonl").read_text().splitlines()]
+        losses[compile] = [row[name] for row in rows for name in ("loss", "grad_norm", "eval_loss") if name in row]
+        # Of the same weights.
+        (tmp_path / f"samples{compile}").mkdir()
+        checkpoint = tmp_path / "False" / "checkpoints" / "step_00000004.pt"
+        folder = run_lib.sample(small_config(), tmp_path / f"samples{compile}", runtime, checkpoint)
+        with np.load(folder / "samples.npz", allow_pickle=False) as arrays:
+            samples[compile] = arrays["images"].astype(int)
+    assert len(losses[False]) == 4 * 2 + 2
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5 if precision == "fp32" else 5e-3)
+    # Levels of 0 to 16; the last digit decides where a value lies between two.
+    assert abs(samples[True] - samples[False]).max() <= 1 and (samples[True] != samples[False]).mean() < 0.05
