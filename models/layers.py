@@ -69,7 +69,18 @@ def dense(in_features: int, out_features: int) -> nn.Linear:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    return GroupNorm(min(max(channels // 4, 1), 32), channels, eps=1e-6)
+    """In groups of 4 channels, or in 32.
+
+    Raises:
+        ValueError: a number of channels that does not divide into them.
+    """
+    groups = min(max(channels // 4, 1), 32)
+    if channels % groups:
+        raise ValueError(
+            f"nf, ch_mult: a layer has {channels} channels, which cannot be normalised in {groups} groups; widths "
+            "nf·ch_mult that are multiples of 4 up to 64, or all of 32, always can"
+        )
+    return GroupNorm(groups, channels, eps=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------

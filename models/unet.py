@@ -266,6 +266,8 @@ class UNet(nn.Module):
             raise ValueError(f"model.num_res_blocks={num_res_blocks}: at least 1")
         if not 0 <= dropout < 1:
             raise ValueError(f"model.dropout={dropout}: a probability in [0, 1)")
+        if not init_scale >= 0:
+            raise ValueError(f"model.init_scale={init_scale}: at least 0")
         if num_classes and not conditional:
             raise ValueError(f"model.num_classes={num_classes}: class labels need model.conditional=True")
 

@@ -274,6 +274,8 @@ def test_images_of_another_shape(shape, small_unet):
         (dict(num_res_blocks=0), "model.num_res_blocks=0: at least 1"),
         (dict(dropout=1.0), "model.dropout=1.0"),
         (dict(dropout=-0.1), "model.dropout=-0.1"),
+        (dict(nf=10), "nf, ch_mult: a layer has 30 channels, which cannot be normalised in 7 groups"),
+        (dict(init_scale=-0.1), "model.init_scale=-0.1: at least 0"),
         (dict(num_classes=3, conditional=False), "model.num_classes=3: class labels need model.conditional=True"),
     ],
 )
