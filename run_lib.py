@@ -82,6 +82,11 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
         with checked():
             if config.sampling.condition not in ("", "class_free"):
                 raise ValueError(f"sampling.condition={config.sampling.condition!r}: not while training")
+            if runtime.compile and config.training.activation_checkpointing:
+                raise ValueError(
+                    "--compile: not while training with training.activation_checkpointing=True, which leaves "
+                    "torch.compile next to nothing to join"
+                )
             training = Training(Run(config, workdir, runtime, free_fields=FREE_IN_TRAINING))
             stack.enter_context(training.run.alone("training"))
         training.loop()

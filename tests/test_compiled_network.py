@@ -65,6 +65,12 @@ def test_a_conservative_model_is_refused(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+def test_training_with_checkpointing_is_refused(tmp_path):
+    with pytest.raises(run_lib.InvalidRun, match=r"--compile: .* training\.activation_checkpointing=True"):
+        run_lib.train(small_config(training__activation_checkpointing=True), tmp_path / "w", COMPILED)
+    assert not (tmp_path / "w").exists()
+
+
 def test_a_machine_that_cannot_compile_is_told_before_any_work(tmp_path, monkeypatch):
     def broken(function):
         def call(*args):
