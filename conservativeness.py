@@ -27,6 +27,8 @@ above, half of that; so do we.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,6 +42,7 @@ __all__ = [
     "EXACT_MAX_DIMENSION",
     "Asymmetry",
     "HelmholtzHodge",
+    "Products",
     "asymmetry",
     "circulation",
     "divergence",
@@ -52,6 +55,10 @@ __all__ = [
 ESTIMATORS = ("antisymmetric", "trace", "exact")
 EXACT_MAX_DIMENSION = 256
 """Up to this many dimensions the exact Jacobian is the default: D backward passes."""
+
+
+Products = Callable[[Tensor, Tensor, Iterable[Tensor]], tuple[Tensor, Iterable[tuple[Tensor, Tensor]]]]
+"""x (B, ...), t (B,) and directions v (B, ...) ↦ the score (B, ...) at x and, for each of them, Jv and Jᵀv."""
 
 
 class HelmholtzHodge(NamedTuple):
@@ -100,6 +107,14 @@ def jvp_and_vjp(value: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = Fal
     return jv, jtv
 
 
+def _score_and_products(
+    score: ScoreFunction, create_graph: bool, x: Tensor, t: Tensor, directions: Iterable[Tensor]
+) -> tuple[Tensor, Iterable[tuple[Tensor, Tensor]]]:
+    value = score(x, t)
+    # One after the other: without a graph of its own each is done with before the next.
+    return value, (jvp_and_vjp(value, x, v, create_graph=create_graph) for v in directions)
+
+
 def divergence(value: Tensor, x: Tensor, probe: Tensor | None = None, *, create_graph: bool = False) -> Tensor:
     """∇·s = tr ∂s/∂x (B,) of an already computed score (B, ...).
 
@@ -138,6 +153,7 @@ def asymmetry(
     estimator: str = "antisymmetric",
     generator: Generator = None,
     create_graph: bool = False,
+    products: Products | None = None,
 ) -> Asymmetry:
     """Asym and ‖J‖²_F of every sample, exact or estimated.
 
@@ -151,6 +167,8 @@ def asymmetry(
         estimator: 'antisymmetric' or 'trace'; 'exact' ignores ``probes``.
         generator: where the probes come from.
         create_graph: make the results differentiable, for training.
+        products: evaluates the score and its products for probes, in place of ``score``, of which it must be
+            (``models.compiled_products``).
 
     Raises:
         ValueError: unknown estimator; K < 1; or neither probes nor at most 256 dimensions.
@@ -173,10 +191,9 @@ def asymmetry(
         x = _requiring_grad(x)
         asym, norm = 0.0, 0.0
         with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
-            value = score(x, t)
-            for _ in range(probes):
-                v = rademacher_like(x, generator)
-                jv, jtv = jvp_and_vjp(value, x, v, create_graph=create_graph)
+            directions = (rademacher_like(x, generator) for _ in range(probes))
+            value, pairs = (products or partial(_score_and_products, score, create_graph))(x, t, directions)
+            for jv, jtv in pairs:
                 norm_estimate = (jtv**2).flatten(1).sum(1)
                 if estimator == "trace":
                     asym_estimate = norm_estimate - (jtv * jv).flatten(1).sum(1)

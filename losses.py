@@ -36,12 +36,14 @@ Sources: Hyvärinen (JMLR 2005), Theorem 1; Song, Garg, Shi, Ermon (UAI 2019), E
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from conservativeness import ESTIMATORS, asymmetry, divergence
+from models.compiled_products import CompiledProducts
 from models.dropout import Dropout, set_dropout_keys
 from models.score import ScoreModel
 from randomness import Generator, SampleGenerators, normal_like, rademacher_like, random_bits, uniform
@@ -119,7 +121,12 @@ class Objective(nn.Module):
         self.qc_interval = qc_interval
         self.qc_stride = qc_stride
         self.qc_probe_chunk = qc_probe_chunk
+        self.products: CompiledProducts | None = None
         self.dropouts = [module for module in score_model.modules() if isinstance(module, Dropout) and module.p > 0]
+
+    def compile_products(self) -> None:
+        """Have the QC term's evaluations of the score compiled (torch.compile), all but those of 'exact'."""
+        self.products = CompiledProducts(self.score_model)
 
     def forward(
         self, x0: Tensor, generator: Generator = None, *, step: int = 0, class_labels: Tensor | None = None
@@ -148,12 +155,12 @@ class Objective(nn.Module):
         for part, with_qc in self._parts(len(x0), qc_due):
             if dropout_keys is not None:
                 set_dropout_keys(self.dropouts, dropout_keys[part])
-            score = self._score_of(None if class_labels is None else class_labels[part])
+            labels = None if class_labels is None else class_labels[part]
             if with_qc:
                 probe_source = generator[part] if isinstance(generator, SampleGenerators) else generator
-                value, terms["qc"] = self._score_and_qc(score, xt[part], t[part], weight[part], probe_source)
+                value, terms["qc"] = self._score_and_qc(xt[part], t[part], labels, weight[part], probe_source)
             else:
-                value = score(xt[part], t[part])
+                value = self.score_model(xt[part], t[part], labels)
             # σs + z rather than s + z/σ: the two differ by the weight, and this one never divides by a small σ.
             error = ((expand(std[part], x0) * value + z[part]) ** 2).flatten(1).sum(1)
             errors.append(weight[part] / std[part] ** 2 * error)
@@ -162,9 +169,6 @@ class Objective(nn.Module):
         if "qc" in terms:
             terms["loss"] = terms["dsm"] + self.qc_weight * self.qc_interval * terms["qc"]
         return terms
-
-    def _score_of(self, class_labels: Tensor | None) -> ScoreFunction:
-        return lambda x, t: self.score_model(x, t, class_labels)
 
     def _parts(self, batch: int, qc_due: bool) -> Iterator[tuple[slice | list[int], bool]]:
         """Which samples of a batch are evaluated together, and whether with the QC term."""
@@ -185,9 +189,11 @@ class Objective(nn.Module):
         return random_bits((len(x0), len(self.dropouts), 2), generator, device=x0.device)
 
     def _score_and_qc(
-        self, score: ScoreFunction, xt: Tensor, t: Tensor, weight: Tensor, generator: Generator
+        self, xt: Tensor, t: Tensor, class_labels: Tensor | None, weight: Tensor, generator: Generator
     ) -> tuple[Tensor, Tensor]:
         """The score at x_t and the weighted L_QC there, averaged over all probes."""
+        score = partial(self.score_model, class_labels=class_labels)
+        products = self.products and partial(self.products, class_labels=class_labels)
         probes = 1 if self.qc_estimator == "exact" else self.qc_probes
         total: Tensor | float = 0.0
         parameters: list[Tensor] = []
@@ -202,6 +208,7 @@ class Objective(nn.Module):
                 estimator=self.qc_estimator,
                 generator=generator,
                 create_graph=torch.is_grad_enabled(),
+                products=products,
             )
             part = self._reduce(weight * asym, xt) * (count / probes)
             if start + count < probes and part.requires_grad:

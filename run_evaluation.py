@@ -92,6 +92,11 @@ def evaluate(
             step = load_for_evaluation(run, checkpoint)
             if run.config.sampling.condition in MEASUREMENTS:
                 raise ValueError(f"sampling.condition={run.config.sampling.condition!r}: only with --mode=sample")
+            if runtime.compile and not config.eval.enable_sampling:
+                raise ValueError(
+                    "--compile: not with eval.enable_sampling=False, for all else that is evaluated differentiates the "
+                    "score, which a compiled network is not used for"
+                )
             quality = _SampleQuality(run) if config.eval.enable_sampling else None
             stack.enter_context(run.alone("evaluation"))
         return _evaluate(run, step, quality)

@@ -82,20 +82,27 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
         with checked():
             if config.sampling.condition not in ("", "class_free"):
                 raise ValueError(f"sampling.condition={config.sampling.condition!r}: not while training")
-            if runtime.compile and config.training.activation_checkpointing:
-                raise ValueError(
-                    "--compile: not while training with training.activation_checkpointing=True, which leaves "
-                    "torch.compile next to nothing to join"
-                )
             training = Training(Run(config, workdir, runtime, free_fields=FREE_IN_TRAINING))
             stack.enter_context(training.run.alone("training"))
         training.loop()
+
+
+def _check_compiled_training(config: ConfigDict) -> None:
+    if config.training.activation_checkpointing:
+        raise ValueError(
+            "--compile: not while training with training.activation_checkpointing=True, which leaves torch.compile "
+            "next to nothing to join"
+        )
+    if config.training.qc_weight and config.training.qc_estimator == "exact":
+        raise ValueError("--compile: not while training with training.qc_estimator='exact'")
 
 
 class Training:
     """The state of a training run: what a checkpoint holds."""
 
     def __init__(self, run: Run) -> None:
+        if run.runtime.compile:
+            _check_compiled_training(run.config)
         self.run, self.config, self.accelerator = run, run.config, run.accelerator
         self.step = 0
         self.sums: dict[str, list[float]] = {}  # of each logged quantity since the last row: total, count
@@ -404,6 +411,10 @@ class Training:
         previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
+        except RuntimeError as error:
+            if self.run.runtime.compile and self.signal_number:  # Ctrl-C is meant for the compiler, too, and ends it
+                raise Interrupted(self.signal_number) from error
+            raise
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

@@ -61,6 +61,12 @@ def sample(
     """
     with contextlib.ExitStack() as stack:
         with checked():
+            conditioning = config.sampling.conditioning
+            if runtime.compile and config.sampling.condition in MEASUREMENTS and conditioning != "projection":
+                raise ValueError(
+                    f"--compile: not with sampling.conditioning={conditioning!r}, which differentiates "
+                    "the score; a compiled network is not used for that"
+                )
             run = run_for_evaluation(config, workdir, runtime, checkpoint)
             measured = _Measured(run) if config.sampling.condition in MEASUREMENTS else None
             step = load_for_evaluation(run, checkpoint)

@@ -51,6 +51,7 @@ __all__ = [
     "InvalidRun",
     "Run",
     "Runtime",
+    "check_compile",
     "checked",
     "code_version",
     "save_image_grid",
@@ -96,7 +97,7 @@ class InvalidRun(ValueError):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; a checkpoint has been written."""
+    """A signal asked the run to stop; a checkpoint has been written, unless it came amid compiling."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}; the same command resumes")
@@ -115,7 +116,7 @@ class Runtime:
     precision: str = "fp32"
     accumulation_steps: int = 1
     compile: bool = False
-    """Have the network compiled for where it is differentiated once or not at all: ``ScoreModel.compile_network``."""
+    """Have training and samplers run a compiled network; what else differentiates it, likelihood and Asym, does not."""
     cache_dir: str = ""
     """Where the feature classifier and the data's features are kept; empty: W/eval/cache."""
     on_progress: Callable[[int], None] | None = None
@@ -164,6 +165,24 @@ def checked() -> Iterator[None]:
         raise InvalidRun(str(error)) from error
 
 
+def check_compile(device: torch.device, parameterization: str) -> None:
+    """Whether a score of this ``model.parameterization`` can be compiled, on this machine and ``device``.
+
+    Raises:
+        ValueError: no.
+    """
+    if parameterization == "conservative":
+        raise ValueError(
+            "--compile: not with model.parameterization='conservative', whose every score is a derivative; "
+            "torch.compile cannot differentiate twice"
+        )
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))
+    except Exception as error:  # of whatever kind its backend raises, which without a compiler are several
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"--compile: torch.compile does not work on this machine: {reason}") from error
+
+
 class Run:
     """Everything built from a config, checked before any work starts.
 
@@ -188,7 +207,11 @@ class Run:
         self.likelihood = get_likelihood(config, self.sde)
         self.accelerator = runtime.accelerator()
         if runtime.compile:
-            self._compile()
+            check_compile(self.device, config.model.parameterization)
+            self.score_model.compile_network()
+            self.ema.model.compile_network()
+            if config.training.qc_weight:
+                self.objective.compile_products()
         self._check_batch_size()
         with self.main_process_first():
             self.train_data, self.test_data = datasets.get_dataset(config)
@@ -303,20 +326,6 @@ class Run:
             labels = self.wanted_labels(indices)
             return ClassifierGuidance(self.score, self.classifier.log_probs, labels, weight=sampling.guidance_weight)
         return self.score
-
-    def _compile(self) -> None:
-        if self.config.model.parameterization == "conservative":
-            raise ValueError(
-                "--compile: not with model.parameterization='conservative', whose every score is a derivative; "
-                "torch.compile cannot differentiate twice"
-            )
-        try:
-            torch.compile(torch.neg)(torch.zeros(1, device=self.device))
-        except Exception as error:  # of whatever kind its backend raises, which without a compiler are several
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"--compile: torch.compile does not work on this machine: {reason}") from error
-        self.score_model.compile_network()
-        self.ema.model.compile_network()
 
     def _check_classes(self) -> None:
         sampling, own, available = self.config.sampling, self.num_classes, self.train_data.num_classes

@@ -75,17 +75,12 @@ def compare(config: ConfigDict, runtime: Runtime, rounds: int) -> str:
         rounds: training steps; medians count.
 
     Raises:
-        InvalidRun: bad config or number; a model that is differentiated twice, compiled.
+        InvalidRun: bad config or number; a training that cannot be compiled, compiled.
     """
     with tempfile.TemporaryDirectory() as workdir:
         with checked():
             if rounds < 1:
                 raise ValueError(f"--rounds={rounds}: at least 1")
-            if runtime.compile and config.training.qc_weight:
-                raise ValueError(
-                    f"--compile: not with training.qc_weight={config.training.qc_weight}, as torch.compile cannot "
-                    "differentiate twice"
-                )
             training = Training(Run(config, workdir, runtime, free_fields=FREE_IN_TRAINING))
         return _compare(training, rounds)
 

@@ -29,7 +29,7 @@ from command_line import parse_flags
 from likelihood import LIKELIHOOD_EPS, LikelihoodEvaluator, bits_per_dim
 from randomness import SampleGenerators, rademacher_like
 from run_evaluation import load_for_evaluation, run_for_evaluation, spread
-from run_setup import InvalidRun, Run, Runtime, checked
+from run_setup import InvalidRun, Run, Runtime, check_compile, checked
 from sde_lib import SDE, ScoreFunction
 
 TIGHT = 1e-7
@@ -159,6 +159,8 @@ def compare(
         if rounds < 1:
             raise ValueError(f"--rounds={rounds}: at least 1")
         run = run_for_evaluation(config, workdir, runtime, None)
+        if compiled:
+            check_compile(run.device, config.model.parameterization)
         step = load_for_evaluation(run, None)
         problem = Problem(run, num_images)
     model = torch.compile(problem.model) if compiled else problem.model

@@ -26,17 +26,16 @@ from absl import app, flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 from torch import Tensor, nn
-from torch.func import functional_call, grad
-from torch.func import vjp as functional_vjp
 from tqdm import tqdm
 
 from benchmarks.clock import clock_of
 from benchmarks.public_code import in_public_style, qc_backward
 from command_line import parse_flags
-from conservativeness import EXACT_MAX_DIMENSION, asymmetry
+from conservativeness import EXACT_MAX_DIMENSION, Products, asymmetry
+from models.compiled_products import CompiledProducts
 from randomness import SampleGenerators, normal_like, rademacher_like
 from run_evaluation import load_for_evaluation, run_for_evaluation, spread
-from run_setup import InvalidRun, Run, Runtime, checked
+from run_setup import InvalidRun, Run, Runtime, check_compile, checked
 from sde_lib import ScoreFunction, expand
 
 PAPER = "paper: trace"
@@ -77,39 +76,12 @@ def our_gradient(
     generator: SampleGenerators,
     *,
     estimator: str,
+    products: Products | None = None,
 ) -> Sequence[Tensor]:
     """That of training."""
-    options = dict(probes=1, estimator=estimator, generator=generator, create_graph=True)
+    options = dict(probes=1, estimator=estimator, generator=generator, create_graph=True, products=products)
     result = asymmetry(score, batch.x.clone(), batch.t, **options)
     return torch.autograd.grad(0.5 * (batch.weight * result.asym).mean(), parameters, materialize_grads=True)
-
-
-class CompiledGradient:
-    """The default estimator as one compiled function.
-
-    torch.compile cannot differentiate twice through a compiled module; here both products are inside of what is
-    compiled, so that it is differentiated once.
-    """
-
-    def __init__(self, score_with: Callable[..., Tensor], model: nn.Module) -> None:
-        self.weights = dict(model.named_parameters())
-        self.trained = [name for name, p in self.weights.items() if p.requires_grad]
-
-        def term(weights: dict[str, Tensor], batch: Batch, v: Tensor) -> Tensor:
-            _, pull = functional_vjp(lambda x: score_with(weights, x, batch.t), batch.x)
-            (jtv,) = pull(v)
-            jv = grad(lambda u: (pull(u)[0] * v).sum())(v)  # pull is linear: see conservativeness.jvp_and_vjp
-            return _mean(batch, 0.5 * (jv - jtv) ** 2)
-
-        self.term = torch.compile(term)
-
-    def __call__(self, batch: Batch, generator: SampleGenerators) -> Sequence[Tensor]:
-        value = self.term(self.weights, batch, rademacher_like(batch.x, generator))
-        return torch.autograd.grad(value, [self.weights[name] for name in self.trained], materialize_grads=True)
-
-
-def _mean(batch: Batch, terms: Tensor) -> Tensor:
-    return 0.5 * (batch.weight * terms.flatten(1).sum(1)).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
@@ -183,6 +155,8 @@ def compare(
         for level in times:
             if not 0 < level <= run.sde.end_time:
                 raise ValueError(f"--times={level}: allowed are times above 0, up to {run.sde.end_time:g}")
+        if compiled:
+            check_compile(run.device, config.model.parameterization)
         if run.num_classes:
             raise ValueError(f"model.num_classes={run.num_classes}: only networks without classes")
         step = load_for_evaluation(run, None)
@@ -200,11 +174,8 @@ def compare(
     score, paper_score = partial(score_of, model), partial(score_of, paper_model)
     variants = _variants(score, _trained(model), paper_score, _trained(paper_model))
     if compiled:
-
-        def score_with(weights: dict[str, Tensor], x: Tensor, t: Tensor) -> Tensor:
-            return score_of(lambda *points: functional_call(model, weights, points), x, t)
-
-        variants["antisymmetric, compiled"] = CompiledGradient(score_with, model)
+        products = CompiledProducts(_InPrecision(model, score_of))
+        variants["antisymmetric, compiled"] = partial(variants[DEFAULT], products=products)
     fields = [_linear_field(batch_size, run.config.seed, run.device)]
     for level in (None, *times):
         name = f"{config.data.dataset}, {'all times' if level is None else f't = {level:g}'}"
@@ -240,6 +211,17 @@ def compare(
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
+
+
+class _InPrecision(nn.Module):
+    """A network under the precision that ``score_of`` evaluates it in."""
+
+    def __init__(self, network: nn.Module, score_of: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.network, self.score_of = network, score_of
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.score_of(self.network, x, t)
 
 
 def _variants(

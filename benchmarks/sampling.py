@@ -70,6 +70,10 @@ def compare(config: ConfigDict, workdir: str, runtime: Runtime, num_samples: int
 
     batches = [list(part) for part in np.array_split(np.arange(num_samples), -(-num_samples // BATCH))]
     rows = []
+    if runtime.compile:  # for each size of batch, by the sampler of the fewest evaluations
+        run.sampler = list(samplers.values())[-1]
+        for indices in {len(indices): indices for indices in (batches[0][:2], *batches)}.values():
+            draw(run, indices)
     with tqdm(total=len(samplers) * num_samples, unit="sample") as bar:
         for name, sampler in samplers.items():
             run.sampler = sampler

@@ -59,7 +59,7 @@ def measure(arguments: list[str], expected: str) -> float:
     seconds = time.perf_counter() - started
     output = done.stdout + done.stderr
     if expected not in output:
-        raise Failed((output.strip().splitlines() or ["no output"])[-1])
+        raise Failed((output.strip().splitlines() or ["no output"])[-1].removeprefix("error: "))
     return seconds
 
 

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 U, PAPER_U, BF16 = "U", "U, paper", "U, bf16"
-COMPILED_U, COMPILED_BF16 = "U, compiled", "U, bf16, compiled"
+COMPILED_U, COMPILED_BF16, COMPILED_QC = "U, compiled", "U, bf16, compiled", "QC, K = 1, compiled"
 
 
 class Variant(NamedTuple):
     """What is timed: overrides of the config, probes of the paper's form (None: ours), bf16, steps to average over, and
-    whether the network is compiled for where it is differentiated once."""
+    whether it is compiled."""
 
     overrides: dict
     paper_probes: int | None = None
@@ -59,6 +59,7 @@ VARIANTS = {
 COMPILED = {
     COMPILED_U: Variant({}, compiled=True),
     COMPILED_BF16: Variant({}, bf16=True, compiled=True),
+    COMPILED_QC: Variant(_qc(), compiled=True),
     "QC, K = 1, every 4th step, compiled": Variant(_qc(qc_interval=4), steps=4, compiled=True),
 }
 
@@ -70,6 +71,7 @@ REQUIRED = {
     "U step, paper / ours": (PAPER_U, U, "≥ 1.15"),
     "U step, bf16 / float32": (BF16, U, "≤ 0.65"),
     "U step, compiled / not": (COMPILED_U, U, ""),
+    "QC step, K = 1, compiled / not": (COMPILED_QC, "QC, K = 1", ""),
     "U step, bf16 and compiled / float32": (COMPILED_BF16, U, ""),
     "U step, bf16 / float32, both compiled": (COMPILED_BF16, COMPILED_U, ""),
     "paper's QC step / paper's U step, K = 1": ("QC, K = 1, paper", PAPER_U, ""),
@@ -113,6 +115,7 @@ def build(variant: Variant, given: dict, device: torch.device) -> Callable[[int]
     bf16 = variant.bf16 or given["precision"] == "bf16"
     if variant.compiled:
         model.compile_network()
+        objective.compile_products()
 
     def gradient(step: int) -> None:
         generator = torch.Generator().manual_seed(step)
@@ -257,11 +260,13 @@ def main(argv: list[str]) -> None:
     import torch
 
     from host_memory import keep_freed_memory
-    from run_setup import Runtime
+    from run_setup import Runtime, check_compile
 
     torch.set_num_threads(flag.threads)
     try:
         device = Runtime(flag.device).accelerator().device
+        if flag.compile:
+            check_compile(device, "unconstrained")
     except ValueError as error:
         sys.exit(f"error: {error}")
     if device.type == "cpu":

@@ -92,22 +92,18 @@ def test_benchmark_of_likelihood(workdir, monkeypatch):
 
 @pytest.fixture
 def network(small_unet):
-    """A score model, a batch, and that model's score as qc_variance wants it."""
+    """A score model and a batch."""
     model = UnconstrainedScore(small_unet(), NoiseLevel(SDES["ve"]))
     x = torch.rand(3, 1, 8, 8, dtype=torch.float64)
     batch = qc_variance.Batch(x, torch.tensor([0.2, 0.5, 0.9]).double(), torch.tensor([1.0, 0.5, 2.0]).double())
-
-    def score_with(weights, x, t):
-        return model(x, t) if weights is None else torch.func.functional_call(model, weights, (x, t))
-
-    return model, batch, score_with
+    return model, batch
 
 
 def test_gradient_of_the_public_code_is_that_of_the_trace(network):
-    model, batch, score_with = network
-    score, parameters = partial(score_with, None), [p for p in model.parameters() if p.requires_grad]
+    model, batch = network
+    parameters = [p for p in model.parameters() if p.requires_grad]
     paper, ours = (
-        gradient(score, parameters, batch, SampleGenerators((0, "probe"), range(3)))
+        gradient(model, parameters, batch, SampleGenerators((0, "probe"), range(3)))
         for gradient in (qc_variance.paper_gradient, partial(qc_variance.our_gradient, estimator="trace"))
     )
     for found, expected in zip(paper, ours, strict=True):
@@ -135,21 +131,6 @@ def test_what_the_trace_has_more_is_the_commutator():
         )
         commutator = s @ rest - rest @ s
         torch.testing.assert_close(antisymmetric - trace, ((v @ commutator) * v).sum(1), rtol=1e-9, atol=1e-9)
-
-
-def test_compiled_gradient_is_the_default_one(network, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: function)  # compiling takes minutes
-    model, batch, score_with = network
-    compiled = qc_variance.CompiledGradient(score_with, model)(batch, SampleGenerators((0, "probe"), range(3)))
-    default = qc_variance.our_gradient(
-        partial(score_with, None),
-        [p for p in model.parameters() if p.requires_grad],
-        batch,
-        SampleGenerators((0, "probe"), range(3)),
-        estimator="antisymmetric",
-    )
-    for found, expected in zip(compiled, default, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_ratio_of_variances_and_its_error():
@@ -210,8 +191,8 @@ def test_benchmark_of_the_input(monkeypatch):
     with pytest.raises(run_lib.InvalidRun, match="--rounds=0: at least 1"):
         data_pipeline.compare(small_config(), CPU, 0)
     config = small_config()
-    config.training.qc_weight = 0.1
-    with pytest.raises(run_lib.InvalidRun, match=r"--compile: not with training\.qc_weight=0\.1"):
+    config.training.activation_checkpointing = True
+    with pytest.raises(run_lib.InvalidRun, match=r"--compile: .* training\.activation_checkpointing=True"):
         data_pipeline.compare(config, COMPILED, 1)
 
 
