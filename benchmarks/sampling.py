@@ -19,6 +19,7 @@ from ml_collections.config_flags import config_flags
 from tqdm import tqdm
 
 from command_line import parse_flags
+from controllable_generation import MEASUREMENTS
 from evaluation import JACKKNIFE_GROUPS, fid_with_error
 from features import extract_features
 from run_evaluation import draw, load_for_evaluation, run_for_evaluation
@@ -62,6 +63,8 @@ def compare(config: ConfigDict, workdir: str, runtime: Runtime, num_samples: int
     with checked():
         if num_samples < 2 * JACKKNIFE_GROUPS:
             raise ValueError(f"--num_samples={num_samples}: at least {2 * JACKKNIFE_GROUPS}, for the error of FID")
+        if config.sampling.condition in MEASUREMENTS:
+            raise ValueError(f"sampling.condition={config.sampling.condition!r}: only for main.py --mode=sample")
         run = run_for_evaluation(config, workdir, runtime, None)
         step = load_for_evaluation(run, None)
         samplers = {name: get_sampler(_variant(config, change), run.sde) for name, change in VARIANTS.items()}

@@ -195,6 +195,10 @@ def test_benchmark_compares_samplers(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "VARIANTS", dict(list(benchmark.VARIANTS.items())[-3:]))
     with pytest.raises(run_lib.InvalidRun, match="--num_samples=39: at least 40"):
         benchmark.compare(config, str(tmp_path), runtime, 39)
+    measured = config.copy_and_resolve_references()
+    measured.sampling.condition = "inpaint"
+    with pytest.raises(run_lib.InvalidRun, match=r"sampling\.condition='inpaint': only for main\.py --mode=sample"):
+        benchmark.compare(measured, str(tmp_path), runtime, 40)
     # Compiled is said, and done: of the same network.
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
