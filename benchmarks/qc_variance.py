@@ -302,7 +302,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("precision", "fp32", "fp32, bf16 or fp16, of the network.")
     flags.DEFINE_bool("compile", False, "Have the default estimator compiled, too.")
     flags.DEFINE_integer("batch_size", 32, "Images.")
-    flags.DEFINE_integer("probes", 100, "Gradients of every variant.")
+    flags.DEFINE_integer("probes", 100, f"Gradients of every variant; at least {LEAST_PROBES}.")
     flags.DEFINE_list("times", [], "Rows for images that are all at one time.")
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)
