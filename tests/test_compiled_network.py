@@ -15,6 +15,7 @@ import torch
 from oracles import SDES
 
 import run_lib
+from benchmarks import likelihood, qc_variance
 from configs.digits import get_config
 from losses import Objective
 from models.score import NoiseLevel, UnconstrainedScore
@@ -89,6 +90,15 @@ def test_a_conservative_model_is_refused(tmp_path):
     with pytest.raises(run_lib.InvalidRun, match=r"--compile: not with model\.parameterization='conservative'"):
         run_lib.train(small_config("c"), tmp_path / "w", COMPILED)
     assert not (tmp_path / "w").exists()
+
+
+def test_benchmarks_refuse_it_too(tmp_path):
+    """Compiled, its score has no graph down to x, and a likelihood would find a divergence of zero."""
+    config = small_config("c", training__n_iters=1)
+    run_lib.train(config, tmp_path, run_lib.Runtime(device="cpu"))
+    for compare, counts in ((likelihood.compare, (1, 1)), (qc_variance.compare, (1, 10))):
+        with pytest.raises(run_lib.InvalidRun, match=r"--compile: not with model\.parameterization='conservative'"):
+            compare(config, str(tmp_path), run_lib.Runtime(device="cpu"), *counts, compiled=True)
 
 
 @pytest.mark.parametrize(

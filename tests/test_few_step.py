@@ -203,8 +203,12 @@ def test_benchmark_compares_samplers(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
     with_compiler = dataclasses.replace(runtime, compile=True)
+    sizes, draw = [], benchmark.draw
+    monkeypatch.setattr(benchmark, "draw", lambda run, indices: sizes.append(len(indices)) or draw(run, indices))
     assert ", cpu, fp32, compiled, " in benchmark.compare(config, str(tmp_path), with_compiler, 40)
     assert [type(module).__name__ for module in compiled].count("UNet") == 2  # the network and its average
+    assert sizes == [2, 40] + 3 * [2, 40]  # every size of batch once before any is timed
+    monkeypatch.setattr(benchmark, "draw", draw)
     *_, first, second, third = benchmark.compare(config, str(tmp_path), runtime, 40).splitlines()
     assert [row.split("|")[2].strip() for row in (first, second, third)] == ["20", "13", "10"]
     assert first.rstrip(" |").endswith("+0.0") and first.split("|")[4].strip() == "1.0"
