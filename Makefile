@@ -30,7 +30,7 @@ demo: install
 	$(RUN) --config=configs/digits.py:u --workdir=$(DEMO)/u --mode=eval
 	$(RUN) --config=configs/digits.py:qc --workdir=$(DEMO)/qc --mode=eval
 	$(RUN) --config=configs/digits.py:c --workdir=$(DEMO)/c --mode=eval
-	$(BIN)/python report.py $(DEMO)/c $(DEMO)/u $(DEMO)/qc --output $(DEMO)
+	$(BIN)/python -m report.main $(DEMO)/c $(DEMO)/u $(DEMO)/qc --output $(DEMO)
 
 # Every figure and table of the small experiments and of the demo, on one page. Resumes like the demo.
 FIGURES := runs/figures
@@ -40,14 +40,14 @@ figures: install demo
 	$(BIN)/python -m 2d_examples.main --mode=table --workdir=$(FIGURES)/2d_examples
 	$(BIN)/python -m wasserstein_example.main --workdir=$(FIGURES)/wasserstein_example
 	$(BIN)/python -m tutorial_example.main --workdir=$(FIGURES)/tutorial_example
-	$(BIN)/python report.py $(DEMO)/c $(DEMO)/u $(DEMO)/qc --output $(FIGURES)/digits
-	$(BIN)/python figure_index.py $(FIGURES)
+	$(BIN)/python -m report.main $(DEMO)/c $(DEMO)/u $(DEMO)/qc --output $(FIGURES)/digits
+	$(BIN)/python -m report.index $(FIGURES)
 
 # Nine forward processes: exact theory, then all of them trained on digits, on the same page. Resumes.
 wasserstein: install
 	$(BIN)/python -m wasserstein_example.main --workdir=$(FIGURES)/wasserstein_example
 	$(BIN)/python -m wasserstein_example.digits --workdir=$(FIGURES)/wasserstein_digits
-	$(BIN)/python figure_index.py $(FIGURES)
+	$(BIN)/python -m report.index $(FIGURES)
 
 clean:
 	rm -rf runs

@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from atomic_write import write_atomically
+from experiment.files import write_atomically
 from models import layers, ncsnv2
 from models.score import ScoreModel
 from sde_lib import SDE

@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from randomness import Generator, rademacher_like
+from experiment.randomness import Generator, rademacher_like
 from sde_lib import ScoreFunction
 
 __all__ = [
@@ -168,7 +168,7 @@ def asymmetry(
         generator: where the probes come from.
         create_graph: make the results differentiable, for training.
         products: evaluates the score and its products for probes, in place of ``score``, of which it must be
-            (``models.compiled_products``).
+            (``models.second_order.compiled``).
 
     Raises:
         ValueError: unknown estimator; K < 1; or neither probes nor at most 256 dimensions.

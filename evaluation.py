@@ -22,8 +22,8 @@ import torch
 from scipy.special import log_softmax, logsumexp
 from torch import Tensor
 
-from features import Features, check_matrix
-from randomness import seed_from
+from experiment.randomness import seed_from
+from features.extraction import Features, check_matrix
 
 __all__ = [
     "JACKKNIFE_GROUPS",

@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from randomness import Generator, normal_like
+from experiment.randomness import Generator, normal_like
 from sde_lib import SDE, ScoreFunction, expand
 
 __all__ = ["FEW_STEP_SOLVERS", "DPMSolverPlusPlus2M", "EDMHeun", "FewStepSolver", "SDEDPMSolverPlusPlus2M", "edm_times"]

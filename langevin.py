@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from randomness import Generator, normal_like, uniform
+from experiment.randomness import Generator, normal_like, uniform
 from sde_lib import ScoreFunction
 
 __all__ = ["LangevinTrajectory", "LogDensity", "langevin_dynamics"]

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from conservativeness import divergence
+from experiment.randomness import Generator, normal_like, rademacher_like
 from ode import check_solver, integrate
-from randomness import Generator, normal_like, rademacher_like
 from sampling import CountedScore, _state_dtype
 from sde_lib import SDE, ScoreFunction
 

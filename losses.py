@@ -43,10 +43,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from conservativeness import ESTIMATORS, asymmetry, divergence
-from models.compiled_products import CompiledProducts
+from experiment.randomness import Generator, SampleGenerators, normal_like, rademacher_like, random_bits, uniform
 from models.dropout import Dropout, set_dropout_keys
 from models.score import ScoreModel
-from randomness import Generator, SampleGenerators, normal_like, rademacher_like, random_bits, uniform
+from models.second_order.compiled import CompiledProducts
 from sde_lib import SDE, ScoreFunction, expand
 
 __all__ = [

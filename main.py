@@ -10,7 +10,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from command_line import parse_flags
+from experiment.command_line import parse_flags
 
 FLAGS = flags.FLAGS
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     import run_lib  # imports torch, which --help and a mistyped flag need not wait for
-    from splits import UnreadableImage
+    from data.splits import UnreadableImage
 
     try:
         runtime = run_lib.Runtime(

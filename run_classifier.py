@@ -20,15 +20,15 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from checkpoints import CheckpointError, CheckpointStore, load_state_dict_strictly
-from datasets import batch_indices
-from experiment_dir import claim
-from fit import fit
+from data.pixels import random_flip
+from data.sets import batch_indices
+from experiment.randomness import Generator, SampleGenerators, normal_like, seed_from, uniform
+from experiment.workdir import claim
+from guidance.classifier import NoiseConditionalClassifier
 from losses import TRAINING_EPS
-from models.classifier import NoiseConditionalClassifier
-from pixels import random_flip
-from randomness import Generator, SampleGenerators, normal_like, seed_from, uniform
 from run_setup import FREE_IN_EVALUATION, Run, Runtime, checked
 from sde_lib import expand
+from training import fit
 
 __all__ = ["load_classifier", "train_classifier"]
 

@@ -21,7 +21,6 @@ from accelerate.utils import gather_object
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
-import datasets
 from checkpoints import (
     CheckpointError,
     check_whole,
@@ -30,14 +29,15 @@ from checkpoints import (
     read_checkpoint,
 )
 from conservativeness import asymmetry
-from controllable_generation import CONDITION_FIELDS, MEASUREMENTS
+from data import sets
 from evaluation import OWN_BACKEND, sample_quality
-from feature_classifier import train_classifier
-from features import FeatureExtractor, Features, key_digest, read_statistics, statistics_file
-from inception import InceptionFeatures, find_weights
+from experiment.randomness import SampleGenerators, normal_like
+from features.classifier import train_classifier
+from features.extraction import FeatureExtractor, Features, key_digest, read_statistics, statistics_file
+from features.inception import InceptionFeatures, find_weights
+from guidance.conditions import CONDITION_FIELDS, MEASUREMENTS
 from likelihood import bits_per_dim
 from ode import FIXED
-from randomness import SampleGenerators, normal_like
 from run_classifier import load_classifier
 from run_setup import (
     FREE_IN_EVALUATION,
@@ -226,7 +226,7 @@ def _in_parts(
     there in W/eval/parts/. Both carry ``key``, and a file of another key, or a damaged one, is computed again.
     """
     name = path.stem
-    batches = datasets.epoch_batches(
+    batches = sets.epoch_batches(
         size, run.config.eval.batch_size, run.accelerator.process_index, run.accelerator.num_processes
     )
     result = _read_arrays(path, key)
@@ -412,7 +412,7 @@ class _SampleQuality:
             )
         self.backend = OWN_BACKEND
         if settings.backend == "tfgan" and run.accelerator.is_main_process:  # it computes the metrics
-            from tfgan_backend import tfgan_backend
+            from features.tfgan import tfgan_backend
 
             self.backend = tfgan_backend()
         # The classifier is trained later: that is work.
@@ -494,7 +494,7 @@ def _feature_extractor(run: Run) -> FeatureExtractor:
     """The extractor that ``config.eval`` asks for; a classifier is trained if it is not in the cache."""
     settings, num_levels = run.config.eval, run.train_data.num_levels
     if settings.tfhub_inception:
-        from tfgan_backend import TFHubFeatures
+        from features.tfgan import TFHubFeatures
 
         return TFHubFeatures(settings.tfhub_inception, num_levels=num_levels)
     with run.main_process_first():

@@ -34,8 +34,6 @@ from accelerate.utils import gather_object
 from ml_collections import ConfigDict
 from torch import Tensor, distributed
 
-import datasets
-import splits
 from checkpoints import (
     CheckpointError,
     CheckpointStore,
@@ -43,11 +41,13 @@ from checkpoints import (
     convert_public_checkpoint,
     read_checkpoint,
 )
-from host_memory import keep_freed_memory
+from data import sets, splits
+from data.pixels import random_flip
+from data.splits import TensorSplit
+from experiment.host_memory import keep_freed_memory
+from experiment.metrics_log import MetricsLog
+from experiment.randomness import SampleGenerators, uniform
 from losses import Objective
-from metrics_log import MetricsLog
-from pixels import random_flip
-from randomness import SampleGenerators, uniform
 from run_classifier import train_classifier
 from run_evaluation import draw, evaluate, refuse_public_conservative, spread, statistics
 from run_sampling import sample
@@ -63,7 +63,6 @@ from run_setup import (
     code_version,
     save_image_grid,
 )
-from splits import TensorSplit
 
 __all__ = ["Interrupted", "InvalidRun", "Runtime", "evaluate", "sample", "statistics", "train", "train_classifier"]
 
@@ -227,7 +226,7 @@ class Training:
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Images, pixel levels uint8 (b, C, H, W), and labels (b,): this process's share of a step's batch."""
-        indices = datasets.batch_indices(
+        indices = sets.batch_indices(
             self.config.seed,
             step,
             self.config.training.batch_size,
@@ -390,7 +389,7 @@ class Training:
 
     def _sample_grid(self) -> None:
         accelerator = self.accelerator
-        shares = datasets.epoch_batches(GRID_IMAGES, GRID_IMAGES, accelerator.process_index, accelerator.num_processes)
+        shares = sets.epoch_batches(GRID_IMAGES, GRID_IMAGES, accelerator.process_index, accelerator.num_processes)
         images = [draw(self.run, share.tolist(), progress=self.run.shows_progress)[0] for share in shares]
         images = gather_object(images)
         if accelerator.is_main_process:

@@ -26,13 +26,13 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-import pixels
-from atomic_write import write_atomically
-from controllable_generation import CLASS_CONDITIONS, MEASUREMENTS, condition_on_measurement, get_operator
-from feature_classifier import train_classifier
-from features import key_digest
-from measurements import LinearOperator
-from randomness import SampleGenerators, normal_like
+from data import pixels
+from experiment.files import write_atomically
+from experiment.randomness import SampleGenerators, normal_like
+from features.classifier import train_classifier
+from features.extraction import key_digest
+from guidance.conditions import CLASS_CONDITIONS, MEASUREMENTS, condition_on_measurement, get_operator
+from guidance.measurements import LinearOperator
 from run_evaluation import (
     compute_stage,
     load_for_evaluation,

@@ -25,20 +25,19 @@ from ml_collections import ConfigDict
 from torch import Tensor
 from tqdm import tqdm
 
-import datasets
-import pixels
-from atomic_write import write_atomically
 from checkpoints import CheckpointStore, load_state_dict_strictly
 from configs.defaults import base_config
 from conservativeness import EXACT_MAX_DIMENSION
-from controllable_generation import CLASS_CONDITIONS, ClassifierFreeGuidance, ClassifierGuidance, check_condition
-from experiment_dir import check_at_least, differences, flatten, take_lock
+from data import pixels, sets
+from experiment.files import write_atomically
+from experiment.randomness import Generator, uniform
+from experiment.workdir import check_at_least, differences, flatten, take_lock
+from guidance.classifier import NoiseConditionalClassifier
+from guidance.conditions import CLASS_CONDITIONS, ClassifierFreeGuidance, ClassifierGuidance, check_condition
 from likelihood import get_likelihood
 from losses import Objective, get_objective
 from models import EMA, create_score_model
-from models.classifier import NoiseConditionalClassifier
 from models.score import ScoreModel
-from randomness import Generator, uniform
 from sampling import get_sampler
 from sde_lib import SDE, ScoreFunction, get_sde
 
@@ -214,7 +213,7 @@ class Run:
                 self.objective.compile_products()
         self._check_batch_size()
         with self.main_process_first():
-            self.train_data, self.test_data = datasets.get_dataset(config)
+            self.train_data, self.test_data = sets.get_dataset(config)
             self._check_classes()
             self._check_workdir(free_fields)
         self.classifier: NoiseConditionalClassifier | None = None  # loaded where sampling is guided by it

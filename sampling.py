@@ -26,7 +26,7 @@ probability flow      x − [−f x − ½g² s] (t − s)   0
 
 The exponential integrator is exact but for the score, which stays what it was at t; for VE it is reverse diffusion.
 
-A condition enters as another score, as a projection that follows every step, or both (``controllable_generation``).
+A condition enters as another score, as a projection that follows every step, or both (``guidance``).
 
 NFE is counted, not computed: evaluations of the network per sample.
 
@@ -50,9 +50,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from experiment.randomness import Generator, normal_like
 from few_step import FEW_STEP_SOLVERS, edm_times
 from ode import check_solver, integrate
-from randomness import Generator, normal_like
 from sde_lib import SDE, ScoreFunction, expand
 
 __all__ = [

@@ -34,7 +34,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from randomness import Generator, normal_like
+from experiment.randomness import Generator, normal_like
 from schedules import BETA_SCHEDULES, SIGMA_SCHEDULES, BetaSchedule, SigmaSchedule
 
 __all__ = [

@@ -18,19 +18,19 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from atomic_write import write_atomically
 from checkpoints import CheckpointError, CheckpointStore, load_state_dict_strictly
 from conservativeness import asymmetry
-from distributions import NoisedDistribution, get_distribution
 from evaluation import precision_recall
-from experiment_dir import check_at_least
-from fit import fit
+from exact.distributions import NoisedDistribution, get_distribution
+from experiment.files import write_atomically
+from experiment.randomness import normal_like, seed_from
+from experiment.workdir import check_at_least
 from likelihood import get_likelihood
 from losses import Objective, get_objective
 from models import ScoreModel, create_score_model
-from randomness import normal_like, seed_from
 from sampling import get_sampler
 from sde_lib import SDE, ScoreFunction, expand, get_sde
+from training import fit
 
 __all__ = ["LEVELS", "METRICS", "VERSION", "Run", "evaluate", "evaluate_score", "exact_entropy", "train"]
 

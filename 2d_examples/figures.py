@@ -15,9 +15,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from atomic_write import write_atomically
 from conservativeness import jacobian
-from distributions import NoisedDistribution
+from exact.distributions import NoisedDistribution
+from experiment.files import write_atomically
 from sde_lib import ScoreFunction
 
 from .configs import DATASETS, MODELS

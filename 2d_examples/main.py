@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from command_line import available_cores, parse_flags
+from experiment.command_line import available_cores, parse_flags
 
 
 def main(argv: list[str]) -> None:

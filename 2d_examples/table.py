@@ -18,9 +18,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy import stats
 
-from atomic_write import write_atomically
-from experiment_dir import claim
-from parallel_runs import run_all
+from experiment.files import write_atomically
+from experiment.jobs import run_all
+from experiment.workdir import claim
 
 from .configs import DATASETS, MODELS, get_config
 from .experiment import METRICS, VERSION, Run, evaluate, train

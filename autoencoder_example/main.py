@@ -25,14 +25,14 @@ import torch
 from absl import app, flags
 from torch import Tensor
 
-from atomic_write import write_atomically
-from command_line import available_cores, parse_flags
 from conservativeness import asymmetry
-from experiment_dir import claim
-from fit import fit
+from experiment.command_line import available_cores, parse_flags
+from experiment.files import write_atomically
+from experiment.jobs import run_all
+from experiment.randomness import seed_from
+from experiment.workdir import claim
 from models.autoencoder import OneLayerAutoencoder
-from parallel_runs import run_all
-from randomness import seed_from
+from training import fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from tqdm import trange
 
 from benchmarks.clock import clock_of
-from command_line import parse_flags
-from pixels import scale, to_unit_interval
+from data.pixels import scale, to_unit_interval
+from data.splits import Split
+from experiment.command_line import parse_flags
 from run_lib import Training
 from run_setup import FREE_IN_TRAINING, InvalidRun, Run, Runtime, checked
-from splits import Split
 
 PAPER = "paper: a loader, image by image"
 OURS = "ours: a batch at a time"

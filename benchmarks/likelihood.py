@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.clock import clock_of
-from command_line import parse_flags
+from experiment.command_line import parse_flags
+from experiment.randomness import SampleGenerators, rademacher_like
 from likelihood import LIKELIHOOD_EPS, LikelihoodEvaluator, bits_per_dim
-from randomness import SampleGenerators, rademacher_like
 from run_evaluation import load_for_evaluation, run_for_evaluation, spread
 from run_setup import InvalidRun, Run, Runtime, check_compile, checked
 from sde_lib import SDE, ScoreFunction

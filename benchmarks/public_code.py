@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiment.randomness import Generator, normal_like, rademacher_like
 from losses import Objective
 from models.dropout import Dropout
 from models.layers import Attention, FIRDown, FIRUp
 from models.score import ScoreModel
 from models.unet import UNet
-from randomness import Generator, normal_like, rademacher_like
 from sde_lib import ScoreFunction, expand
 
 __all__ = ["PublicEMA", "in_public_style", "public_step", "qc_backward"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from absl import app, flags
 
-from command_line import parse_flags
+from experiment.command_line import parse_flags
 
 if TYPE_CHECKING:
     import torch

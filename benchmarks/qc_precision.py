@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import trange
 
-from command_line import parse_flags
 from configs.defaults import base_config
 from configs.digits import get_config
 from conservativeness import jvp_and_vjp
-from datasets import batch_indices, get_dataset
+from data.pixels import to_unit_interval
+from data.sets import batch_indices, get_dataset
+from experiment.command_line import parse_flags
+from experiment.randomness import SampleGenerators, rademacher_like
 from losses import get_objective
 from models import create_score_model
-from pixels import to_unit_interval
-from randomness import SampleGenerators, rademacher_like
 from sde_lib import SDE, ScoreFunction, expand, get_sde
 
 RATIOS = (1.0, 0.5, 0.2, 0.1)

@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 from benchmarks.clock import clock_of
 from benchmarks.public_code import in_public_style, qc_backward
-from command_line import parse_flags
 from conservativeness import EXACT_MAX_DIMENSION, Products, asymmetry
-from models.compiled_products import CompiledProducts
-from randomness import SampleGenerators, normal_like, rademacher_like
+from experiment.command_line import parse_flags
+from experiment.randomness import SampleGenerators, normal_like, rademacher_like
+from models.second_order.compiled import CompiledProducts
 from run_evaluation import load_for_evaluation, run_for_evaluation, spread
 from run_setup import InvalidRun, Run, Runtime, check_compile, checked
 from sde_lib import ScoreFunction, expand

@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 from tqdm import tqdm
 
-from command_line import parse_flags
-from controllable_generation import MEASUREMENTS
 from evaluation import JACKKNIFE_GROUPS, fid_with_error
-from features import extract_features
+from experiment.command_line import parse_flags
+from features.extraction import extract_features
+from guidance.conditions import MEASUREMENTS
 from run_evaluation import draw, load_for_evaluation, run_for_evaluation
 from run_setup import InvalidRun, Runtime, checked
 from sampling import get_sampler

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from command_line import parse_flags
+from experiment.command_line import parse_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTED_FIRST = "import runpy, sys, run_lib; sys.argv[0] = 'main.py'; runpy.run_path('main.py', run_name='__main__')"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from command_line import parse_flags
+from experiment.command_line import parse_flags
 
 VARIANTS = {
     "U": ("u", {}),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from absl import app, flags
 
-from command_line import parse_flags
+from experiment.command_line import parse_flags
 
 if TYPE_CHECKING:
     import torch
@@ -259,7 +259,7 @@ def main(argv: list[str]) -> None:
 
     import torch
 
-    from host_memory import keep_freed_memory
+    from experiment.host_memory import keep_freed_memory
     from run_setup import Runtime, check_compile
 
     torch.set_num_threads(flag.threads)

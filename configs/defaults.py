@@ -16,7 +16,7 @@ def base_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.dataset = "CIFAR10"  # digits, npz, folder, MNIST, CIFAR10, CIFAR100, SVHN, IMAGENET32, CELEBA
     config.data.path = ""  # the .npz file or image folder of one's own
-    config.data.root = "data"  # where published data sets live
+    config.data.root = "downloads"  # where published data sets live
     config.data.download = False  # fetch those of torchvision if they are not there
     config.data.image_size = 32
     config.data.num_channels = 3

@@ -37,12 +37,12 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from atomic_write import write_atomically
-from command_line import parse_flags
 from conservativeness import HelmholtzHodge, asymmetry, helmholtz_hodge
-from experiment_dir import claim
+from experiment.command_line import parse_flags
+from experiment.files import write_atomically
+from experiment.randomness import normal_like, seed_from
+from experiment.workdir import claim
 from langevin import langevin_dynamics
-from randomness import normal_like, seed_from
 from sde_lib import ScoreFunction
 
 EXPERIMENT = "gaussian_example"

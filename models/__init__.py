@@ -11,8 +11,8 @@ from models.ddpm import DDPM
 from models.ema import EMA
 from models.mlp import NoiseConditionalMLP
 from models.ncsnv2 import NCSN, NCSNv2
-from models.recompute import recompute_activations
 from models.score import ConservativeScore, NoiseLevel, ScoreModel, UnconstrainedScore
+from models.second_order.recompute import recompute_activations
 from models.unet import UNet
 from sde_lib import SDE
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from randomness import mix32, random_bits
+from experiment.randomness import mix32, random_bits
 
 __all__ = ["Dropout", "set_dropout_keys"]
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dropout import Dropout
-from models.higher_order import Conv2d, attend, blur, blur_transposed, concatenate
-from models.normalisation import GroupNorm, norm_act
-from models.recompute import Recomputable
+from models.second_order.normalisation import GroupNorm, norm_act
+from models.second_order.operations import Conv2d, attend, blur, blur_transposed, concatenate
+from models.second_order.recompute import Recomputable
 
 __all__ = [
     "Attention",

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.recompute import Recomputable
+from models.second_order.recompute import Recomputable
 from models.unet import ACTIVATIONS
 
 __all__ = ["NCSN", "NCSNv2"]

@@ -22,7 +22,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from models.higher_order import concatenate, differentiated_twice, higher_order
 from models.layers import (
     Attention,
     BigGANBlock,
@@ -40,7 +39,8 @@ from models.layers import (
     dense,
     group_norm,
 )
-from models.normalisation import norm_act
+from models.second_order.normalisation import norm_act
+from models.second_order.operations import concatenate, differentiated_twice, higher_order
 
 __all__ = ["ACTIVATIONS", "UNet"]
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from absl import app, flags
 
-from command_line import available_cores, parse_flags
+from experiment.command_line import available_cores, parse_flags
 
 from .main import with_error
 
@@ -132,9 +132,9 @@ def run(workdir: str | Path, tasks: Sequence[Task], *, jobs: int) -> list[dict[s
     Raises:
         ValueError: fewer than one job, or a folder that belongs to something else.
     """
-    from atomic_write import write_atomically
-    from experiment_dir import claim
-    from parallel_runs import run_all
+    from experiment.files import write_atomically
+    from experiment.jobs import run_all
+    from experiment.workdir import claim
 
     from .figures import draw_comparison
 

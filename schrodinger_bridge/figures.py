@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from atomic_write import write_atomically
+from experiment.files import write_atomically
 from run_setup import save_image_grid
 
 from .marginals import ImageMarginal

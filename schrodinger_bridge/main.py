@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from absl import app, flags
 from ml_collections import config_flags
 
-from atomic_write import write_atomically
-from command_line import parse_flags
+from experiment.command_line import parse_flags
+from experiment.files import write_atomically
 
 TITLES = {"backward": "backward, to x₀", "forward": "forward, to x_N"}
 

@@ -14,10 +14,9 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-import datasets
-import pixels
-from randomness import SampleGenerators, seed_from, uniform
-from splits import Split
+from data import pixels, sets
+from data.splits import Split
+from experiment.randomness import SampleGenerators, seed_from, uniform
 
 from .point_sets import POINT_SETS
 
@@ -188,7 +187,7 @@ def _marginal(config: ConfigDict, data: ConfigDict, first: Marginal | None) -> M
         scale = _scale_of(data, field)
         marginal: Marginal = PointMarginal(data.dataset, scale) if data.dataset in POINT_SETS else _correlated(scale)
     elif "image_size" in data:
-        halves, label = datasets.get_dataset(ConfigDict({"data": data})), data.class_label
+        halves, label = sets.get_dataset(ConfigDict({"data": data})), data.class_label
         name = data.dataset if label == -1 else f"{data.dataset}, class {label}"
         try:
             marginal = ImageMarginal(halves, label, centered=data.centered, name=name)

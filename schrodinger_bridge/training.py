@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoints import CheckpointError, CheckpointStore, load_state_dict_strictly
-from experiment_dir import check_at_least, claim
-from metrics_log import MetricsLog
+from data.splits import TensorSplit
+from experiment.metrics_log import MetricsLog
+from experiment.randomness import seed_from
+from experiment.workdir import check_at_least, claim
 from models import EMA, create_network
 from models.mlp import TimeConditionalMLP
-from randomness import seed_from
 from run_setup import Runtime
 from sde_lib import expand
-from splits import TensorSplit
 
 from .marginals import ImageMarginal, Key, Marginal, get_marginals, moments
 from .matching import ALGORITHMS, Regression

@@ -29,7 +29,7 @@ from models import create_score_model
 from sampling import get_sampler
 from sde_lib import get_sde
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("python", ".venv/bin/python", "torchrun", "accelerate", "make", "srun")
 ELLIPSIS = "…"  # stands for the flags that a sentence leaves out
 STAND_INS = ("--config=configs/digits.py", "--workdir=runs/x", "--mode=train")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import controllable_generation
 import sampling
 import sde_lib
-from distributions import Gaussian, GaussianMixture
+from exact.distributions import Gaussian, GaussianMixture
+from guidance import conditions
 from schedules import GeometricSigma, LinearBeta
 from sde_lib import SDE, VE, VP, SubVP
 
@@ -68,7 +68,7 @@ def affine_law(
         draws += 1
         return z
 
-    modules = (sampling, sde_lib, controllable_generation)
+    modules = (sampling, sde_lib, conditions)
     with monkeypatch.context() as patch:
         for module in modules:
             patch.setattr(module, "normal_like", no_noise)
@@ -79,3 +79,7 @@ def affine_law(
         x = sample(torch.zeros(rows, dimension, dtype=torch.float64))
     response = x[:-1] - x[-1]
     return x[-1], response.T @ response
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -21,7 +21,7 @@ from checkpoints import (
 )
 from models import create_network
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "models" / "published"
 GOLDEN = {
     "ve_ncsnpp_cifar10": "configs.ve.cifar10_ncsnpp_continuous",
     "vp_ddpmpp_cifar10": "configs.vp.cifar10_ddpmpp_continuous",

@@ -23,7 +23,7 @@ from evaluation import (
     precision_recall,
     sample_quality,
 )
-from features import Features
+from features.extraction import Features
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

@@ -12,8 +12,8 @@ import torch
 import run_lib
 from benchmarks import sampling as benchmark
 from configs.digits import get_config
+from experiment.randomness import SampleGenerators
 from few_step import FEW_STEP_SOLVERS, edm_times
-from randomness import SampleGenerators
 from sampling import FewStepSampler, ODESampler
 from schedules import CosineBeta, GeometricSigma, LinearBeta, PolynomialSigma
 from sde_lib import SDE, VE, VP, SubVP, expand

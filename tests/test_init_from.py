@@ -29,7 +29,7 @@ from checkpoints import (
 from models import create_network, create_score_model
 from sde_lib import get_sde
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "models" / "published"
 # How a residual block of NCSN++ constructs its parts.
 PARTS = ("GroupNorm_0", "Conv_0", "Dense_0", "GroupNorm_1", "Conv_1", "Conv_2", "Conv2d_0")
 PARTS += ("NIN_0", "NIN_1", "NIN_2", "NIN_3")

@@ -9,8 +9,8 @@ import torch
 from oracles import assert_moments_match
 from torch import Tensor
 
+from experiment.randomness import SampleGenerators
 from langevin import langevin_dynamics
-from randomness import SampleGenerators
 from sampling import CountedScore
 
 LANGEVIN_STD = 0.7

@@ -11,10 +11,10 @@ from oracles import SDES, Gaussian, gaussian_2d, mixture_2d
 from torch import Tensor, nn
 
 import likelihood
+from experiment.randomness import SampleGenerators
 from likelihood import DIVERGENCES, TIMES, LikelihoodEvaluator, bits_per_dim, get_likelihood
 from models.score import NoiseLevel, UnconstrainedScore
 from ode import SOLVERS
-from randomness import SampleGenerators
 
 EPS = 1e-5
 every_family = pytest.mark.parametrize("family", SDES)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import losses
 from conservativeness import asymmetry
+from experiment.randomness import SampleGenerators, rademacher_like
 from losses import Objective, get_objective
 from models.score import ConservativeScore, NoiseLevel, ScoreModel, UnconstrainedScore
-from randomness import SampleGenerators, rademacher_like
 
 every_family = pytest.mark.parametrize("family", SDES)
 

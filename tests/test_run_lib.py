@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-import datasets
 import run_lib
 import run_setup
 from checkpoints import read_checkpoint
 from configs.digits import get_config
-from experiment_dir import claim
+from data import sets
+from experiment.workdir import claim
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 CPU = run_lib.Runtime(device="cpu")
 
 # Random elements of every kind.
@@ -219,14 +219,14 @@ def test_evaluation_does_not_depend_on_the_batch_size(trained, tmp_path, monkeyp
 
 
 def _shorten_test_set(monkeypatch, size: int) -> None:
-    original = datasets.get_dataset
+    original = sets.get_dataset
 
     def shortened(config):
         train, test = original(config)
         test.images, test.labels, test.fingerprint = test.images[:size], test.labels[:size], f"short{size}"
         return train, test
 
-    monkeypatch.setattr(datasets, "get_dataset", shortened)
+    monkeypatch.setattr(sets, "get_dataset", shortened)
 
 
 def test_metrics_file_and_reuse(trained, tmp_path, monkeypatch):

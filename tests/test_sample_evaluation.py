@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-import report
 import run_evaluation
 import run_lib
 from configs.digits import get_config
 from evaluation import inception_score, sample_quality
-from features import Features
+from features.extraction import Features
+from report import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 CPU = run_lib.Runtime(device="cpu")
 TINY = {
     "model.nf": 8,
@@ -285,17 +285,17 @@ def test_protocol_of_the_paper_in_small(tmp_path, inception_weights):
     run_lib.evaluate(settings, tmp_path / "qc", runtime)
     check_metrics(tmp_path / "qc", 12, features=features, backend="torch", reference="training images")
     assert statistics.stat().st_mtime_ns == written
-    text = report.write_report([tmp_path / "qc"])
+    text = main.write_report([tmp_path / "qc"])
     assert "QC-NCSN++" in text and features in text
 
 
 def test_the_backend_asked_for_is_the_one_used(trained, tmp_path, moments, monkeypatch):
-    import tfgan_backend
     from evaluation import Backend
+    from features import tfgan
 
     backend = Backend("other", lambda x, y: 2.5, lambda x, y: float(len(x)), lambda logits: 1.5)
-    monkeypatch.setattr(tfgan_backend, "tfgan_backend", lambda: backend)
-    monkeypatch.setattr(tfgan_backend, "TFHubFeatures", lambda folder, num_levels: moments)
+    monkeypatch.setattr(tfgan, "tfgan_backend", lambda: backend)
+    monkeypatch.setattr(tfgan, "TFHubFeatures", lambda folder, num_levels: moments)
     monkeypatch.setattr(run_evaluation, "InceptionFeatures", lambda *arguments, **options: pytest.fail("Inception"))
     metrics = evaluated(
         trained, tmp_path / "w", tmp_path / "cache", eval__backend="tfgan", eval__tfhub_inception="folder"

@@ -16,8 +16,8 @@ from oracles import SDES, Gaussian, affine_law, assert_moments_match, gaussian_2
 from torch import Tensor
 
 import sampling
+from experiment.randomness import SampleGenerators, normal_like
 from models.score import NoiseLevel
-from randomness import SampleGenerators, normal_like
 from sampling import (
     CORRECTORS,
     PREDICTORS,

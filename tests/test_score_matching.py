@@ -14,13 +14,13 @@ from oracles import SDES, mixture_2d
 from torch import Tensor, nn
 
 from conservativeness import divergence, jacobian
+from experiment.randomness import SampleGenerators, rademacher_like
 from losses import (
     denoising_score_matching,
     explicit_score_matching,
     implicit_score_matching,
     sliced_score_matching,
 )
-from randomness import SampleGenerators, rademacher_like
 
 TIMES = {"ve": 0.3, "vp": 0.1, "subvp": 0.2}
 BATCHES, BATCH_SIZE = 100, 400

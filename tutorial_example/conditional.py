@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from controllable_generation import ClassifierFreeGuidance, ClassifierGuidance
-from distributions import GaussianMixture
+from exact.distributions import GaussianMixture
+from experiment.randomness import normal_like, seed_from, uniform
+from guidance.conditions import ClassifierFreeGuidance, ClassifierGuidance
 from losses import Objective
 from models.mlp import TimeConditionalMLP
 from models.score import NoiseLevel, UnconstrainedScore
-from randomness import normal_like, seed_from, uniform
 from sampling import ConditionalScore, PCSampler
 from sde_lib import SDE, expand
 

@@ -12,10 +12,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from distributions import GaussianMixture
+from exact.distributions import GaussianMixture
+from experiment.randomness import normal_like
 from losses import Objective
 from models.score import ScoreModel
-from randomness import normal_like
 from sampling import AncestralPredictor, PCSampler
 from sde_lib import VP, Ladder, expand
 

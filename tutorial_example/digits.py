@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import run_lib
+from experiment.randomness import SampleGenerators
 from likelihood import LIKELIHOOD_EPS, bits_per_dim
-from randomness import SampleGenerators
 from run_setup import FREE_IN_EVALUATION, Run, Runtime
 from sampling import AncestralPredictor, denoise
 

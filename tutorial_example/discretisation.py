@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
-from gaussian_law import Law, limit_law, sampler_law, wasserstein
+from exact.gaussian_law import Law, limit_law, sampler_law, wasserstein
 from sde_lib import SDE
 
 from .tutorial_figure import SDES, Claim, Result, TutorialFigure, Update, generator, markdown_table, new_figure

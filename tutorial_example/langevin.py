@@ -12,10 +12,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from distributions import GaussianMixture
+from exact.distributions import GaussianMixture
+from experiment.randomness import uniform
 from langevin import langevin_dynamics
 from losses import Objective, denoising_score_matching
-from randomness import uniform
 from sampling import AnnealedLangevinCorrector
 from schedules import GeometricSigma
 from sde_lib import VE, ScoreFunction

@@ -21,10 +21,10 @@ import matplotlib
 import torch
 from absl import app, flags
 
-from atomic_write import write_atomically
-from command_line import available_cores, parse_flags
-from experiment_dir import claim
-from parallel_runs import run_all
+from experiment.command_line import available_cores, parse_flags
+from experiment.files import write_atomically
+from experiment.jobs import run_all
+from experiment.workdir import claim
 from run_setup import Interrupted
 
 from .conditional import Conditional

@@ -10,10 +10,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from controllable_generation import DiffusionPosteriorSampling, MeasurementProjection, PseudoinverseGuidance
-from distributions import Gaussian
-from measurements import LinearOperator, Mask, MatrixOperator
-from randomness import normal_like
+from exact.distributions import Gaussian
+from experiment.randomness import normal_like
+from guidance.conditions import DiffusionPosteriorSampling, MeasurementProjection, PseudoinverseGuidance
+from guidance.measurements import LinearOperator, Mask, MatrixOperator
 from sampling import PCSampler, Projection
 from sde_lib import SDE, ScoreFunction
 

@@ -16,14 +16,14 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from distributions import GaussianMixture
+from exact.distributions import GaussianMixture
+from experiment.randomness import normal_like
 from losses import (
     denoising_score_matching,
     explicit_score_matching,
     implicit_score_matching,
     sliced_score_matching,
 )
-from randomness import normal_like
 from schedules import GeometricSigma
 from sde_lib import SDE, VE, ScoreFunction, expand
 

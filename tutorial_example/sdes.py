@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from randomness import normal_like
+from experiment.randomness import normal_like
 from sampling import PCSampler
 from sde_lib import SDE, expand
 

@@ -22,14 +22,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from atomic_write import write_atomically
-from distributions import GaussianMixture
-from fit import fit
+from exact.distributions import GaussianMixture
+from experiment.files import write_atomically
+from experiment.randomness import seed_from
 from models.mlp import TimeConditionalMLP
 from models.score import NoiseLevel, UnconstrainedScore
-from randomness import seed_from
 from schedules import GeometricSigma, LinearBeta
 from sde_lib import SDE, VE, VP, ScoreFunction, SubVP
+from training import fit
 
 __all__ = [
     "EXPERIMENT",

@@ -5,10 +5,10 @@
 Every process of ``configs/wasserstein/digits.py`` is trained with every seed, and every model sampled with each number
 K of steps by three samplers: the exponential integrator, which the paper analyses, ancestral sampling, which is common
 in practice, and Heun's method for the probability-flow ODE, two network evaluations a step. FID is that of 1000 samples
-to the training set, in the features of a classifier of digits (``feature_classifier``).
+to the training set, in the features of a classifier of digits (``features.classifier``).
 
 Beside it the exact W₂ between N(m, Σ), with the mean and covariance of the training set, and the law of the same
-sampler with that Gaussian's own score (``gaussian_law``): what discretisation, starting from the prior and stopping
+sampler with that Gaussian's own score (``exact``): what discretisation, starting from the prior and stopping
 before t = 0 would cost if the data were Gaussian and nothing had to be learned. Its unit is the range of a pixel, for
 all processes.
 
@@ -41,17 +41,17 @@ from matplotlib.lines import Line2D
 from ml_collections import ConfigDict
 from scipy.stats import spearmanr
 
-import datasets
 import run_lib
-from atomic_write import write_atomically
-from command_line import available_cores, parse_counts, parse_flags
 from configs.wasserstein.digits import MODELS, VP, get_config
+from data import sets
 from evaluation import JACKKNIFE_GROUPS, fid_with_error
-from experiment_dir import claim
-from feature_classifier import train_classifier
-from features import FeatureExtractor, Features, dataset_features, extract_features
-from gaussian_law import diagonalise, sampler_law, wasserstein
-from parallel_runs import run_all
+from exact.gaussian_law import diagonalise, sampler_law, wasserstein
+from experiment.command_line import available_cores, parse_counts, parse_flags
+from experiment.files import write_atomically
+from experiment.jobs import run_all
+from experiment.workdir import claim
+from features.classifier import train_classifier
+from features.extraction import FeatureExtractor, Features, dataset_features, extract_features
 from run_setup import FREE_IN_TRAINING, Run, checked
 from sde_lib import get_sde
 
@@ -180,7 +180,7 @@ def measure(
 
 def reference_features(config: ConfigDict, cache_dir: str, device: torch.device) -> tuple[FeatureExtractor, Features]:
     """The feature classifier and the features of the training set; made once, then read from ``cache_dir``."""
-    train_data, test_data = datasets.get_dataset(config)
+    train_data, test_data = sets.get_dataset(config)
     extractor = train_classifier(train_data, test_data, seed=FEATURE_SEED, cache_dir=cache_dir, device=device)
     batch_size = config.eval.batch_size
     return extractor, dataset_features(train_data, extractor, cache_dir=cache_dir, batch_size=batch_size)
@@ -191,7 +191,7 @@ def reference_features(config: ConfigDict, cache_dir: str, device: torch.device)
 
 def gaussian_rows(tasks: Sequence[Task]) -> list[dict]:
     """W₂ between the training set's Gaussian and the law of each sampler with its exact score."""
-    train_data, _ = datasets.get_dataset(tasks[0].config)
+    train_data, _ = sets.get_dataset(tasks[0].config)
     levels = train_data.batch(torch.arange(len(train_data)))[0].flatten(1).double()
     # Of uniformly dequantised levels: (k + u)/L.
     mean = (levels.mean(0) + 0.5) / train_data.num_levels

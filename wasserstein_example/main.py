@@ -23,9 +23,9 @@ import matplotlib
 import torch
 from absl import app, flags
 
-from atomic_write import write_atomically
-from command_line import parse_counts, parse_flags
-from experiment_dir import claim
+from experiment.command_line import parse_counts, parse_flags
+from experiment.files import write_atomically
+from experiment.workdir import claim
 
 from .figures import FIGURES, STYLE
 from .theory import Results, Settings, compute, tables

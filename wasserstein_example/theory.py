@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gaussian_law import DETERMINISTIC, STEPS, Law, limit_law, sampler_law, wasserstein
+from exact.gaussian_law import DETERMINISTIC, STEPS, Law, limit_law, sampler_law, wasserstein
 from schedules import (
     ConstantBeta,
     ConstantDiffusionSigma,

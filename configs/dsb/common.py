@@ -59,7 +59,7 @@ def image_config(dataset: str, image_size: int, num_channels: int) -> ConfigDict
             "dataset": dataset,
             "class_label": -1,  # one class alone; −1: all
             "path": "",  # of npz and folder
-            "root": "data",
+            "root": "downloads",
             "download": False,
             "image_size": image_size,
             "num_channels": num_channels,

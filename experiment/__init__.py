@@ -1,0 +1,1 @@
+"""What every command needs: files, working directories, logs, randomness, flags, jobs side by side."""

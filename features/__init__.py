@@ -1,0 +1,1 @@
+"""Features of images: Inception, a small classifier, tensorflow-gan, and their cache."""

@@ -1,0 +1,1 @@
+"""Conditional sampling: measurements, conditions, the classifier of noised images."""

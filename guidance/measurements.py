@@ -1,0 +1,254 @@
+"""Linear measurements of images, y = A x + n with n ~ N(0, σ_y² I), by their singular value decomposition.
+
+With A = U S Vᵀ, U (m, r) and V (D, r) of orthonormal columns, r the rank, what has been measured of an image are its
+coordinates Vᵀx, and nothing else. Coordinate i is known from y as (Uᵀy)_i/s_i, up to noise of standard deviation
+σ_y/s_i. All conditioning on a measurement is written in these coordinates (``guidance``).
+
+=================  ============================================  ===================================================
+operator           y                                             V
+=================  ============================================  ===================================================
+Mask               the known pixels                              unit vectors
+ChannelMean        the grey image, the mean over the channels    (1, …, 1)/√C, the first of an orthonormal basis
+BlockMean          means over f×f blocks                         blocks, 1/f in each of their pixels
+MatrixOperator     any matrix, per channel or of whole images    by an eigendecomposition of AAᵀ or AᵀA
+radon_transform    projections along parallel rays, as a matrix  the same
+=================  ============================================  ===================================================
+
+Colourisation in the decoupled basis: Song et al., "Score-Based Generative Modeling through Stochastic Differential
+Equations" (ICLR 2021), Appendix I.3.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+import warnings
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+__all__ = ["BlockMean", "ChannelMean", "LinearOperator", "Mask", "MatrixOperator", "radon_transform"]
+
+_RANK_TOLERANCE = 1e-4
+"""Singular values below this part of the largest count as zero: float32 states know no more of them."""
+
+
+class LinearOperator(abc.ABC):
+    """A: images x (B, ...) → measurements y (B, m).
+
+    Attributes:
+        singular_values: s (r,), positive.
+    """
+
+    singular_values: Tensor
+
+    @abc.abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """A x (B, m)."""
+
+    @abc.abstractmethod
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Aᵀ y, (B, m) → (B, ...)."""
+
+    # Where the rows of A are orthogonal and of one length, U is the identity.
+
+    def spectrum(self, y: Tensor) -> Tensor:
+        """Uᵀ y, (B, m) → (B, r)."""
+        return y
+
+    def spectrum_adjoint(self, c: Tensor) -> Tensor:
+        """U c, (B, r) → (B, m)."""
+        return c
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """Vᵀ x = S⁻¹ Uᵀ A x, (B, ...) → (B, r)."""
+        return self.spectrum(self(x)) / self.singular_values.to(x)
+
+    def lift(self, c: Tensor) -> Tensor:
+        """V c = Aᵀ U S⁻¹ c, (B, r) → (B, ...)."""
+        return self.adjoint(self.spectrum_adjoint(c / self.singular_values.to(c)))
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        """The shortest image that fits y best, V S⁻¹ Uᵀ y, (B, m) → (B, ...)."""
+        return self.lift(self.spectrum(y) / self.singular_values.to(y))
+
+
+class Mask(LinearOperator):
+    """The pixels where ``known``, of the images' shape without the batch, is true; the adjoint puts zeros elsewhere.
+
+    Raises:
+        ValueError: no pixel is known.
+    """
+
+    def __init__(self, known: Tensor) -> None:
+        if known.dtype != torch.bool or not known.any():
+            raise ValueError(
+                f"mask of type {known.dtype}, {int(known.sum())} pixels known: need booleans, one of them true"
+            )
+        self.known = known
+        self.singular_values = torch.ones(int(known.sum()), device=known.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x[:, self.known]
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        x = y.new_zeros(len(y), *self.known.shape)
+        x[:, self.known] = y
+        return x
+
+
+class ChannelMean(LinearOperator):
+    """The mean over channels of images (C, H, W).
+
+    Raises:
+        ValueError: images of one channel.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], device: torch.device | str = "cpu") -> None:
+        self.channels, height, width = image_shape
+        self.grey_shape = (1, height, width)
+        if self.channels < 2:
+            raise ValueError(f"mean over channels of images of shape {tuple(image_shape)}: need at least 2 channels")
+        self.singular_values = torch.full((height * width,), self.channels**-0.5, device=device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.mean(1).flatten(1)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        grey = y.reshape(len(y), *self.grey_shape) / self.channels
+        return grey.expand(-1, self.channels, -1, -1).contiguous()
+
+
+class BlockMean(LinearOperator):
+    """Means over blocks of f×f pixels of images (C, H, W).
+
+    Raises:
+        ValueError: f is less than 2 or does not divide height and width.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], factor: int, device: torch.device | str = "cpu") -> None:
+        channels, height, width = image_shape
+        if factor < 2 or height % factor or width % factor:
+            raise ValueError(f"factor={factor}: need a divisor, at least 2, of the images' {height}x{width} pixels")
+        self.factor = factor
+        self.small_shape = (channels, height // factor, width // factor)
+        self.singular_values = torch.full((math.prod(self.small_shape),), 1 / factor, device=device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.avg_pool2d(x, self.factor).flatten(1)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        small = y.reshape(len(y), *self.small_shape) / self.factor**2
+        return small.repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3)
+
+
+class MatrixOperator(LinearOperator):
+    """Any matrix (m, D), dense or sparse, float64; it is applied in double precision whatever the type of the images.
+
+    Args:
+        matrix: on the device where it is to be applied.
+        shape: of x without the batch, of D numbers, or of n·D: the matrix then acts on each of n channels.
+
+    Raises:
+        ValueError: shapes that do not fit, or a matrix that is zero or not finite.
+    """
+
+    def __init__(self, matrix: Tensor, shape: tuple[int, ...]) -> None:
+        if matrix.ndim != 2 or not matrix.numel() or not shape or math.prod(shape) % matrix.shape[1]:
+            raise ValueError(f"matrix of shape {tuple(matrix.shape)} on x of shape {tuple(shape)}: need (m, D) and D")
+        values = matrix.coalesce().values() if matrix.is_sparse else matrix
+        if not values.isfinite().all() or not values.any():
+            raise ValueError(f"matrix of shape {tuple(matrix.shape)}: its numbers must be finite, and not all zero")
+        if not 1e-100 < values.abs().max() < 1e100:  # the decomposition squares them
+            raise ValueError(f"matrix of shape {tuple(matrix.shape)}: its largest number must be in 1e-100 … 1e100")
+        self.matrix = matrix.double()
+        self.shape = tuple(shape)
+        self.parts = math.prod(shape) // matrix.shape[1]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._apply(self.matrix, x)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self._apply(self.matrix.T, y).reshape(len(y), *self.shape)
+
+    def spectrum(self, y: Tensor) -> Tensor:
+        return self._apply(self._left.T, y)
+
+    def spectrum_adjoint(self, c: Tensor) -> Tensor:
+        return self._apply(self._left, c)
+
+    @property
+    def singular_values(self) -> Tensor:
+        return self._decomposition[1].repeat(self.parts)
+
+    def _apply(self, matrix: Tensor, x: Tensor) -> Tensor:
+        """M x for every part of every row, (B, n·columns) → (B, n·rows)."""
+        parts = x.reshape(len(x) * self.parts, matrix.shape[1]).to(matrix)
+        return (matrix @ parts.T).T.reshape(len(x), -1).to(x)
+
+    @property
+    def _left(self) -> Tensor:
+        return self._decomposition[0]
+
+    @cached_property
+    def _decomposition(self) -> tuple[Tensor, Tensor]:
+        """U (m, r) and s (r,), from the smaller of AAᵀ and AᵀA."""
+        wide = self.matrix.shape[0] <= self.matrix.shape[1]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR")  # what torch makes the product of two sparse matrices in
+            gram = self.matrix @ self.matrix.T if wide else self.matrix.T @ self.matrix
+        squares, vectors = torch.linalg.eigh(gram.to_dense() if gram.is_sparse else gram)
+        kept = squares > _RANK_TOLERANCE**2 * squares[-1]
+        values, vectors = squares[kept].sqrt(), vectors[:, kept]
+        return vectors if wide else self.matrix @ vectors / values, values
+
+
+def radon_transform(
+    image_shape: tuple[int, int, int], num_views: int, device: torch.device | str = "cpu"
+) -> MatrixOperator:
+    """Parallel-beam projections of every channel of square images (C, n, n) at angles kπ/V, k = 0 … V − 1.
+
+    The detector has ⌈√2 n⌉ bins as wide as a pixel, so that nothing is missed. A bin's value is the integral over the
+    strip in front of it, exact for an image that is constant on pixels: at the angle θ a pixel casts the shadow of two
+    convolved boxes of widths |cos θ| and |sin θ|. Every view sums to the sum of the image.
+
+    Raises:
+        ValueError: images that are not square, or fewer than one view.
+    """
+    _, size, width = image_shape
+    if size != width:
+        raise ValueError(f"images of shape {tuple(image_shape)}: the Radon transform here is of square ones")
+    if num_views < 1:
+        raise ValueError(f"num_views={num_views}: at least 1")
+    bins = math.ceil(math.sqrt(2) * size)
+    centres = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    rows, columns, weights = [], [], []
+    for view in range(num_views):
+        angle = math.pi * view / num_views
+        position = (centres[None, :] * math.cos(angle) - centres[:, None] * math.sin(angle)).flatten() + bins / 2
+        widths = abs(math.cos(angle)), abs(math.sin(angle))
+        # A shadow is at most √2 wide: it falls on three bins.
+        first = (position - sum(widths) / 2).floor()
+        for offset in range(3):
+            edge = first + offset
+            weight = _shadow(edge + 1 - position, *widths) - _shadow(edge - position, *widths)
+            hit = weight > 1e-12
+            rows.append(view * bins + edge[hit].long())
+            columns.append(hit.nonzero()[:, 0])
+            weights.append(weight[hit])
+    indices = torch.stack([torch.cat(rows), torch.cat(columns)])
+    shape = (num_views * bins, size**2)
+    matrix = torch.sparse_coo_tensor(indices, torch.cat(weights), shape, check_invariants=True).coalesce()
+    return MatrixOperator(matrix.to(device), image_shape)
+
+
+def _shadow(s: Tensor, a: float, b: float) -> Tensor:
+    """The part of a pixel's shadow left of s: the distribution function of U(−a/2, a/2) + U(−b/2, b/2)."""
+    if min(a, b) < 1e-9:
+        return (s / max(a, b) + 0.5).clamp(0, 1)
+
+    def ramp(shift: float) -> Tensor:
+        return 0.5 * (s + shift).clamp(min=0) ** 2
+
+    return (ramp((a + b) / 2) - ramp((a - b) / 2) - ramp((b - a) / 2) + ramp(-(a + b) / 2)) / (a * b)

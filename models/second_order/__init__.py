@@ -1,0 +1,1 @@
+"""Derivatives of layers written out, so that differentiating twice is cheap."""

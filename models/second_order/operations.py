@@ -1,0 +1,381 @@
+"""The layers of a U-Net with second derivatives that are cheap.
+
+torch differentiates a convolution twice by a convolution with a kernel as large as the image, one with groups by one
+convolution per group, and a normalisation by a dozen passes over memory for each product. The quasi-conservative loss
+and conservative models consist of such derivatives. Here, and in ``normalisation``, they are written out, in
+terms of what runs forward and backward anyway:
+
+* A convolution y = w * x is bilinear. With its two transposes, ȳ ↦ x̄ and (ȳ, x) ↦ w̄, it forms a set that is closed
+  under differentiation.
+* A blur is linear, and the derivative of its transpose the blur again; so it is with a concatenation and its
+  transpose, which torch differentiates by padding each part with zeros, in another memory format, and adding up.
+* The products abᵀ, wb and wᵀa of attention again form a closed set, each written once in the order in memory that the
+  next one reads. The Jacobian of softmax is symmetric, as that of a normalisation is.
+
+All can be differentiated any number of times. Layers use them only where the input of the network itself has a
+gradient (``higher_order``): to train by the score alone torch's own are faster by what a call from Python costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+__all__ = [
+    "Conv2d",
+    "asked_for",
+    "attend",
+    "blur",
+    "blur_transposed",
+    "concatenate",
+    "differentiated_twice",
+    "higher_order",
+    "is_higher_order",
+    "view",
+]
+
+_HIGHER_ORDER: ContextVar[bool] = ContextVar("higher_order", default=False)
+
+
+def is_higher_order() -> bool:
+    """Whether layers use the functions of this file."""
+    return not torch.compiler.is_compiling() and _HIGHER_ORDER.get()
+
+
+@contextlib.contextmanager
+def higher_order() -> Iterator[None]:
+    """Let layers use the functions of this file within the context."""
+    token = _HIGHER_ORDER.set(True)
+    try:
+        yield
+    finally:
+        _HIGHER_ORDER.reset(token)
+
+
+def differentiated_twice(x: Tensor) -> bool:
+    """Whether what is computed from a network's input ``x`` may be differentiated more than once, by reverse mode.
+
+    Not under autocast, for whose casts these functions have no rule, nor for dual numbers, torch.func, torch.compile.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and x.requires_grad
+        and not torch.is_autocast_enabled(x.device.type)
+        and forward_ad.unpack_dual(x).tangent is None
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def asked_for(ctx, count: int) -> list[bool]:
+    """Which of the first ``count`` inputs, tensors, the engine wants the gradient of in this pass.
+
+    ctx.needs_input_grad says what has a gradient at all; the products for the Jacobian would then compute those of the
+    weights, too. The engine does not answer for leaves, so weights must come as views.
+    """
+    nodes = [node for node, _ in ctx.next_functions[:count]]
+    return [
+        node is not None
+        and (node.name() == "torch::autograd::AccumulateGrad" or torch._C._will_engine_execute_node(node))
+        for node in nodes
+    ]
+
+
+def view(parameter: Tensor | None) -> Tensor | None:
+    """The same tensor as a view of itself, which is no leaf."""
+    return None if parameter is None else parameter.view_as(parameter)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Convolution
+
+
+class _Conv(Function):
+    """(x, w, b) ↦ w * x + b."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = geometry
+        return F.conv2d(x, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        asked = asked_for(ctx, len(ctx.next_functions))
+        asked += [False] * (3 - len(asked))
+        if not torch.is_grad_enabled():
+            return *_convolution_backward(g, x, weight, ctx.geometry, asked), None
+        return (
+            _ConvInput.apply(g, weight, x.detach(), ctx.geometry) if asked[0] else None,
+            _ConvWeight.apply(g, x, weight.detach(), ctx.geometry) if asked[1] else None,
+            g.sum((0, 2, 3)) if asked[2] else None,
+            None,
+        )
+
+
+class _ConvInput(Function):
+    """(ȳ, w) ↦ x̄, the transpose in x; of ``like``, an x, only the shape matters."""
+
+    @staticmethod
+    def forward(ctx, g: Tensor, weight: Tensor, like: Tensor, geometry: tuple) -> Tensor:
+        ctx.save_for_backward(g, weight)
+        ctx.geometry = geometry
+        return _convolution_backward(g, like, weight, geometry, [True, False, False])[0]
+
+    @staticmethod
+    def backward(ctx, c: Tensor) -> tuple[Tensor | None, ...]:
+        g, weight = ctx.saved_tensors
+        for_g, for_weight = asked_for(ctx, 2)
+        if not torch.is_grad_enabled():
+            product = F.conv2d(c, weight, None, *ctx.geometry) if for_g else None
+            return product, _convolution_backward(g, c, weight, ctx.geometry, [False, for_weight, False])[1], None, None
+        return (
+            _Conv.apply(c, weight, None, ctx.geometry) if for_g else None,
+            _ConvWeight.apply(g, c, weight.detach(), ctx.geometry) if for_weight else None,
+            None,
+            None,
+        )
+
+
+class _ConvWeight(Function):
+    """(ȳ, x) ↦ w̄, the transpose in w; of ``like``, a w, only the shape matters."""
+
+    @staticmethod
+    def forward(ctx, g: Tensor, x: Tensor, like: Tensor, geometry: tuple) -> Tensor:
+        ctx.save_for_backward(g, x)
+        ctx.geometry = geometry
+        return _convolution_backward(g, x, like, geometry, [False, True, False])[1]
+
+    @staticmethod
+    def backward(ctx, c: Tensor) -> tuple[Tensor | None, ...]:
+        g, x = ctx.saved_tensors
+        for_g, for_x = asked_for(ctx, 2)
+        return (
+            _Conv.apply(x, c, None, ctx.geometry) if for_g else None,
+            _ConvInput.apply(g, c, x.detach(), ctx.geometry) if for_x else None,
+            None,
+            None,
+        )
+
+
+def _convolution_backward(
+    g: Tensor, x: Tensor, weight: Tensor, geometry: tuple, asked: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    stride, padding, dilation, groups = geometry
+    if len(weight) == 1:  # a clone in channels-last format has strides that torch's kernel refuses
+        weight = weight.contiguous()
+    bias_sizes, output_padding = [len(weight)], [0, 0]
+    return torch.ops.aten.convolution_backward(
+        g, x, weight, bias_sizes, stride, padding, dilation, False, output_padding, groups, list(asked)
+    )
+
+
+class Conv2d(nn.Conv2d):
+    """torch's, zeros outside of the image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not is_higher_order():
+            return super().forward(x)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return _Conv.apply(x, view(self.weight), view(self.bias), geometry)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Blur
+
+
+class _Blur(Function):
+    """The correlation of each channel of x (B, C, H, W) with one kernel, which has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kernel: Tensor, stride: int, padding: int) -> Tensor:
+        ctx.kernel, ctx.options, ctx.size = kernel, (stride, padding), x.shape[2:]
+        return F.conv2d(x, _each(kernel, x), stride=stride, padding=padding, groups=x.shape[1])
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, None]:
+        return _BlurTransposed.apply(g, ctx.kernel, *ctx.options, ctx.size), None, None, None
+
+
+class _BlurTransposed(Function):
+    """The transpose of ``_Blur`` on images of a given size."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kernel: Tensor, stride: int, padding: int, size: Sequence[int]) -> Tensor:
+        ctx.kernel, ctx.options = kernel, (stride, padding)
+        least = [stride * (n - 1) + k - 2 * padding for n, k in zip(x.shape[2:], kernel.shape, strict=True)]
+        missing = [n - m for n, m in zip(size, least, strict=True)]
+        return F.conv_transpose2d(
+            x, _each(kernel, x), stride=stride, padding=padding, output_padding=missing, groups=x.shape[1]
+        )
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _Blur.apply(g, ctx.kernel, *ctx.options), None, None, None, None
+
+
+def _each(kernel: Tensor, x: Tensor) -> Tensor:
+    return kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
+
+
+def blur(x: Tensor, kernel: Tensor, *, stride: int, padding: int = 0) -> Tensor:
+    """Each channel of x (B, C, H, W) correlated with a constant kernel (k, l), every ``stride``-th pixel of it."""
+    if is_higher_order():
+        return _Blur.apply(x, kernel, stride, padding)
+    return _precise(lambda x: F.conv2d(x, _each(kernel, x), stride=stride, padding=padding, groups=x.shape[1]), x)
+
+
+def blur_transposed(x: Tensor, kernel: Tensor, *, stride: int, padding: int = 0) -> Tensor:
+    """The transpose of ``blur``: (B, C, H, W) → (B, C, stride(H − 1) + k − 2·padding, ...)."""
+    if is_higher_order():
+        size = [stride * (n - 1) + k - 2 * padding for n, k in zip(x.shape[2:], kernel.shape, strict=True)]
+        return _BlurTransposed.apply(x, kernel, stride, padding, size)
+
+    def transposed(x: Tensor) -> Tensor:
+        return F.conv_transpose2d(x, _each(kernel, x), stride=stride, padding=padding, groups=x.shape[1])
+
+    return _precise(transposed, x)
+
+
+def _precise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)``; on the CPU in float32, also under autocast, since torch's kernel for the transposed of these
+    convolutions takes a hundred times as long in bfloat16."""
+    if x.device.type != "cpu":
+        return function(x)
+    with torch.autocast("cpu", enabled=False):
+        return function(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Concatenation
+
+
+class _Concatenate(Function):
+    """Tensors (B, C_i, H, W) ↦ (B, ΣC_i, H, W)."""
+
+    @staticmethod
+    def forward(ctx, *parts: Tensor) -> Tensor:
+        ctx.sizes = [part.shape[1] for part in parts]
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, ...]:
+        return _Split.apply(g, ctx.sizes)
+
+
+class _Split(Function):
+    """Its transpose, (B, ΣC_i, H, W) ↦ tensors (B, C_i, H, W)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        return x.split(sizes, dim=1)
+
+    @staticmethod
+    def backward(ctx, *parts: Tensor) -> tuple[Tensor, None]:
+        return _Concatenate.apply(*parts), None
+
+
+def concatenate(*parts: Tensor) -> Tensor:
+    """Tensors (B, C_i, H, W) → (B, ΣC_i, H, W)."""
+    return _Concatenate.apply(*parts) if is_higher_order() else torch.cat(parts, dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+class _Outer(Function):
+    """(a, b) ↦ abᵀ: (B, N, C) and (B, M, C) → (B, N, M)."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return a @ b.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        for_a, for_b = asked_for(ctx, 2)
+        return _Weighted.apply(g, b) if for_a else None, _WeightedBack.apply(g, a) if for_b else None
+
+
+class _Weighted(Function):
+    """(w, b) ↦ wb: (B, N, M) and (B, M, C) → (B, N, C)."""
+
+    @staticmethod
+    def forward(ctx, w: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(w, b)
+        return w @ b
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        w, b = ctx.saved_tensors
+        for_w, for_b = asked_for(ctx, 2)
+        return _Outer.apply(g, b) if for_w else None, _WeightedBack.apply(w, g) if for_b else None
+
+
+class _WeightedBack(Function):
+    """(w, a) ↦ wᵀa: (B, N, M) and (B, N, C) → (B, M, C)."""
+
+    @staticmethod
+    def forward(ctx, w: Tensor, a: Tensor) -> Tensor:
+        ctx.save_for_backward(w, a)
+        return w.transpose(1, 2) @ a
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        w, a = ctx.saved_tensors
+        for_w, for_a = asked_for(ctx, 2)
+        return _Outer.apply(a, g) if for_w else None, _Weighted.apply(w, g) if for_a else None
+
+
+class _Softmax(Function):
+    """l ↦ p along the last axis; its Jacobian is diag p − ppᵀ."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor) -> Tensor:
+        p = torch.softmax(logits, dim=-1)
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        return _SoftmaxInput.apply(g, *ctx.saved_tensors)
+
+
+class _SoftmaxInput(Function):
+    """(u, p) ↦ p(u − pᵀu), in which cᵀ(diag p − ppᵀ)u has the derivative cu − c pᵀu − u pᵀc for p."""
+
+    @staticmethod
+    def forward(ctx, u: Tensor, p: Tensor) -> Tensor:
+        ctx.save_for_backward(u, p)
+        return torch._softmax_backward_data(u, p, -1, p.dtype)
+
+    @staticmethod
+    def backward(ctx, c: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        u, p = ctx.saved_tensors
+        for_u, for_p = asked_for(ctx, 2)
+        for_u = _SoftmaxInput.apply(c, p) if for_u else None
+        if not for_p:
+            return for_u, None
+        along_u, along_c = (p * u).sum(-1, keepdim=True), (p * c).sum(-1, keepdim=True)
+        return for_u, torch.addcmul(c * (u - along_u), u, along_c, value=-1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(QKᵀ)V: Q (B, N, C), K and V (B, M, C) → (B, N, C).
+
+    Plain products: torch's fused kernels cannot be differentiated twice.
+    """
+    if is_higher_order():
+        return _Weighted.apply(_Softmax.apply(_Outer.apply(query, key)), value)
+    weights = torch.softmax(query @ key.transpose(1, 2), dim=-1)
+    return weights.to(value.dtype) @ value

@@ -1,0 +1,163 @@
+"""Pickles of plain data in every dialect; everything else refused before anything is called."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.plain_pickle import load_plain_pickle
+
+DATA = {
+    "data": np.arange(24, dtype=np.uint8).reshape(2, 12),
+    "columns": np.asfortranarray(np.arange(6, dtype=np.int32).reshape(2, 3)),
+    "big": np.arange(3, dtype=">f8"),
+    "flags": np.array([True, False]),
+    "empty": np.zeros((0, 4), np.float32),
+    "scalar": np.float64(1.5),
+    "labels": [1, 2**40, -3],
+    "nested": ({"a": None}, [b"bytes", "naïve", 0.5, True]),
+}
+
+
+def equal(a: object, b: object) -> bool:
+    if isinstance(b, np.ndarray | np.generic):
+        same = np.array_equal(a, b) and np.shape(a) == np.shape(b)
+        return same and np.asarray(a).dtype.newbyteorder("=") == np.asarray(b).dtype.newbyteorder("=")
+    if isinstance(b, dict):
+        return isinstance(a, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in b)
+    if isinstance(b, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and a == b
+
+
+class OtherNumPy(pickle._Pickler):
+    """Pickles as NumPy 2 does where this is NumPy 1, and the other way round."""
+
+    RENAMED = ("numpy._core", "numpy.core") if np.__version__ >= "2" else ("numpy.core", "numpy._core")
+
+    def save(self, value, *arguments, **options):
+        if isinstance(value, str) and value.startswith(self.RENAMED[0]):
+            value = value.replace(*self.RENAMED)
+        super().save(value, *arguments, **options)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("this_numpy", [True, False])
+def test_every_protocol_and_both_numpys(protocol, this_numpy, tmp_path):
+    buffer = io.BytesIO()
+    (pickle.Pickler if this_numpy else OtherNumPy)(buffer, protocol).dump(DATA)
+    content = buffer.getvalue()
+    if not this_numpy and protocol < 4:
+        content = content.replace(*(b"c" + name.encode() for name in OtherNumPy.RENAMED))
+    assert (b"numpy._core" in content) == (this_numpy == (np.__version__ >= "2"))
+    (tmp_path / "data").write_bytes(content)
+    assert equal(load_plain_pickle(tmp_path / "data"), DATA)
+
+
+def test_python_2(tmp_path):
+    """Protocol 2 as Python 2 wrote it: keys and the bytes of arrays are its 8-bit strings."""
+
+    def string(text: bytes) -> bytes:
+        return b"U" + bytes([len(text)]) + text
+
+    pixels = bytes(range(246, 252))
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + string(b"b") + b"\x87R"
+        b"(K\x01K\x02K\x03\x86cnumpy\ndtype\n" + string(b"u1") + b"K\x00K\x01\x87R"
+        b"(K\x03" + string(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89" + string(pixels) + b"tb"
+    )
+    labels = b"](K\x01M\xe8\x03e"
+    content = b"\x80\x02}(" + string(b"data") + array + string(b"labels") + labels + b"u."
+    (tmp_path / "data").write_bytes(content)
+    expected = {"data": np.frombuffer(pixels, np.uint8).reshape(2, 3), "labels": [1, 1000]}
+    assert equal(load_plain_pickle(tmp_path / "data"), expected)
+
+
+class Call:
+    """Pickled as a call of a function; with a state, also as an object that is given one."""
+
+    def __init__(self, function, *arguments, state=None) -> None:
+        self.call = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self):
+        return self.call
+
+
+class Own:
+    pass
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_nothing_is_executed(protocol, tmp_path):
+    trace, path = tmp_path / "executed", tmp_path / "data"
+    command = f"import os; os.mkdir({str(trace)!r})"
+    traps = [
+        Call(os.mkdir, str(trace)),
+        Call(exec, command),
+        Call(getattr, "text", "join"),
+        Call(np.load, str(tmp_path)),
+        Own(),
+        {1, 2},
+        complex(1, 2),
+        np.array([Call(exec, command), 1], dtype=object),
+        np.array([("a", 1)], dtype=[("x", "U1"), ("y", "i4")]),
+        np.array(["text"]),
+        np.datetime64("2000-01-01"),
+        np.dtype("f8"),
+    ]
+    for trap in traps:
+        for value in (trap, {"data": [trap], "labels": DATA["data"]}):
+            path.write_bytes(pickle.dumps(value, protocol))
+            with pytest.raises(ValueError, match=r"data is not a pickle of plain data: \S"):
+                load_plain_pickle(path)
+    assert not trace.exists()
+    function, arguments = traps[0].__reduce__()
+    function(*arguments)  # what unpickling would do
+    assert trace.exists()  # the trap works
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"cnumpy\ndtype\n(X\x02\x00\x00\x00u1K\x00K\x01tR.",  # a data type alone
+        b"cnumpy\nndarray\n.",  # a name alone
+        b"cnumpy\nndarray\n}X\x01\x00\x00\x00aK\x01sb.",  # attributes for a name
+        b"cnumpy\nndarray\n}X\x05\x00\x00\x00_callK\x01s\x86b.",
+        b"cnumpy\nndarray\nN}X\x05\x00\x00\x00_callK\x01s\x86b.",
+        b"cnumpy\nndarray\n)R.",  # an array without contents
+        b"cnumpy\ndtype\n(X\x02\x00\x00\x00O8K\x00K\x01tR.",
+        b"cnumpy\ndtype\n(cnumpy\nndarray\ntR.",
+        b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x06\x00\x00\x00base64tR.",
+        b"P1\n.",  # a persistent identity
+        b"\x82\x01.",  # an extension
+        b"",
+        b"\x80\x02}",
+        b"cnumpy\nndarray\n)\x81.",
+    ],
+)
+def test_pickles_by_hand(content, tmp_path):
+    (tmp_path / "data").write_bytes(content)
+    with pytest.raises(ValueError, match="not a pickle of plain data"):
+        load_plain_pickle(tmp_path / "data")
+
+
+@pytest.mark.parametrize("shape", ["(K\x05K\x05t", "(J\xff\xff\xff\xffJ\xfa\xff\xff\xfft", "X\x01\x00\x00\x00a"])
+def test_arrays_that_do_not_fit(shape, tmp_path):
+    content = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tC\x01btR"
+        b"(K\x01" + shape.encode("latin1") + b"cnumpy\ndtype\n(X\x02\x00\x00\x00u1K\x00K\x01tR"
+        b"(K\x03X\x01\x00\x00\x00|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89C\x06abcdeftb."
+    )
+    (tmp_path / "data").write_bytes(content)
+    with pytest.raises(ValueError, match="an array"):
+        load_plain_pickle(tmp_path / "data")
+
+
+def test_a_missing_file(tmp_path: Path):
+    with pytest.raises(FileNotFoundError):
+        load_plain_pickle(tmp_path / "data")

@@ -1,0 +1,406 @@
+"""Datasets: what each loader must deliver and refuse."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+import pytest
+import torch
+from image_files import refused, save
+from PIL import Image
+from traps import Trap
+
+from data import sets
+from data.sets import get_dataset, load_dataset
+
+# ------------------------------------------------------------------------------------------------------------ digits
+
+
+def test_digits_split_is_fixed_stratified_and_complete():
+    from sklearn.datasets import load_digits
+
+    train, test = load_dataset("digits", image_size=8, num_channels=1)
+    assert (len(train), len(test)) == (1437, 360)
+    assert train.image_shape == test.image_shape == (1, 8, 8)
+    assert (train.num_levels, train.num_classes) == (17, 10)
+    assert (train.name, test.name) == ("digits-train", "digits-test")
+    # Pinned: any change of the split, of scikit-learn's data or of the hash shows here.
+    assert (train.fingerprint, test.fingerprint) == ("a0c4ba40d611c9a0", "bb1914cf3e6617c9")
+    # Stratified: within one image of a fifth of each class (360 of 1797).
+    counts = np.bincount(load_digits().target)
+    assert np.abs(torch.bincount(test.labels).numpy() - counts * 360 / 1797).max() < 1
+    # Disjoint and covering: together the halves are scikit-learn's rows, each once (all 1797 rows differ).
+    original = {
+        row.tobytes() + bytes([label])
+        for row, label in zip(load_digits().images.astype(np.uint8), load_digits().target, strict=True)
+    }
+    rows = []
+    for half in (train, test):
+        images, labels = half.batch(torch.arange(len(half)))
+        assert images.dtype == torch.uint8 and labels.dtype == torch.int64
+        rows += [i.numpy().tobytes() + bytes([k]) for i, k in zip(images, labels.tolist(), strict=True)]
+    assert len(rows) == len(set(rows)) == len(original) == 1797
+    assert set(rows) == original
+
+
+def test_batch_returns_the_requested_images_in_order():
+    train, _ = load_dataset("digits", image_size=8, num_channels=1)
+    images, labels = train.batch([5, 2, 5])
+    assert images.shape == (3, 1, 8, 8)
+    assert torch.equal(images[0], images[2]) and torch.equal(images[1], train.batch(torch.tensor([2]))[0][0])
+    assert labels.tolist() == [train.labels[5], train.labels[2], train.labels[5]]
+
+
+def test_factory_reads_the_config_and_ignores_case():
+    config = ml_collections.ConfigDict()
+    config.data = ml_collections.ConfigDict(
+        {"dataset": "DIGITS", "image_size": 8, "num_channels": 1, "path": "", "root": "", "download": False}
+    )
+    config.data.resize = False
+    assert get_dataset(config)[0].fingerprint == "a0c4ba40d611c9a0"
+    config.data.image_size = 16
+    with pytest.raises(ValueError, match=r"config.data.image_size=16.*8x8.*--config.data.resize=True"):
+        get_dataset(config)
+    config.data.resize = True
+    train, _ = get_dataset(config)
+    assert train.image_shape == (1, 16, 16) and train.images.max() <= 16
+
+
+def test_wrong_requests_are_refused():
+    refused(ValueError, "'cifar11'", "digits, npz", name="cifar11", image_size=8, num_channels=1)
+    refused(ValueError, "config.data.num_channels=2", name="digits", image_size=8, num_channels=2)
+    refused(ValueError, "config.data.num_channels=3", "1-channel", name="digits", image_size=8, num_channels=3)
+    refused(ValueError, "config.data.image_size=0", name="digits", image_size=0, num_channels=1)
+    refused(ValueError, "config.data.path=a.npz", "digits", name="digits", image_size=8, num_channels=1, path="a.npz")
+    refused(ValueError, "config.data.path is not set", name="npz", image_size=8, num_channels=1, path="")
+    refused(ValueError, "config.data.path is not set", name="folder", image_size=8, num_channels=1)
+
+
+def test_slow_imports_wait_until_needed():
+    code = "import sys, datasets; print([m for m in ('torchvision', 'sklearn', 'scipy') if m in sys.modules])"
+    root = Path(sets.__file__).parent
+    answer = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
+
+
+# --------------------------------------------------------------------------------------------------------------- npz
+
+
+def arrays(channels: int | None = None, size: int = 6) -> dict[str, np.ndarray]:
+    """Genuinely random images: 12 for training, 5 for testing, classes 0 … 3."""
+    random = np.random.default_rng(0)
+    shape = (size, size) if channels is None else (size, size, channels)
+    return {
+        "train_images": random.integers(0, 256, (12, *shape), dtype=np.uint8),
+        "train_labels": np.arange(12, dtype=np.uint8) % 3,
+        "test_images": random.integers(0, 256, (5, *shape), dtype=np.uint8),
+        "test_labels": np.array([0, 1, 2, 3, 0], dtype=np.int32),
+    }
+
+
+@pytest.mark.parametrize("channels", [None, 1, 3])
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_round_trip(tmp_path, channels, labelled, save):
+    data = {k: v for k, v in arrays(channels).items() if labelled or k.endswith("images")}
+    save(tmp_path / "mine.npz", **data)
+    halves = load_dataset("npz", image_size=6, num_channels=channels or 1, path=tmp_path / "mine.npz")
+    for half, split in zip(("train", "test"), halves, strict=True):
+        images, labels = split.batch(torch.arange(len(split)))
+        assert np.array_equal(
+            images.permute(0, 2, 3, 1).numpy(), data[f"{half}_images"].reshape(-1, 6, 6, channels or 1)
+        )
+        assert labels.dtype == torch.int64
+        assert labels.tolist() == (data[f"{half}_labels"].tolist() if labelled else [0] * len(split))
+        assert split.num_classes == (4 if labelled else None)  # the classes of both halves together
+        assert split.num_levels == 256 and split.name == f"mine-{half}"
+
+
+def test_npz_fingerprint_follows_contents_not_name(tmp_path):
+    data = arrays()
+
+    def fingerprint(name: str) -> str:
+        np.savez(tmp_path / name, **data)
+        return load_dataset("npz", image_size=6, num_channels=1, path=tmp_path / name)[0].fingerprint
+
+    first = fingerprint("a.npz")
+    assert fingerprint("b.npz") == first
+    data["train_images"][7, 2, 3] ^= 1
+    second = fingerprint("a.npz")
+    data["train_labels"][0] = 2
+    assert len({first, second, fingerprint("a.npz")}) == 3
+
+
+def test_npz_resize_crops_to_the_centre_and_averages(tmp_path):
+    data = arrays()
+    stripes = np.zeros((5, 16, 20), dtype=np.uint8)
+    stripes[:, :, 2:18:2] = 255  # in the central square alternate columns are white
+    stripes[:, :, [0, 1, 18, 19]] = 255
+    data["test_images"] = stripes
+    np.savez(tmp_path / "a.npz", **data)
+    _, test = load_dataset("npz", image_size=4, num_channels=1, path=tmp_path / "a.npz", resize=True)
+    images, _ = test.batch([0, 4])
+    # An aliasing filter would return 0 or 255; the widened one sees the mean, 127.5, up to the edges of the square.
+    assert images.shape == (2, 1, 4, 4)
+    assert (images.double() - 127.5).abs().max() < 20
+
+
+def corrupted(**changes) -> dict[str, np.ndarray]:
+    return {k: v for k, v in {**arrays(), **changes}.items() if v is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"test_images": None}, ["lacks test_images", "train_images"]),
+        ({"train_images": None, "test_images": None}, ["lacks train_images, test_images"]),
+        ({"test_labels": None}, ["lacks test_labels"]),
+        ({"train_images": arrays()["train_images"] / np.float32(255)}, ["train_images", "float32", "uint8"]),
+        (
+            {"train_images": arrays(size=7)["train_images"]},
+            ["config.data.image_size=6", "a-train", "7x7", "resize=True"],
+        ),
+        ({"test_images": arrays(channels=3)["test_images"]}, ["config.data.num_channels=1", "a-test", "3-channel"]),
+        ({"train_images": np.zeros((12, 3, 6, 6), np.uint8)}, ["train_images", "(12, 3, 6, 6)", "C = 1 or 3"]),
+        ({"train_images": np.zeros((12, 36), np.uint8)}, ["train_images", "(12, 36)"]),
+        ({"train_images": np.zeros((0, 6, 6), np.uint8), "train_labels": np.zeros(0, int)}, ["a-train", "no images"]),
+        ({"train_labels": np.zeros(11, int)}, ["a-train", "12 images", "(11,)"]),
+        ({"train_labels": np.zeros((12, 1), int)}, ["a-train", "(12, 1)"]),
+        ({"train_labels": np.zeros(12)}, ["train_labels", "float64", "integers"]),
+        ({"train_labels": np.arange(-1, 11)}, ["train_labels", "-1", "count from 0"]),
+        ({"train_labels": np.full(12, 100_000)}, ["train_labels", "100000", "below 100000"]),
+        ({"train_labels": np.full(12, 2**63, np.uint64)}, ["train_labels", "9223372036854775808"]),
+    ],
+)
+def test_npz_contents_that_do_not_fit(tmp_path, changes, fragments):
+    np.savez(tmp_path / "a.npz", **corrupted(**changes))
+    refused(ValueError, *fragments, name="npz", image_size=6, num_channels=1, path=tmp_path / "a.npz")
+
+
+def test_npz_never_unpickles(tmp_path):
+    """An array of objects is a pickle; one that would leave a trace when loaded must not be."""
+    trace = tmp_path / "executed"
+    trap = np.empty((12,), dtype=object)
+    trap[:] = Trap(trace)
+    np.savez(tmp_path / "a.npz", **corrupted(train_images=trap))
+    refused(ValueError, "a.npz", "allow_pickle", name="npz", image_size=6, num_channels=1, path=tmp_path / "a.npz")
+    (tmp_path / "b.npz").write_bytes(pickle.dumps(Trap(trace)))
+    refused(ValueError, "b.npz", name="npz", image_size=6, num_channels=1, path=tmp_path / "b.npz")
+    assert not trace.exists()
+    function, arguments = Trap(trace).__reduce__()
+    function(*arguments)  # what unpickling would do
+    assert trace.exists()  # the trap works
+
+
+def test_npz_files_that_are_damaged_or_absent(tmp_path):
+    def wants(error, name, *fragments):
+        refused(error, str(tmp_path / name), *fragments, name="npz", image_size=6, num_channels=1, path=tmp_path / name)
+
+    np.savez(tmp_path / "whole.npz", **arrays())
+    whole = (tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "short.npz").write_bytes(whole[: len(whole) // 2])
+    wants(ValueError, "short.npz", "config.data.path")
+    with zipfile.ZipFile(tmp_path / "whole.npz") as archive:
+        start = archive.getinfo("test_images.npy").header_offset
+    flipped = bytearray(whole)
+    flipped[start + 250] ^= 255  # one pixel: only the checksum of the archive can tell
+    (tmp_path / "flipped.npz").write_bytes(flipped)
+    wants(ValueError, "flipped.npz", "CRC")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    wants(ValueError, "empty.npz")
+    (tmp_path / "text.npz").write_text("not an archive")
+    wants(ValueError, "text.npz")
+    with (tmp_path / "single.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    wants(ValueError, "single.npz", "single array")
+    wants(FileNotFoundError, "absent.npz", "is not a file")
+    with zipfile.ZipFile(tmp_path / "member.npz", "w") as archive:
+        archive.writestr("train_images.npy", b"hello")
+        archive.writestr("test_images.npy", b"hello")
+    wants(ValueError, "member.npz")
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:
+        for half in ("train", "test"):
+            with archive.open(f"{half}_images.npy", "w") as file:
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (10**15,)})
+    wants(ValueError, "huge.npz")
+    encrypted = bytearray(whole)
+    for start in (i for i in range(len(encrypted)) if encrypted[i : i + 4] == b"PK\x01\x02"):
+        encrypted[start + 8] |= 1  # the flag in the central directory, and below in the member's own header
+    for start in (i for i in range(len(encrypted)) if encrypted[i : i + 4] == b"PK\x03\x04"):
+        encrypted[start + 6] |= 1
+    (tmp_path / "encrypted.npz").write_bytes(encrypted)
+    wants(ValueError, "encrypted.npz", "encrypted")
+    wants(FileNotFoundError, "", "is not a file")
+
+
+# ------------------------------------------------------------------------------------------------------------ folder
+
+
+def grey(value: int, height: int = 8, width: int = 8) -> np.ndarray:
+    return np.full((height, width), value, dtype=np.uint8)
+
+
+def test_folder_with_halves_and_classes(tmp_path):
+    """Lossless formats come back exactly; classes are the union over both halves, in alphabetical order."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    save(tmp_path / "train/owl/b.png", pixels[0])
+    save(tmp_path / "train/cat/deep/er/A.BMP", pixels[1])
+    save(tmp_path / "test/dog/c.webp", pixels[2], lossless=True)
+    save(tmp_path / "test/owl/d.png", pixels[3])
+    (tmp_path / "train/owl/notes.txt").write_text("not an image")
+    (tmp_path / "train/owl/._b.png").write_text("what macOS leaves")
+    (tmp_path / "train/.cache").mkdir()
+    save(tmp_path / "train/.cache/e.png", pixels[0])
+    save(tmp_path / "other/f.png", pixels[0])
+    train, test = load_dataset("folder", image_size=8, num_channels=3, path=tmp_path)
+    assert (train.name, test.name) == (f"{tmp_path.name}-train", f"{tmp_path.name}-test")
+    assert train.image_shape == (3, 8, 8) and train.num_levels == 256 and train.num_classes == test.num_classes == 3
+    images, labels = train.batch([1, 0])  # sorted by name: cat/deep/er/A.BMP, owl/b.png
+    assert labels.tolist() == [2, 0] and images.dtype == torch.uint8
+    assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), pixels[[0, 1]])
+    images, labels = test.batch(torch.arange(2))
+    assert labels.tolist() == [1, 2]
+    assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), pixels[[2, 3]])
+    assert train.batch([])[0].shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("names", [["train/a/1.png", "test/a/2.png"], ["train/a/1.png", "train/b/3.png", "test/2.png"]])
+def test_folder_without_classes(tmp_path, names):
+    """One subfolder, or images beside the subfolders, make no classes."""
+    for name in names:
+        save(tmp_path / name, grey(7))
+    for half in load_dataset("folder", image_size=8, num_channels=1, path=tmp_path):
+        assert half.num_classes is None and half.batch(range(len(half)))[1].tolist() == [0] * len(half)
+
+
+def test_folder_hold_out(tmp_path):
+    """The held-out tenth depends on the names alone, and more images do not move the others."""
+    names = [f"{k % 3}/{k:03d}.png" for k in range(400)]
+    for name in names[:300]:
+        save(tmp_path / "a" / name, grey(int(name[2:5]) % 256))
+
+    def halves(folder: str) -> tuple[set[str], set[str]]:
+        train, test = load_dataset("folder", image_size=8, num_channels=1, path=tmp_path / folder)
+        assert train.num_classes == test.num_classes == 3
+        for half in (train, test):
+            images, labels = half.batch(range(len(half)))
+            assert labels.tolist() == [int(file[0]) for file in half.files]
+            assert images[:, 0, 0, 0].tolist() == [int(file[2:5]) % 256 for file in half.files]
+        assert len(train) + len(test) == len({*train.files, *test.files})
+        return set(train.files), set(test.files)
+
+    train, test = halves("a")
+    assert train | test == set(names[:300])
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert halves("b") == (train, test)
+    for name in names[300:]:
+        save(tmp_path / "b" / name, grey(int(name[2:5]) % 256))
+    more_train, more_test = halves("b")
+    assert train < more_train and test < more_test
+    # Binomial with n = 400, p = 0.1: 40 ± 6; four standard errors.
+    assert abs(len(more_test) - 40) < 24
+
+
+def test_folder_channels_are_converted(tmp_path):
+    red = np.zeros((8, 8, 3), dtype=np.uint8)
+    red[..., 0] = 200
+    save(tmp_path / "train/red.png", red)
+    save(tmp_path / "test/grey.png", grey(90))
+    train, test = load_dataset("folder", image_size=8, num_channels=1, path=tmp_path)
+    assert train.batch([0])[0].unique().tolist() == [round(0.299 * 200)]  # ITU-R 601 luma
+    assert test.batch([0])[0].unique().tolist() == [90]
+    train, test = load_dataset("folder", image_size=8, num_channels=3, path=tmp_path)
+    assert train.batch([0])[0][0, :, 0, 0].tolist() == [200, 0, 0]
+    assert test.batch([0])[0][0, :, 0, 0].tolist() == [90, 90, 90]
+
+
+def test_folder_resize(tmp_path):
+    """Cut to the central square, without aliasing, after turning as the camera says."""
+    wide = np.zeros((10, 20, 3), dtype=np.uint8)
+    wide[..., 2] = 255
+    wide[:, 5:15] = [255, 0, 0]
+    save(tmp_path / "train/a.png", wide)
+    save(tmp_path / "train/b.png", wide.transpose(1, 0, 2).copy())
+    checks = np.indices((32, 32)).sum(0).astype(np.uint8) % 2 * 255
+    save(tmp_path / "train/c.png", checks)
+    turned = grey(0, 16, 16)
+    turned[:, :8] = 255  # white on the left as stored; orientation 6 means a quarter turn clockwise: white on top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / "test/d.png", turned, exif=exif)
+    refused(
+        ValueError,
+        str(tmp_path / "train/a.png"),
+        "20x10",
+        "8x8",
+        "--config.data.resize=True",
+        name="folder",
+        image_size=8,
+        num_channels=3,
+        path=tmp_path,
+    )
+    train, test = load_dataset("folder", image_size=8, num_channels=3, path=tmp_path, resize=True)
+    images, _ = train.batch([0, 1, 2])
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
+    assert torch.equal(images[0], red) and torch.equal(images[1], red)
+    assert (images[2].double() - 127.5).abs().max() < 10
+    upright = test.batch([0])[0][0, 0]
+    assert upright[0].eq(255).all() and upright[7].eq(0).all()
+
+
+def test_folder_unreadable_images(tmp_path):
+    request = {"name": "folder", "image_size": 8, "num_channels": 1, "path": tmp_path}
+    save(tmp_path / "train/a.png", grey(1))
+    save(tmp_path / "test/b.png", grey(1))
+    bad = tmp_path / "test/c.jpg"
+    bad.write_text("not an image")
+    refused(ValueError, str(bad), "cannot read", **request)
+    bad.unlink()
+    save(tmp_path / "test/d.png", np.full((8, 8), 1000, dtype=np.uint16))
+    refused(ValueError, "d.png", "8 bits", **request)
+    (tmp_path / "test/d.png").unlink()
+    # The header of this one is whole, so that only decoding can tell.
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)).save(buffer, "png")
+    (tmp_path / "test/e.png").write_bytes(buffer.getvalue()[:-40])
+    _, test = load_dataset(**request)
+    assert test.batch([0])[0].shape == (1, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"cannot read the image .*e\.png"):
+        test.batch([0, 1])
+
+
+def test_folder_layouts_that_are_refused(tmp_path):
+    request = {"name": "folder", "image_size": 8, "num_channels": 1, "path": tmp_path}
+    refused(FileNotFoundError, "absent", "not a folder", **{**request, "path": tmp_path / "absent"})
+    refused(ValueError, str(tmp_path), ".png", **request)
+    save(tmp_path / "train/a.png", grey(1))
+    refused(ValueError, "train/", "test/", **request)
+    (tmp_path / "test").mkdir()
+    refused(ValueError, str(tmp_path / "test"), "no image", **request)
+    refused(ValueError, "holds 1 images", "train/ and test/", **{**request, "path": tmp_path / "train"})
+
+
+def test_folder_fingerprint(tmp_path):
+    save(tmp_path / "train/a.png", grey(1))
+    save(tmp_path / "test/b.png", grey(1))
+
+    def fingerprint(size: int = 8) -> str:
+        return load_dataset("folder", image_size=size, num_channels=1, path=tmp_path, resize=True)[0].fingerprint
+
+    seen = [fingerprint()]
+    assert fingerprint() == seen[0]
+    seen.append(fingerprint(4))
+    os.utime(tmp_path / "train/a.png", ns=(0, 10**9))
+    seen.append(fingerprint())
+    (tmp_path / "train/a.png").rename(tmp_path / "train/c.png")
+    seen.append(fingerprint())
+    assert len(set(seen)) == 4

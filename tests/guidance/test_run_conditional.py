@@ -1,0 +1,524 @@
+"""Runs whose network knows classes, the classifier of noised images, and sampling under every condition."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_run_lib import (
+    CPU,
+    assert_identical,
+    rows,
+    tiny_config,
+    weights,
+)
+
+import run_classifier
+import run_lib
+import run_setup
+from data import pixels
+from guidance.conditions import CONDITION_FIELDS
+
+CLASSES = {"model.num_classes": 10, "training.label_dropout": 0.3, "sampling.condition": "class_free"}
+TINY_CLASSIFIER = {
+    "classifier.nf": 8,
+    "classifier.n_iters": 12,
+    "classifier.batch_size": 16,
+    "classifier.log_freq": 3,
+    "classifier.save_freq": 4,
+}
+
+
+def conditional_config(**overrides):
+    config = tiny_config("u")
+    config.update_from_flattened_dict(CLASSES | {name.replace("__", "."): v for name, v in overrides.items()})
+    return config
+
+
+def classifier_config(**overrides):
+    config = tiny_config("u")
+    config.update_from_flattened_dict(
+        TINY_CLASSIFIER | {name.replace("__", "."): v for name, v in overrides.items()}
+    )
+    return config
+
+
+# ----------------------------------------------------------------------------------------- a network that knows classes
+
+
+def test_label_conditional_training_resumes_to_the_very_same_weights(tmp_path):
+    run_lib.train(conditional_config(), tmp_path / "whole", CPU)
+    for n_iters in (5, 12):
+        run_lib.train(conditional_config(training__n_iters=n_iters), tmp_path / "parts", CPU)
+    assert_identical(weights(tmp_path / "whole", 12), weights(tmp_path / "parts", 12))
+    # Every class and their absence have been trained: none of the eleven embeddings is what it was at first.
+    torch.manual_seed(conditional_config().seed)
+    first = run_setup.create_score_model(conditional_config(), run_setup.get_sde(conditional_config()))
+    name = "network.class_embedding.weight"
+    moved = (weights(tmp_path / "whole", 12)[f"model.{name}"] - first.state_dict()[name]).abs().amax(1)
+    assert moved.shape == (11,) and (moved > 0).all()
+
+
+def test_labels_belong_to_their_images(tmp_path, monkeypatch):
+    """In two accumulated parts the objective is given the labels of the very images, but for those withheld."""
+    seen = []
+    original = run_setup.Objective.forward
+
+    def recording(self, x0, generator=None, *, step=0, class_labels=None):
+        if torch.is_grad_enabled():  # in training, not in the test loss
+            seen.append((x0.clone(), class_labels.clone(), step))
+        return original(self, x0, generator, step=step, class_labels=class_labels)
+
+    monkeypatch.setattr(run_setup.Objective, "forward", recording)
+    config = conditional_config(data__uniform_dequantization=False, data__random_flip=False)
+    run_lib.train(config, tmp_path, run_lib.Runtime(device="cpu", accumulation_steps=2))
+    train, _ = run_setup.datasets.get_dataset(config)
+    label_of = {image.numpy().tobytes(): int(label) for image, label in zip(train.images, train.labels, strict=True)}
+    given, withheld = 0, 0
+    for x0, labels, _ in seen:
+        levels = pixels.to_pixels(x0, 17, False)
+        for image, label in zip(levels, labels.tolist(), strict=True):
+            if label == 10:
+                withheld += 1
+            else:
+                assert label == label_of[image.numpy().tobytes()]
+                given += 1
+    # 96 images, each without label with probability 0.3: 28.8 ± 4.5.
+    assert given + withheld == 96 and abs(withheld - 28.8) < 4 * 4.5
+
+
+# Trained a little, so that samples are not black and white alone.
+TRAINED = dict(training__n_iters=60, optim__warmup=0, optim__lr=3e-3, model__dropout=0.0, training__snapshot_freq=0)
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("conditional")
+    run_lib.train(conditional_config(**TRAINED), workdir, CPU)
+    return workdir
+
+
+def copy_of(run: Path, workdir: Path) -> Path:
+    """A run's folder to sample in, with its checkpoint and classifier but nothing else."""
+    (workdir / "checkpoints").mkdir(parents=True)
+    checkpoint = sorted((run / "checkpoints").iterdir())[-1]
+    (workdir / "checkpoints" / checkpoint.name).symlink_to(checkpoint)
+    if (run / "classifier").exists():
+        shutil.copytree(run / "classifier", workdir / "classifier")
+    return workdir
+
+
+def sampled(config, workdir: Path, runtime: run_lib.Runtime) -> tuple[Path, dict]:
+    """The folder of samples, and what was measured of them."""
+    folder = run_lib.sample(config, workdir, runtime)
+    return folder, json.loads((folder / "metrics.json").read_text())
+
+
+def name_of(folder: Path) -> str:
+    """A folder's name without the digest of settings that ends it."""
+    return folder.name.rpartition("-")[0]
+
+
+def images_of(folder: Path) -> np.ndarray:
+    with np.load(folder / "samples.npz", allow_pickle=False) as file:
+        return file["images"]
+
+
+def test_classifier_free_samples(conditional, tmp_path):
+    workdir = copy_of(conditional, tmp_path / "w")
+    folder, metrics = sampled(conditional_config(), workdir, CPU)
+    assert name_of(folder) == "step_00000060-pc-reverse_diffusion-langevin-3-class_free-w1"
+    with np.load(folder / "samples.npz", allow_pickle=False) as file:
+        assert file["labels"].tolist() == [i % 10 for i in range(20)] and file["images"].shape == (20, 8, 8, 1)
+    assert metrics["nfe_sampling"] == 7 and 0 <= metrics["classified_as_wanted"] <= 1
+    # One class; another weight, which costs two evaluations; none, which is the unconditional network.
+    three = run_lib.sample(conditional_config(sampling__class_label=3), workdir, CPU)
+    assert np.array_equal(images_of(three)[3::10], images_of(folder)[3::10])
+    assert not np.array_equal(images_of(three)[4], images_of(folder)[4])
+    guided, metrics = sampled(conditional_config(sampling__guidance_weight=2.5), workdir, CPU)
+    assert metrics["nfe_sampling"] == 14 and not np.array_equal(images_of(guided), images_of(folder))
+    zero, metrics = sampled(conditional_config(sampling__guidance_weight=0.0), workdir, CPU)
+    free = run_lib.sample(conditional_config(sampling__condition=""), workdir, CPU)
+    assert metrics["nfe_sampling"] == 7 and np.array_equal(images_of(zero), images_of(free))
+    assert len({f.name for f in (folder, three, guided, zero, free)}) == 5
+
+
+def test_likelihood_and_asymmetry_are_given_the_labels(conditional, tmp_path):
+    """In batches of any size; and a class gives another score than none does."""
+    values = {}
+    for name, batch_size in (("as they are", 5), ("in one batch", 16)):
+        config = conditional_config(
+            eval__nll_images=8,
+            eval__asym_images=2,
+            eval__enable_sampling=False,
+            eval__batch_size=batch_size,
+            likelihood__solver="heun",
+            likelihood__num_steps=5,
+        )
+        values[name] = run_lib.evaluate(config, copy_of(conditional, tmp_path / name), CPU)
+    for metric in ("nll_bits_per_dim", "asym"):
+        assert values["as they are"][metric] == pytest.approx(values["in one batch"][metric], rel=2e-3)
+    run = run_setup.Run(conditional_config(), tmp_path / "run", CPU, free_fields=())
+    run.restore_weights(run_lib.read_checkpoint(conditional / "checkpoints" / "step_00000060.pt"), "")
+    x, t = torch.rand(4, 1, 8, 8), torch.full((4,), 0.3)
+    labels = torch.tensor([1, 2, 3, 4])
+    given = run.score_of_class(labels)(x, t)
+    assert torch.equal(given, run.ema.model(x, t, labels))
+    assert torch.equal(run.score(x, t), run.ema.model(x, t, torch.full((4,), 10)))
+    assert (given - run.score(x, t)).abs().max() > 1e-4
+
+
+# ------------------------------------------------------------------------------------------------------- the classifier
+
+
+def test_classifier_training_resumes_to_the_very_same_weights(tmp_path, monkeypatch):
+    """From a stop at its end, and from one in the middle of a step after a checkpoint."""
+    metrics = run_lib.train_classifier(classifier_config(), tmp_path / "whole", CPU)
+    run_lib.train_classifier(classifier_config(classifier__n_iters=5), tmp_path / "parts", CPU)
+    original = run_classifier._Training.loss
+
+    def stopped(self, step):
+        if step == 9:
+            raise KeyboardInterrupt
+        return original(self, step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_classifier._Training, "loss", stopped)
+        run_lib.train_classifier(classifier_config(), tmp_path / "parts", CPU)
+    assert run_lib.train_classifier(classifier_config(), tmp_path / "parts", CPU) == metrics
+    states = [
+        run_lib.read_checkpoint(tmp_path / name / "classifier" / "checkpoints" / "step_00000012.pt")
+        for name in ("whole", "parts")
+    ]
+    assert_identical(states[0]["model"], states[1]["model"])
+    # The run that ended at step 5 has logged that step as its last.
+    logged = [[row for row in rows(tmp_path / name / "classifier") if row["step"] != 5] for name in ("whole", "parts")]
+    assert [row["step"] for row in logged[0]] == [0, 3, 6, 9, 12] and logged[0][-1] == logged[1][-1]
+
+
+def test_the_classifier_learns(tmp_path):
+    """60 steps at nearly no noise: far better than one in ten, and worse the more noise there is."""
+    config = classifier_config(classifier__n_iters=60, classifier__nf=16, classifier__dropout=0.0)
+    metrics = run_lib.train_classifier(config, tmp_path, CPU)
+    assert metrics["test_accuracy_t0"] > 0.4  # of 16 images
+    assert metrics["test_loss_t0.75"] > metrics["test_loss_t0"]
+    # Given a batch its rows do not influence one another.
+    run = run_setup.Run(config, tmp_path, CPU, free_fields=run_setup.FREE_IN_EVALUATION)
+    classifier = run_classifier.load_classifier(run)
+    x, t = torch.rand(3, 1, 8, 8), torch.tensor([0.1, 0.5, 0.9])
+    torch.testing.assert_close(classifier.log_probs(x, t)[1:2], classifier.log_probs(x[1:2], t[1:2]))
+    torch.testing.assert_close(classifier.log_probs(x, t).exp().sum(1), torch.ones(3))
+
+
+@pytest.fixture(scope="module")
+def unconditional(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("unconditional")
+    run_lib.train(tiny_config("u", **TRAINED), workdir, CPU)
+    run_lib.train_classifier(classifier_config(**TRAINED), workdir, CPU)
+    return workdir
+
+
+def test_classifier_guided_samples(unconditional, tmp_path):
+    workdir = copy_of(unconditional, tmp_path / "w")
+    free = run_lib.sample(classifier_config(), workdir, CPU)
+    guided, metrics = sampled(classifier_config(sampling__condition="class"), workdir, CPU)
+    assert name_of(guided) == name_of(free) + "-class-w1" and metrics["nfe_sampling"] == 7
+    assert not np.array_equal(images_of(guided), images_of(free))
+    none = run_lib.sample(
+        classifier_config(sampling__condition="class", sampling__guidance_weight=0.0), workdir, CPU
+    )
+    assert np.array_equal(images_of(none), images_of(free))
+    # A classifier that has learned more guides to other samples: those kept are of the one before.
+    before = images_of(guided)
+    run_lib.train_classifier(classifier_config(classifier__n_iters=30), workdir, CPU)
+    again = run_lib.sample(classifier_config(sampling__condition="class"), workdir, CPU)
+    assert name_of(again) == name_of(guided) and again != guided and not np.array_equal(images_of(again), before)
+
+
+def test_a_classifier_of_something_else_is_refused(unconditional, tmp_path):
+    workdir = copy_of(unconditional, tmp_path / "w")
+    with pytest.raises(run_lib.InvalidRun, match=r"other settings: noise\.sigma_max was 10\.0, is 20\.0"):
+        run_lib.sample(classifier_config(sampling__condition="class", model__sigma_max=20.0), workdir, CPU)
+    with pytest.raises(run_lib.InvalidRun, match=r"other settings: classifier\.nf was 8, is 16"):
+        run_lib.train_classifier(classifier_config(classifier__nf=16), workdir, CPU)
+    shutil.rmtree(workdir / "classifier")
+    with pytest.raises(run_lib.InvalidRun, match=r"no classifier in .* --mode=train_classifier trains it"):
+        run_lib.sample(classifier_config(sampling__condition="class"), workdir, CPU)
+
+
+# -------------------------------------------------------------------------------------------------- measured conditions
+
+
+def measured(unconditional: Path, workdir: Path, **overrides) -> tuple[Path, dict, dict[str, np.ndarray]]:
+    config = tiny_config("u", **({"sampling__num_images": 3, "sampling__samples_per_image": 2} | overrides))
+    if not workdir.exists():
+        copy_of(unconditional, workdir)
+    folder, metrics = sampled(config, workdir, CPU)
+    with np.load(folder / "samples.npz", allow_pickle=False) as file:
+        return folder, metrics, {name: file[name] for name in file.files}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (dict(sampling__condition="inpaint"), "-inpaint-bottom-projection"),
+        (dict(sampling__condition="inpaint", sampling__mask="1,2,5,4"), "-inpaint-1_2_5_4-projection"),
+        (dict(sampling__condition="super_resolution"), "-super_resolution-2-projection"),
+        (dict(sampling__condition="ct", sampling__num_views=3), "-ct-3-projection"),
+        (
+            dict(sampling__condition="inpaint", sampling__method="ode", sampling__solver="heun"),
+            "-inpaint-bottom-projection",
+        ),
+    ],
+    ids=str,
+)
+def test_samples_by_projection_are_consistent_with_the_measurement(unconditional, tmp_path, overrides, name):
+    folder, metrics, arrays = measured(unconditional, tmp_path / "w", **overrides)
+    assert name_of(folder).endswith(name)
+    assert arrays["images"].shape == (3, 2, 8, 8, 1) and arrays["truth"].shape == arrays["input"].shape == (3, 8, 8, 1)
+    assert metrics["misfit_relative"] < 1e-4 < metrics["misfit_rms"] + 1e-3 and metrics["num_images"] == 3
+    assert not np.array_equal(arrays["images"][:, 0], arrays["images"][:, 1])  # samples of one image differ
+    if overrides["sampling__condition"] == "inpaint":
+        known = np.ones((8, 8), dtype=bool)
+        if "sampling__mask" in overrides:
+            known[1:6, 2:6] = False
+        else:
+            known[4:] = False
+        kept = arrays["images"][..., 0][:, :, known]
+        assert np.array_equal(kept, np.broadcast_to(arrays["truth"][..., 0][:, None, known], kept.shape))
+        assert (arrays["input"][..., 0][:, ~known] == 0).all()
+    from PIL import Image
+
+    with Image.open(folder / "grid.png") as grid:
+        assert grid.width > grid.height > 200
+
+
+@pytest.fixture
+def gaussian_score(monkeypatch) -> None:
+    """The exact score of pixels N(½, ⅑), as a network trained for an hour might know it; the tests' own does not."""
+
+    def score(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (0.5 - x) / (1 / 9 + self.sde.std(t)[:, None, None, None] ** 2)
+
+    monkeypatch.setattr(run_setup.Run, "score", score)
+
+
+@pytest.mark.parametrize("method", [dict(sampling__method="ode", sampling__solver="heun"), {}])
+def test_pseudoinverse_guidance_of_images(unconditional, tmp_path, gaussian_score, method):
+    settings = dict(sampling__condition="super_resolution", sampling__conditioning="pigdm") | method
+    settings |= dict(sampling__num_steps=100, sampling__corrector="none")
+    _, near, _ = measured(unconditional, tmp_path / "w", **settings)
+    _, far, _ = measured(unconditional, tmp_path / "w", sampling__guidance_weight=0.0, **settings)
+    assert near["misfit_rms"] < 0.05 < 0.1 < far["misfit_rms"]
+
+
+def test_diffusion_posterior_sampling_of_images(unconditional, tmp_path, gaussian_score):
+    settings = dict(sampling__condition="inpaint", sampling__conditioning="dps")
+    settings |= dict(sampling__num_steps=100, sampling__corrector="none")
+    _, near, _ = measured(unconditional, tmp_path / "w", sampling__guidance_weight=0.2, **settings)
+    folder, far, _ = measured(unconditional, tmp_path / "w", sampling__guidance_weight=0.0, **settings)
+    assert name_of(folder).endswith("-inpaint-bottom-dps-w0") and near["misfit_rms"] < 0.2 * far["misfit_rms"]
+
+
+def test_guidance_that_diverges_is_said_so(unconditional, tmp_path):
+    """The tests' network believes what it is given at every noise level, so guidance moves it far too far."""
+    settings = dict(sampling__condition="super_resolution", sampling__conditioning="pigdm")
+    settings |= dict(sampling__num_steps=30, sampling__corrector="none", sampling__guidance_weight=50.0)
+    with pytest.raises(FloatingPointError, match=r"samples are not finite; try a smaller sampling\.guidance_weight=50"):
+        measured(unconditional, tmp_path / "w", **settings)
+    assert not (tmp_path / "w" / "samples").exists()
+
+
+def test_colourisation_and_own_operators(tmp_path):
+    """Coloured images from an archive of one's own; a mask from a file, a matrix from a file, both of the user's."""
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "own.npz", train_images=images, test_images=images[:4])
+    mask = np.zeros((8, 8), dtype=np.uint8)
+    mask[2:4, 5] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    np.save(tmp_path / "matrix.npy", random.normal(size=(5, 192)))
+    own = dict(
+        data__dataset="npz",
+        data__path=str(tmp_path / "own.npz"),
+        data__num_channels=3,
+        data__uniform_dequantization=False,
+        eval__asym_probes=1,
+    )
+    run_lib.train(tiny_config("u", **own), tmp_path / "run", CPU)
+    workdir = tmp_path / "w"
+    own |= dict(sampling__condition="colorize")
+    _, metrics, arrays = measured(tmp_path / "run", workdir, **own)
+    assert metrics["misfit_relative"] < 1e-3
+    grey = arrays["truth"].astype(float).mean(-1)
+    assert np.abs(arrays["input"].astype(float) - grey[..., None]).max() <= 0.5 + 1e-3
+    own |= dict(sampling__condition="inpaint", sampling__mask=str(tmp_path / "mask.png"))
+    folder, _, arrays = measured(tmp_path / "run", workdir, **own)
+    assert name_of(folder).endswith("-inpaint-mask-projection")
+    assert np.array_equal(arrays["images"][:, 0][:, mask == 0], arrays["truth"][:, mask == 0])
+    own |= dict(sampling__condition="linear", sampling__operator=str(tmp_path / "matrix.npy"))
+    own |= dict(sampling__corrector="none")
+    folder, metrics, _ = measured(tmp_path / "run", workdir, **own, sampling__measurement_noise=0.1)
+    assert name_of(folder).endswith("-linear-matrix-projection-noise0.1")
+    assert 0.02 < metrics["misfit_rms"] < 1 and metrics["measurement_noise"] == 0.1
+
+
+def test_measured_samples_do_not_depend_on_the_batch_size(unconditional, tmp_path):
+    """Five samples of two images in batches of 1, 3 and all, noise in the measurement: the same images."""
+    results = []
+    for batch_size in (1, 3, 16):
+        _, metrics, arrays = measured(
+            unconditional,
+            tmp_path / str(batch_size),
+            sampling__condition="inpaint",
+            sampling__measurement_noise=0.1,
+            sampling__corrector="none",
+            sampling__num_images=2,
+            sampling__samples_per_image=2,
+            eval__batch_size=batch_size,
+        )
+        results.append((metrics, arrays))
+    for metrics, arrays in results[1:]:
+        assert np.abs(arrays["images"].astype(int) - results[0][1]["images"].astype(int)).max() <= 1
+        assert metrics["misfit_rms"] == pytest.approx(results[0][0]["misfit_rms"], rel=1e-3)
+
+
+def test_measured_samples_are_kept_and_belong_to_their_measurement(unconditional, tmp_path, monkeypatch):
+    settings = dict(sampling__condition="ct", sampling__num_views=2)
+    first = measured(unconditional, tmp_path / "w", **settings)
+    other = measured(unconditional, tmp_path / "w", sampling__condition="ct", sampling__num_views=3)
+    calls = []
+    monkeypatch.setattr(run_setup.Run, "score", lambda self, x, t: calls.append(1))
+    again = measured(unconditional, tmp_path / "w", **settings)
+    assert not calls and again[1] == first[1] and np.array_equal(again[2]["images"], first[2]["images"])
+    assert other[0] != first[0]
+    with pytest.raises(Exception):  # noqa: B017 -- the score is broken on purpose
+        measured(unconditional, tmp_path / "w", **settings, sampling__corrector="none")
+    assert calls
+
+
+def test_the_noise_of_a_measurement_is_the_same_for_all_samples_of_an_image(unconditional, tmp_path):
+    """At the noise's own level, and drawn per image: what is measured does not depend on how many images there are."""
+    from run_sampling import _Measured
+
+    settings = dict(sampling__condition="inpaint", sampling__mask="0,0,1,1", sampling__measurement_noise=0.1)
+    settings |= dict(sampling__corrector="none")
+    few, many = (
+        _Measured(
+            run_setup.Run(
+                tiny_config("u", sampling__num_images=n, **settings), tmp_path / "w", CPU, free_fields=()
+            )
+        )
+        for n in (180, 360)
+    )
+    noise = many.y - many.operator(many.images)
+    # 360·63 numbers: the standard error of their standard deviation is 0.1/√(2·22680).
+    assert abs(float(noise.std()) - 0.1) < 4 * 0.1 / (2 * noise.numel()) ** 0.5
+    torch.testing.assert_close(few.y - few.operator(few.images), noise[:180], rtol=0, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (dict(sampling__condition="paint"), r"sampling\.condition='paint': allowed are inpaint, colorize,"),
+        (dict(sampling__condition="inpaint", sampling__conditioning="x"), r"sampling\.conditioning='x': allowed are"),
+        (dict(sampling__condition="inpaint", sampling__mask="4,4,5,2"), r"mask='4,4,5,2': the box .* 8x8 image"),
+        (dict(sampling__condition="inpaint", sampling__mask="0,0,8,8"), "everything is unknown"),
+        (dict(sampling__condition="inpaint", sampling__mask="middle"), r"mask='middle': allowed are top, bottom"),
+        (dict(sampling__condition="inpaint", sampling__mask="gone.png"), r"mask='gone\.png': no such file"),
+        (dict(sampling__condition="colorize"), "at least 2 channels"),
+        (dict(sampling__condition="super_resolution", sampling__factor=3), "factor=3: need a divisor"),
+        (dict(sampling__condition="ct", sampling__num_views=0), "num_views=0"),
+        (dict(sampling__condition="linear"), r"sampling\.operator is not set"),
+        (dict(sampling__condition="linear", sampling__operator="gone.npy"), r"operator='gone\.npy': no such file"),
+        (dict(sampling__condition="inpaint", sampling__num_images=361), "num_images=361: the test set has only 360"),
+        (dict(sampling__condition="inpaint", sampling__samples_per_image=0), "samples_per_image=0"),
+        (dict(sampling__condition="inpaint", sampling__measurement_noise=-1.0), r"measurement_noise=-1\.0"),
+        (dict(sampling__condition="inpaint", sampling__measurement_noise=0.1), r"Langevin steps then forget"),
+        (dict(sampling__condition="inpaint", sampling__method="ode"), r"solver='rk45': a projection follows"),
+        (dict(sampling__condition="inpaint", sampling__conditioning="dps"), r"'dps': its move follows a predictor's"),
+        (dict(sampling__guidance_weight=2.0), "unconditional sampling has no guidance"),
+        (dict(sampling__condition="ct", sampling__guidance_weight=2.0), "by projection has no guidance"),
+        (dict(sampling__condition="class", sampling__guidance_weight=-1.0), r"guidance_weight=-1\.0"),
+        (dict(sampling__class_label=1), r"class_label=1: only for"),
+        (dict(sampling__condition="class", sampling__class_label=10), r"class_label=10: allowed are 0 to 9"),
+        (dict(sampling__condition="class_free"), r"needs a network that knows classes, model\.num_classes > 0"),
+        (dict(model__num_classes=10), r"label_dropout=0 has no unconditional score"),
+        (dict(model__num_classes=7, training__label_dropout=0.1), r"num_classes=7: .*'digits' has 10 classes"),
+        (dict(training__label_dropout=0.1), r"label_dropout=0\.1: needs model\.num_classes"),
+        (dict(model__num_classes=10, training__label_dropout=1.0), r"label_dropout=1\.0: a probability"),
+        (dict(model__num_classes=-1, sampling__condition="class_free"), r"model\.num_classes=-1: at least 0"),
+        (
+            dict(model__num_classes=10, training__label_dropout=0.1, model__name="ddpm"),
+            r"num_classes=10: only model\.name='ncsnpp' knows classes",
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_bad_conditions_are_refused_before_any_work(tmp_path, overrides, message):
+    with pytest.raises(run_lib.InvalidRun, match=message) as caught:
+        run_lib.sample(tiny_config("u", **overrides), tmp_path / "w", CPU)
+    assert "\n" not in str(caught.value) and not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (dict(classifier__n_iters=0), r"classifier\.n_iters=0: at least 1"),
+        (dict(classifier__lr=0.0), r"classifier\.lr=0\.0"),
+        (dict(classifier__ch_mult=()), r"classifier\.ch_mult=\(\)"),
+        (dict(classifier__ch_mult=(1, 1, 1, 1, 1)), r"5 levels need a size divisible by 16"),
+        (dict(classifier__dropout=1.0), r"classifier\.dropout=1\.0"),
+    ],
+    ids=str,
+)
+def test_a_bad_classifier_is_refused(tmp_path, overrides, message):
+    with pytest.raises(run_lib.InvalidRun, match=message):
+        run_lib.train_classifier(classifier_config(**overrides), tmp_path / "w", CPU)
+    assert not (tmp_path / "w").exists()
+
+
+def test_conditions_belong_to_their_modes(tmp_path):
+    with pytest.raises(run_lib.InvalidRun, match=r"sampling\.condition='inpaint': not while training"):
+        run_lib.train(tiny_config("u", sampling__condition="inpaint"), tmp_path / "w", CPU)
+    with pytest.raises(run_lib.InvalidRun, match=r"sampling\.condition='class': not while training"):
+        run_lib.train(tiny_config("u", sampling__condition="class"), tmp_path / "w", CPU)
+
+
+def test_measured_conditions_are_not_evaluated(unconditional, tmp_path):
+    workdir = copy_of(unconditional, tmp_path / "w")
+    with pytest.raises(run_lib.InvalidRun, match=r"sampling\.condition='ct': only with --mode=sample"):
+        run_lib.evaluate(tiny_config("u", sampling__condition="ct", sampling__num_views=3), workdir, CPU)
+
+
+def test_runs_from_before_conditions_go_on_and_keep_their_evaluations(tmp_path, monkeypatch):
+    """Without the fields that came with conditions a stored config is the same run, and its results are found again."""
+    config = tiny_config("u", eval__nll_images=2, eval__asym_images=1)
+    run_lib.train(config, tmp_path / "w", CPU)
+    stored = json.loads((tmp_path / "w" / "config.json").read_text())
+    for section, names in (
+        ("model", ["num_classes"]),
+        ("training", ["label_dropout"]),
+        ("sampling", [name for name in stored["sampling"] if name in CONDITION_FIELDS]),
+    ):
+        for name in names:
+            del stored[section][name]
+    del stored["classifier"]
+    (tmp_path / "w" / "config.json").write_text(json.dumps(stored))
+    run_lib.train(tiny_config("u", training__n_iters=14, eval__nll_images=2, eval__asym_images=1), tmp_path / "w", CPU)
+    # Keys are independent of what conditions would do.
+    config = tiny_config("u", training__n_iters=14, eval__nll_images=2, eval__asym_images=1)
+    folder = run_lib.sample(config, tmp_path / "w", CPU)
+    calls = []
+    monkeypatch.setattr(run_setup.Run, "score", lambda self, x, t: calls.append(1))
+    config.sampling.num_images, config.sampling.mask = 5, "top"
+    assert run_lib.sample(config, tmp_path / "w", CPU) == folder and not calls

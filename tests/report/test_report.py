@@ -1,0 +1,424 @@
+"""The report of synthetic runs: what stands in the table, and what the comparison concludes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic_runs import make_run, metrics, u_qc_and_c
+
+from report import main
+from report.runs import load_run, load_runs
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> tuple[Path, Path, Path]:
+    return u_qc_and_c(tmp_path)
+
+
+def text_of(paths: Sequence[Path], baseline: str | None = None) -> str:
+    """The report without the figures, which take most of the time."""
+    return "\n\n".join(main.tables_and_comparisons(load_runs(paths), baseline))
+
+
+def table_row(text: str, name: str) -> dict[str, str]:
+    """The cells of the first row whose first cell contains ``name``, by column heading."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    row = next(line for line in lines if name in line.split("|")[1])
+    header = next(line for line in reversed(lines[: lines.index(row)]) if line.startswith("| Model"))
+    return dict(zip(cells(header), cells(row), strict=True))
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def test_table_has_every_metric_of_every_run(digits: tuple[Path, ...]) -> None:
+    text = text_of(digits)
+    u = table_row(text, "U-NCSN++ (u)")
+    assert u == {
+        "Model (run)": "U-NCSN++ (u)",
+        "NLL ↓ (bits/dim)": "3.000 ± 0.010",
+        "Asym ↓": "(2.00 ± 0.10)e8",
+        "NAsym ↓": "(2.00 ± 0.10)e-3",
+        "FID ↓": "**5.25**",
+        "KID ↓": "(4.00 ± 0.50)e-3",
+        "IS ↑": "8.50",
+        "Precision ↑": "0.610",
+        "Recall ↑": "0.550",
+        "NFE sampling": "1999",
+        "NFE likelihood": "151.4",
+        "Samples": "1000",
+        "Step": "6000",
+    }
+    assert table_row(text, "qc")["Model (run)"] == "QC-NCSN++ (qc, λ = 1e-4)"
+    c = table_row(text, "C-NCSN++ (c)")
+    assert c["Precision ↑"] == "–"
+    assert c["Asym ↓"] == "**(3.00 ± 0.10)e-5**"
+    assert "Zero up to round-off (NAsym below 1e-8): Asym and NAsym of C-NCSN++ (c)." in text
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "expected"),
+    [
+        (None, 0.1, "–"),
+        (3.4567, 0.0123, "3.457 ± 0.012"),
+        (3.4567, 0.00123, "3.4567 ± 0.0012"),
+        (1.881e8, 1.2e6, "(1.881 ± 0.012)e8"),
+        (-3e-4, 5e-4, "(-3.0 ± 5.0)e-4"),
+        (1e-13, 4e-13, "(1.0 ± 4.0)e-13"),
+        (0.0, 0.0, "0"),
+        (0.0, None, "0"),
+        (0.61, None, "0.610"),
+        (10.974, None, "10.97"),
+        (0.00212, None, "2.12e-3"),
+        (math.nan, 0.1, "nan"),
+        (math.inf, None, "inf"),
+    ],
+)
+def test_numbers_are_rounded_by_their_error(value: float | None, error: float | None, expected: str) -> None:
+    assert main.format_measurement(value, error) == expected
+
+
+def test_csv_reads_back_exactly(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    keys = [key for key, value in metrics().items() if isinstance(value, float)]
+    given = [metrics(**{key: float(rng.lognormal(0, 9)) for key in keys}) for _ in range(2)]
+    given[1]["fid"] = None
+    main.write_report([make_run(tmp_path / f"run{i}", **values) for i, values in enumerate(given)])
+    with (tmp_path / "report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run"] for row in rows] == ["run0", "run1"]
+    for row, values in zip(rows, given, strict=True):
+        for key in [*keys, "nfe_sampling", "num_samples", "checkpoint_step"]:
+            assert (float(row[key]) if row[key] else None) == values[key], key
+
+
+def bold_columns(tmp_path: Path, first: dict[str, Any], second: dict[str, Any]) -> tuple[set[str], set[str]]:
+    """The columns in bold of two runs ``a`` and ``b``."""
+    runs = [make_run(tmp_path / "a", **first), make_run(tmp_path / "b", **second)]
+    text = text_of(runs)
+    rows = [table_row(text, name) for name in ("(a)", "(b)")]
+    a, b = ({title for title, cell in row.items() if cell.startswith("**")} for row in rows)
+    return a, b
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "bold_a", "bold_b"),
+    [
+        # Two combined standard errors of the NLL are 2 √2 · 0.01 = 0.0283.
+        ({"nll_bits_per_dim": 2.973}, {}, set(), set()),
+        ({"nll_bits_per_dim": 2.970}, {}, {"NLL ↓ (bits/dim)"}, set()),
+        ({}, {"nll_bits_per_dim": 2.970}, set(), {"NLL ↓ (bits/dim)"}),
+        ({"nll_bits_per_dim": 2.970, "nll_bits_per_dim_se": None}, {}, set(), set()),
+        ({"nll_bits_per_dim": math.nan}, {}, set(), set()),
+        ({"kid": 0.0027}, {}, set(), set()),
+        ({"kid": 0.0024}, {}, {"KID ↓"}, set()),
+        # Without standard errors the best stands in bold; for IS, precision and recall that is the largest.
+        ({"fid": 5.24, "recall": 0.56}, {"inception_score": 8.6}, {"FID ↓", "Recall ↑"}, {"IS ↑"}),
+        ({"precision": None}, {"precision": 0.2}, set(), set()),
+        # Other features, or another number of samples, give numbers that cannot be ranked.
+        ({"fid": 1.0, "features": "inception"}, {}, set(), set()),
+        ({"fid": 1.0, "num_samples": 500}, {}, set(), set()),
+        ({"nfe_sampling": 10}, {}, set(), set()),
+    ],
+)
+def test_bold_marks_only_what_is_best(
+    tmp_path: Path, first: dict[str, Any], second: dict[str, Any], bold_a: set[str], bold_b: set[str]
+) -> None:
+    assert bold_columns(tmp_path, first, second) == (bold_a, bold_b)
+
+
+def test_bold_needs_a_lead_over_the_runner_up(tmp_path: Path) -> None:
+    """Three runs: the best is far ahead of the last but not of the second; equals without errors share the bold."""
+    nll_and_fid = ((2.50, 7.0), (2.51, 4.0), (3.0, 4.0))
+    paths = [make_run(tmp_path / f"r{i}", nll_bits_per_dim=nll, fid=fid) for i, (nll, fid) in enumerate(nll_and_fid)]
+    text = text_of(paths)
+    rows = [table_row(text, f"(r{i})") for i in range(3)]
+    assert [row["NLL ↓ (bits/dim)"].startswith("**") for row in rows] == [False, False, False]
+    assert [row["FID ↓"].startswith("**") for row in rows] == [False, True, True]
+
+
+def test_mixed_features_are_said_to_be_incomparable(tmp_path: Path) -> None:
+    text = text_of([make_run(tmp_path / "a"), make_run(tmp_path / "b", features="inception")])
+    assert "must not be compared with one another" in text
+    assert "(a: classifier-digits, 1000 samples; b: inception, 1000 samples)" in text
+    statistics = dict(features="inception", reference="cifar10_stats.npz", num_reference=50_000)
+    text = text_of([make_run(tmp_path / "c", features="inception"), make_run(tmp_path / "d", **statistics)])
+    assert "d: inception, 1000 samples against 50000 (cifar10_stats.npz)" in text
+    assert "must not be compared with one another" in text
+
+
+def test_what_gave_the_numbers_is_said(tmp_path: Path) -> None:
+    measured = dict(features="inception", reference="training images", num_reference=50_000)
+    paths = [make_run(tmp_path / backend, backend=backend, **measured) for backend in ("torch", "tensorflow-gan")]
+    expected = "Features: inception, 1000 samples against 50000 (training images)"
+    assert f"{expected}; FID, KID and IS computed by tensorflow-gan and torch." in text_of(paths)
+    assert f"{expected}; FID, KID and IS computed by torch." in text_of(paths[:1])
+
+
+def test_classifier_features_are_said_not_to_be_inception(digits: tuple[Path, ...], tmp_path: Path) -> None:
+    text = text_of(digits)
+    assert "classifier-digits (its test accuracy is 97.5 %)" in text
+    assert "comparable within this report only, not with Inception FID" in text
+    for features in ("inception", "inception-tfhub"):
+        assert "comparable within" not in text_of([make_run(tmp_path / features / "u", features=features)])
+    other = text_of([make_run(tmp_path / "other" / "u", features="inception-12345678")])
+    assert "inception-12345678 (not the published weights): they are comparable within" in other
+
+
+# --------------------------------------------------------------------------------------------------------- comparisons
+
+
+def test_paired_difference_by_hand(tmp_path: Path) -> None:
+    """d = (−0.1, −0.2, −0.1): mean −0.4/3 = −0.1333, std √(0.02/3 / 2) = 0.05774, s.e. 0.05774/√3 = 0.03333."""
+    u, qc = np.array([2.0, 3.0, 4.0]), np.array([1.9, 2.8, 3.9])
+    runs = [
+        make_run(tmp_path / "u", nll=u, nll_bits_per_dim=u.mean(), nll_bits_per_dim_se=0.58),
+        make_run(tmp_path / "qc", qc_weight=1.0, nll=qc, nll_bits_per_dim=qc.mean(), nll_bits_per_dim_se=0.58),
+    ]
+    text = text_of(runs)
+    expected = "ΔNLL = -0.133 ± 0.033 bits/dim (paired over 3 test images); lower (better) by 4.0 standard errors."
+    assert expected in text
+    # The same runs without the per-image values: √2 · 0.58 = 0.82.
+    (runs[1] / "eval" / "nll.npz").unlink()
+    text = text_of(runs)
+    expected = "ΔNLL = -0.13 ± 0.82 bits/dim (unpaired: qc has no eval/nll.npz); the two cannot be told apart"
+    assert expected in text
+
+
+@pytest.mark.parametrize("other", [np.full(4, 2.9), np.full(3, 7.0)], ids=["other length", "stale file"])
+def test_runs_that_do_not_fit_are_not_paired(tmp_path: Path, other: np.ndarray) -> None:
+    runs = [
+        make_run(tmp_path / "u", nll=np.full(3, 3.0), nll_bits_per_dim=3.0),
+        make_run(tmp_path / "qc", qc_weight=1.0, nll=other, nll_bits_per_dim=2.9),
+    ]
+    text = text_of(runs)
+    assert "ΔNLL = -0.100 ± 0.014 bits/dim (unpaired: " in text
+    assert ("4 and 3 test images)" if len(other) == 4 else "of qc are not of one evaluation)") in text
+
+
+def test_ratio_and_its_error_by_hand(digits: tuple[Path, ...]) -> None:
+    """NAsym: 8e-4/2e-3 = 0.4, relative errors 5 % and 5 %, together 7.07 %: 0.0283. Asym: 0.25, 4 % and 5 %."""
+    text = text_of(digits)
+    assert "NAsym: 0.400 ± 0.028 times the baseline's; lower." in text
+    assert "Asym: 0.250 ± 0.016 times the baseline's; lower." in text
+    assert "NAsym: zero up to round-off (1.00e-13; baseline 2.00e-3)." in text
+
+
+def test_ratio_within_two_errors_is_no_difference(tmp_path: Path) -> None:
+    """2 √2 · 1e-4 = 2.83e-4 between NAsym 2.0e-3 and 1.75e-3 or 1.70e-3."""
+    nasym = {"u": 2.0e-3, "near": 1.75e-3, "far": 1.70e-3}
+    runs = [make_run(tmp_path / name, nasym=value) for name, value in nasym.items()]
+    text = text_of(runs)
+    near, far = text.split("(near) against the baseline:")[1].split("(far) against the baseline:")
+    assert "NAsym: 0.875 ± 0.066 times the baseline's; the two cannot be told apart" in near
+    assert "NAsym: 0.850 ± 0.066 times the baseline's; lower." in far
+
+
+def test_baseline(digits: tuple[Path, ...], tmp_path: Path) -> None:
+    u, qc, c = digits
+    assert "Baseline: U-NCSN++ (u)." in text_of([c, qc, u])
+    text = text_of([u, qc, c], baseline="c")
+    assert "Baseline: C-NCSN++ (c)." in text
+    assert "NAsym: no ratio, the baseline's is zero up to round-off." in text
+    assert "no --baseline was given" in text_of([qc, c])
+    assert "nothing to compare" in text_of([u])
+    longer = make_run(tmp_path / "longer", checkpoint_step=9000)
+    assert "step 9000, the baseline's 6000" in text_of([u, longer])
+
+
+def test_every_data_set_has_its_own_section_baseline_and_figures(tmp_path: Path) -> None:
+    """Two sets, two runs each: compared within a set only, whether the baseline is chosen or named."""
+    paths = [
+        make_run(tmp_path / dataset / name, qc_weight=weight, dataset=dataset)
+        for dataset in ("digits", "SVHN")
+        for name, weight in (("u", 0.0), ("qc", 1e-4))
+    ]
+    text = main.write_report(paths)
+    assert [line for line in text.splitlines() if line.startswith("# ")] == [
+        "# Results on digits", "# Results on SVHN", "# Tables 2 and 3 of the paper",
+    ]  # fmt: skip
+    digits, svhn = text.split("# Results on SVHN")
+    for part, name in ((digits, "digits"), (svhn, "SVHN")):
+        assert f"Baseline: U-NCSN++ ({name}/u)." in part
+        assert f"QC-NCSN++ ({name}/qc, λ = 1e-4) against the baseline" in part
+    assert "![Asym and NAsym against t](1_digits_asymmetry_vs_t.png)" in digits
+    assert "![Asym and NAsym against t](2_svhn_asymmetry_vs_t.png)" in svhn
+    assert len(list(tmp_path.glob("*.png"))) == 6
+    text = text_of(paths, "qc")
+    assert text.count("Baseline: QC-NCSN++") == 2
+    text = text_of(paths, "SVHN/qc")
+    assert "Baseline: U-NCSN++ (digits/u)" in text and "Baseline: QC-NCSN++ (SVHN/qc" in text
+
+
+@pytest.mark.parametrize("data", [{"dataset": "mnist"}, {"dataset": "digits", "path": "mine.npz"}], ids=str)
+def test_other_data_are_never_compared(tmp_path: Path, data: dict[str, str]) -> None:
+    runs = [make_run(tmp_path / "u"), make_run(tmp_path / "v")]
+    edit_config(runs[1], data=data)
+    assert text_of(runs).count("One run: nothing to compare it with.") == 2
+
+
+def test_a_part_of_the_test_set_is_said(tmp_path: Path) -> None:
+    part = dict(nll_images=100, test_images=10000)
+    runs = [make_run(tmp_path / "u", **part, asym_images=8), make_run(tmp_path / "v", **part, asym_images=10000)]
+    text = text_of(runs)
+    assert "NLL: over 100 of 10000 test images." in text
+    assert "Asym and NAsym: over test images, u: 8 of 10000; v: 10000 of 10000." in text
+    assert "test images" not in text_of([make_run(tmp_path / "old")]).split("## Comparison")[0].split("KID:")[1]
+
+
+def test_missing_errors_allow_no_conclusion(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "u"), make_run(tmp_path / "v", nll_bits_per_dim_se=None, nasym_se=None, asym=None)]
+    text = text_of(runs)
+    assert text.count("nothing can be concluded") == 2
+    assert "Asym: not computed for both runs." in text
+
+
+# ------------------------------------------------------------------------------------------------- names and the output
+
+
+def test_output_folder(digits: tuple[Path, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "new" / "folder"
+    assert main.main([*map(str, digits), "--output", str(target), "--baseline", "qc"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == (target / "report.md").read_text()
+    assert "Baseline: QC-NCSN++" in printed
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_equal_names_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "first" / "u"), make_run(tmp_path / "second" / "u")]
+    text = main.write_report(runs)
+    assert table_row(text, "first/u")["Model (run)"] == "U-NCSN++ (first/u)"
+    assert (tmp_path / "report.md").is_file()
+    with pytest.raises(ValueError, match="'u' fits more than one run; allowed: first/u, second/u"):
+        main.write_report(runs, baseline="u")
+
+
+def test_label_and_architecture_come_from_the_config(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "u")
+    config = json.loads((run / "config.json").read_text()) | {"label": "600k"}
+    config["model"]["embedding_type"] = "positional"
+    (run / "config.json").write_text(json.dumps(config))
+    assert load_run(run).label == "U-DDPM++ (600k)"
+
+
+def test_help_is_quick() -> None:
+    """Neither torch nor matplotlib is loaded before there is something to draw."""
+    code = "import sys, report; print({'torch', 'matplotlib'} & set(sys.modules))"
+    root = Path(main.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def damage(run: Path, file: str, content: str | bytes) -> None:
+    (run / file).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def edit_config(run: Path, **sections: Any) -> None:
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | sections))
+
+
+ERRORS: dict[str, tuple[Any, str]] = {
+    "no folder": (lambda u: shutil.rmtree(u), "no such folder"),
+    "no config": (lambda u: (u / "config.json").unlink(), "no config.json"),
+    "not evaluated": (
+        lambda u: (u / "eval" / "metrics.json").unlink(),
+        "run --mode eval first: python main.py --config=... --workdir=",
+    ),
+    "damaged config": (lambda u: damage(u, "config.json", '{\n"data": {\n'), "config.json, line 3: damaged JSON"),
+    "damaged metrics": (lambda u: damage(u, "eval/metrics.json", '{"fid": 1,\n\n'), "metrics.json, line 3: damaged"),
+    "truncated log": (
+        lambda u: damage(u, "metrics.jsonl", '{"step": 1, "dsm": 2}\n{"step": 2, "ds'),
+        "metrics.jsonl, line 2: damaged JSON",
+    ),
+    "log of lists": (lambda u: damage(u, "metrics.jsonl", '{"step": 1}\n\n[1]\n'), "metrics.jsonl, line 3: a JSON"),
+    "log without steps": (lambda u: damage(u, "metrics.jsonl", '{"dsm": 1}'), "metrics.jsonl, line 1: the row has no"),
+    "log of words": (lambda u: damage(u, "metrics.jsonl", '{"step": 1, "dsm": "1"}'), "line 1: dsm='1'; a number"),
+    "not text": (lambda u: damage(u, "metrics.jsonl", b'{"step": 1}\n\xff'), "metrics.jsonl, line 2: damaged JSON"),
+    "metric of words": (lambda u: damage(u, "eval/metrics.json", '{"fid": "low"}'), "fid='low'; a number or null"),
+    "likelihood number": (lambda u: damage(u, "eval/metrics.json", '{"likelihood": 1}'), "likelihood=1; a string or"),
+    "sampler number": (lambda u: damage(u, "eval/metrics.json", '{"sampler": 1}'), "sampler=1; a string or null"),
+    "no data set": (lambda u: edit_config(u, data={}), "config.data.dataset is missing"),
+    "unknown model": (
+        lambda u: edit_config(u, model={"parameterization": "free"}),
+        "config.model.parameterization='free'; allowed: 'unconstrained', 'conservative'",
+    ),
+    "weight of words": (lambda u: edit_config(u, training={"qc_weight": "1"}), "config.training.qc_weight='1'"),
+    "damaged samples": (lambda u: damage(u, "eval/samples.npz", b"PK\x03\x04 no archive"), "samples.npz: damaged"),
+    "no archive": (
+        lambda u: (np.save(u / "array.npy", np.zeros(3)), (u / "array.npy").rename(u / "eval" / "nll.npz")),
+        "nll.npz: damaged, or not a .npz archive",
+    ),
+    "objects": (
+        lambda u: np.savez(u / "eval" / "nll.npz", nll_bits_per_dim=np.array([None])),
+        "nll.npz: damaged, or not a .npz archive of plain arrays",
+    ),
+    "other arrays": (lambda u: np.savez(u / "eval" / "nll.npz", nll=np.zeros(3)), "must hold the arrays nll_bits_per"),
+    "no images": (
+        lambda u: np.savez(u / "eval" / "nll.npz", nll_bits_per_dim=np.zeros(0)),
+        "nll_bits_per_dim must have the shape (N,); found (0,)",
+    ),
+    "float images": (
+        lambda u: np.savez(u / "eval" / "samples.npz", images=np.zeros((2, 8, 8, 1)), num_levels=17),
+        "images must be uint8",
+    ),
+    "too bright": (
+        lambda u: np.savez(u / "eval" / "samples.npz", images=np.full((2, 8, 8, 1), 17, np.uint8), num_levels=17),
+        "num_levels=17 does not fit the largest pixel level 17",
+    ),
+    "uneven arrays": (
+        lambda u: np.savez(
+            u / "eval" / "asymmetry.npz",
+            **{key: np.zeros(3 + (key == "nasym")) for key in ("t", "sigma", "asym", "asym_se", "nasym", "nasym_se")},
+        ),
+        "asymmetry.npz: its arrays must all have one shape (T,)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_damaged_run_is_one_line_and_code_2(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil, message = ERRORS[name]
+    good, bad = make_run(tmp_path / "good"), make_run(tmp_path / "bad")
+    spoil(bad)
+    assert main.main([str(good), str(bad)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert str(bad) in captured.err
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_wrong_arguments(digits: tuple[Path, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    u, qc, _ = map(str, digits)
+    occupied = tmp_path / "file"
+    occupied.touch()
+    for arguments, message in (
+        ([u, qc, f"{tmp_path}/qc/../u"], "the run is given twice"),
+        ([u, qc, "--baseline", "c"], "--baseline='c' is not among the runs; allowed: u, qc"),
+        ([u, "--output", str(occupied)], "is a file; a folder is needed"),
+        ([u, "--output", str(occupied / "below")], "Not a directory"),
+    ):
+        assert main.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "report.md").exists()

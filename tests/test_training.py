@@ -1,0 +1,235 @@
+"""The small training loop: closed-form descents, resumption bit for bit, losses that are not finite."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from checkpoints import CheckpointError, CheckpointStore
+from experiment.metrics_log import MetricsLog
+from training import fit
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+class Regression:
+    """A line fitted to noisy data that are drawn anew, and keyed by the step, in every step."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def fit(self, *, kill_in_loss: int = -1, nan_in_loss: int = -1, **options) -> nn.Module:
+        """One attempt, from the checkpoint in the folder; ``updates`` are those of the progress bar."""
+        self.module = nn.Linear(3, 1)
+        with torch.no_grad():
+            for parameter in self.module.parameters():
+                parameter.fill_(0.5)
+        self.steps, self.updates = [], []
+
+        def loss(step: int) -> dict[str, torch.Tensor]:
+            if step == kill_in_loss:
+                raise Killed
+            self.steps.append(step)
+            x = torch.randn(16, 3, generator=torch.Generator().manual_seed(step))
+            error = ((self.module(x) - x.sum(1, keepdim=True)) ** 2).mean()
+            size = (self.module.weight**2).sum()
+            return {"loss": error * (float("nan") if step == nan_in_loss else 1), "size": size}
+
+        settings = dict(n_iters=50, grad_clip=1.0, log_freq=7, save_freq=10, update=self.updates.append)
+        settings |= dict(observe=self.observe)
+        fit(
+            self.module, loss, torch.optim.Adam(self.module.parameters(), lr=0.05), self.directory, **settings | options
+        )
+        return self.module
+
+    def observe(self) -> dict[str, float]:
+        return {"weight": self.module.weight[0, 0].item()}
+
+    def log(self) -> str:
+        return (self.directory / "metrics.jsonl").read_text()
+
+    def checkpoint(self) -> dict:
+        return CheckpointStore(self.directory / "checkpoints", keep=1, milestone_every=0).load_latest()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Regression:
+    run = Regression(tmp_path_factory.mktemp("uninterrupted"))
+    run.fit()
+    return run
+
+
+def assert_same(run: Regression, other: Regression) -> None:
+    for (name, value), expected in zip(run.module.named_parameters(), other.module.parameters(), strict=True):
+        assert torch.equal(value, expected), name
+    assert run.log() == other.log()
+    assert str(run.checkpoint()) == str(other.checkpoint())
+
+
+# 0, 4: before any checkpoint; 10: just after one; 23: rows of the log after it; 29, 49: the step before one.
+@pytest.mark.parametrize("kills", [[0], [4], [10], [23], [29, 49], [4, 4, 12, 13, 31]])
+def test_killed_and_resumed_it_ends_at_the_same_weights_and_log(tmp_path, uninterrupted, kills):
+    run = Regression(tmp_path)
+    for kill in kills:
+        with pytest.raises(Killed):
+            run.fit(kill_in_loss=kill)
+    run.fit()
+    resumed_from = kills[-1] // 10 * 10
+    assert run.steps == list(range(resumed_from, 50))
+    assert run.updates == ([resumed_from] if resumed_from else []) + [1] * (50 - resumed_from)
+    assert_same(run, uninterrupted)
+
+
+def test_killed_between_log_and_checkpoint(tmp_path, uninterrupted, monkeypatch):
+    run = Regression(tmp_path)
+
+    def killed(*_) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckpointStore, "save", killed)
+        with pytest.raises(Killed):
+            run.fit()  # in the first save, of step 10
+    with monkeypatch.context() as patched:
+        save = CheckpointStore.save
+        patched.setattr(CheckpointStore, "save", lambda *given: killed() if given[2] == 50 else save(*given))
+        with pytest.raises(Killed):
+            run.fit()
+    assert json.loads(run.log().splitlines()[-1])["step"] == 50  # written, and to be written again
+    run.fit()
+    assert_same(run, uninterrupted)
+
+
+def test_killed_while_it_wrote_a_row(tmp_path, uninterrupted):
+    run = Regression(tmp_path)
+    with pytest.raises(Killed):
+        run.fit(kill_in_loss=23)
+    (tmp_path / "metrics.jsonl").write_text(run.log()[:-9])
+    run.fit()
+    assert_same(run, uninterrupted)
+
+
+def test_a_finished_run_is_left_alone(tmp_path, uninterrupted):
+    run = Regression(uninterrupted.directory)
+    log = run.log()
+    run.fit()
+    assert run.steps == [] and run.updates == [50]
+    assert_same(run, uninterrupted)
+    assert run.log() == log
+
+
+def test_a_longer_run_continues_a_shorter_one(tmp_path, uninterrupted):
+    run = Regression(tmp_path)
+    run.fit(n_iters=20)
+    run.fit()
+    assert run.steps == list(range(20, 50))
+    for value, expected in zip(run.module.parameters(), uninterrupted.module.parameters(), strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_log_holds_means_since_the_row_before_and_present_weights(tmp_path):
+    """SGD on w²/2 with rate 1/10: w after k steps is w_0 0.9^k."""
+    weight = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    module = nn.ParameterList([weight])
+    terms = {"loss": lambda: 0.5 * weight**2, "weight": lambda: weight * 1}
+    fit(
+        module,
+        lambda step: {name: term() for name, term in terms.items()},
+        torch.optim.SGD([weight], lr=0.1),
+        tmp_path,
+        n_iters=11,
+        log_freq=4,
+        save_freq=3,
+        observe=lambda: {"now": weight.item()},
+    )
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    expected = [2 * 0.9**k for k in range(12)]
+    assert [row["step"] for row in rows] == [0, 4, 8, 11]
+    assert rows[0] == {"step": 0, "now": 2.0}
+    for row, since in zip(rows[1:], (range(0, 4), range(4, 8), range(8, 11)), strict=True):
+        assert row["now"] == pytest.approx(expected[row["step"]], rel=1e-12)
+        assert row["weight"] == pytest.approx(sum(expected[k] for k in since) / len(since), rel=1e-12)
+        assert row["loss"] == pytest.approx(sum(expected[k] ** 2 / 2 for k in since) / len(since), rel=1e-12)
+    assert (tmp_path / "tensorboard").is_dir()
+
+
+def test_gradient_norm_is_clipped(tmp_path):
+    """On 5‖w‖² from w = (6, 8) the clipped step is 0.1 along w, whose norm falls from 10 to 9.5 in five steps."""
+    weight = nn.Parameter(torch.tensor([6.0, 8.0], dtype=torch.float64))
+    fit(
+        nn.ParameterList([weight]),
+        lambda step: {"loss": 5 * (weight**2).sum()},
+        torch.optim.SGD([weight], lr=0.1),
+        tmp_path,
+        n_iters=5,
+        grad_clip=1.0,
+    )
+    # clip_grad_norm_ divides by norm + 1e-6.
+    torch.testing.assert_close(weight.data, torch.tensor([5.7, 7.6], dtype=torch.float64), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("step", [19, 20, 25])
+def test_loss_that_is_not_finite(tmp_path, step):
+    run = Regression(tmp_path)
+    with pytest.raises(FloatingPointError, match="not finite at or before step"):
+        run.fit(nan_in_loss=step)
+    state = run.checkpoint()
+    assert state["step"] == (10 if step == 19 else 20)
+    assert all(weight.isfinite().all() for weight in state["model"].values())
+    rows = [json.loads(line) for line in run.log().splitlines()]
+    assert max(row["step"] for row in rows) <= step
+    assert all(value == value for row in rows for value in row.values())
+    # With the cause removed it goes on from there.
+    run.fit()
+    assert run.steps[0] == state["step"]
+
+
+def test_finite_loss_with_a_gradient_that_is_not(tmp_path):
+    """√0 in the step of a checkpoint: the loss is 0, its gradient infinite, and the weights must not be stored."""
+    weight = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    module = nn.ParameterList([weight])
+
+    def loss(step: int) -> dict[str, torch.Tensor]:
+        return {"loss": ((0.0 if step == 3 else 1.0) * weight).sqrt().sum()}
+
+    with pytest.raises(FloatingPointError, match="grad_norm is not finite at or before step 4"):
+        fit(module, loss, torch.optim.SGD([weight], lr=0.1), tmp_path, n_iters=6, save_freq=2)
+    state = CheckpointStore(tmp_path / "checkpoints", keep=1, milestone_every=0).load_latest()
+    assert state["step"] == 2
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_checkpoints_of_another_module_are_refused(tmp_path):
+    run = Regression(tmp_path)
+    run.fit(n_iters=5)
+    module = nn.Linear(4, 1)
+    before = module.weight.clone()
+    with pytest.raises(CheckpointError, match="another architecture: weight has shape"):
+        fit(module, lambda step: {}, torch.optim.SGD(module.parameters(), lr=1.0), tmp_path, n_iters=9)
+    assert torch.equal(module.weight, before)
+
+
+def test_logging_does_not_import_tensorflow(tmp_path):
+    """Which TensorBoard does by itself where it is installed."""
+    program = "import sys; from pathlib import Path; from metrics_log import MetricsLog\n"
+    program += "with MetricsLog(Path(sys.argv[1]), 0) as log: log.write(1, {'loss': 1.0})\n"
+    program += "sys.exit('tensorflow' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=Path(__file__).parents[1])
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_log_with_other_bytes_in_it_is_gone_on_with(tmp_path):
+    """What a full disk or a killed process may leave: lines that are no rows go, the others stay."""
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n\xff\xfe\x00\n{"step": 2, "lo')
+    with MetricsLog(tmp_path, 5) as log:
+        log.write(6, {"loss": 1.0})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": 2.0}, {"step": 6, "loss": 1.0}]
