@@ -16,6 +16,7 @@ $(VENV)/.installed: requirements.txt
 
 test: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2
 
 # U, from its checkpoint at step 1800 QC, and C, on the bundled digits. The U model itself goes on to step 2500, which

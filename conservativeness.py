@@ -86,9 +86,7 @@ def vjp(value: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = False) -> T
     """Jᵀv (B, ...) by one backward pass through an already computed score; the graph is kept."""
     if not value.requires_grad:  # a score that does not depend on x at all
         return torch.zeros_like(x)
-    (product,) = torch.autograd.grad(
-        value, x, v, create_graph=create_graph, retain_graph=True, materialize_grads=True
-    )
+    (product,) = torch.autograd.grad(value, x, v, create_graph=create_graph, retain_graph=True, materialize_grads=True)
     return product
 
 

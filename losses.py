@@ -99,9 +99,7 @@ class Objective(nn.Module):
         super().__init__()
         if not qc_weight >= 0:
             raise ValueError(f"training.qc_weight={qc_weight}: allowed are values >= 0")
-        counts = dict(
-            qc_probes=qc_probes, qc_interval=qc_interval, qc_stride=qc_stride, qc_probe_chunk=qc_probe_chunk
-        )
+        counts = dict(qc_probes=qc_probes, qc_interval=qc_interval, qc_stride=qc_stride, qc_probe_chunk=qc_probe_chunk)
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"training.{name}={count}: at least 1")

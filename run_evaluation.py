@@ -123,9 +123,7 @@ def _evaluate(run: Run, step: int, quality: _SampleQuality | None) -> dict:
     return metrics
 
 
-def run_for_evaluation(
-    config: ConfigDict, workdir: str | Path, runtime: Runtime, checkpoint: str | Path | None
-) -> Run:
+def run_for_evaluation(config: ConfigDict, workdir: str | Path, runtime: Runtime, checkpoint: str | Path | None) -> Run:
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise CheckpointError(f"--checkpoint={checkpoint}: no such file")
     return Run(config, workdir, runtime, free_fields=FREE_IN_EVALUATION)

@@ -184,9 +184,7 @@ class _Measured:
         name = f"samples{_condition(run.config)}"
         identity = {"sampling": sampling_settings(run), **self.identity()}
         arrays = compute_stage(run, name, len(self.images) * each, identity, self._compute)
-        per_image = {
-            name: values.reshape(len(self.images), each, *values.shape[1:]) for name, values in arrays.items()
-        }
+        per_image = {name: values.reshape(len(self.images), each, *values.shape[1:]) for name, values in arrays.items()}
         if run.accelerator.is_main_process:
             metrics = self._metrics(per_image)
             given = self.run.to_pixels(self.operator.pseudo_inverse(self.y)).permute(0, 2, 3, 1).cpu().numpy()
@@ -212,9 +210,7 @@ class _Measured:
             run.config, run.sde, run.score, self.operator, y, prior_variance=self.prior_variance
         )
         like = torch.zeros_like(self.images[image])
-        result = run.sampler(
-            score, like, generator, projection=projection, progress=run.accelerator.is_main_process
-        )
+        result = run.sampler(score, like, generator, projection=projection, progress=run.accelerator.is_main_process)
         if not bool(result.x.isfinite().all()):
             raise FloatingPointError(
                 f"samples are not finite; try a smaller sampling.guidance_weight={self.sampling.guidance_weight:g}, or "

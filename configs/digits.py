@@ -20,9 +20,7 @@ MODELS = {
 
 def get_config(model="u"):
     config = base_config()
-    config.data.update(
-        dataset="digits", image_size=8, num_channels=1, random_flip=False, uniform_dequantization=True
-    )
+    config.data.update(dataset="digits", image_size=8, num_channels=1, random_flip=False, uniform_dequantization=True)
     config.model.update(nf=16, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0, sigma_max=10.0)
     config.optim.update(lr=1e-3, warmup=200)
     config.training.update(

@@ -112,9 +112,7 @@ def uniform(
     return _draw(Tensor.uniform_, shape, generator, torch.device(device), dtype or torch.get_default_dtype())
 
 
-def random_bits(
-    shape: Sequence[int], generator: Generator = None, *, device: torch.device | str = "cpu"
-) -> Tensor:
+def random_bits(shape: Sequence[int], generator: Generator = None, *, device: torch.device | str = "cpu") -> Tensor:
     """Integers int64 of shape (B, ...), uniform on all that there are (but the largest)."""
     return _draw(_fill_with_bits, shape, generator, torch.device(device), torch.int64)
 

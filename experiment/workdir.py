@@ -95,9 +95,7 @@ def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def differences(
-    stored: Mapping[str, object], given: Mapping[str, object], free_fields: tuple[str, ...] = ()
-) -> str:
+def differences(stored: Mapping[str, object], given: Mapping[str, object], free_fields: tuple[str, ...] = ()) -> str:
     """In words, the first fields in which two nested settings differ; empty if they agree.
 
     Fields whose dotted name starts with one of ``free_fields`` may differ.

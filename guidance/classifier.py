@@ -63,9 +63,7 @@ class NoiseConditionalClassifier(nn.Module):
         activation = nn.SiLU()
         self.embedding = FourierEmbedding(nf, scale=1.0)
         self.time_mlp = nn.Sequential(dense(self.embedding.out_features, 4 * nf), activation, dense(4 * nf, 4 * nf))
-        options = dict(
-            activation=activation, temb_features=4 * nf, dropout=dropout, init_scale=1.0, skip_rescale=True
-        )
+        options = dict(activation=activation, temb_features=4 * nf, dropout=dropout, init_scale=1.0, skip_rescale=True)
         self.stem = conv3x3(channels, nf)
         self.blocks = nn.ModuleList()
         channels = nf

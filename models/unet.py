@@ -118,9 +118,7 @@ class _DecoderBlock(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(
-        self, h: Tensor, temb: Tensor | None, pyramid: Tensor, skips: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, temb: Tensor | None, pyramid: Tensor, skips: list[Tensor]) -> tuple[Tensor, Tensor]:
         return self.block(concatenate(h, skips.pop()), temb), pyramid
 
 
@@ -131,9 +129,7 @@ class _LevelEnd(nn.Module):
         super().__init__()
         self.attention, self.output, self.up = attention, output, up
 
-    def forward(
-        self, h: Tensor, temb: Tensor | None, pyramid: Tensor, skips: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, temb: Tensor | None, pyramid: Tensor, skips: list[Tensor]) -> tuple[Tensor, Tensor]:
         h, pyramid = self.output(self.attention(h), pyramid)
         return (h if self.up is None else self.up(h, temb)), pyramid
 
@@ -287,9 +283,7 @@ class UNet(nn.Module):
         temb_features = 4 * nf if conditional else None
         self.time_mlp = None
         if conditional:
-            self.time_mlp = nn.Sequential(
-                dense(self.embedding.out_features, 4 * nf), act, dense(4 * nf, 4 * nf)
-            )
+            self.time_mlp = nn.Sequential(dense(self.embedding.out_features, 4 * nf), act, dense(4 * nf, 4 * nf))
         self.class_embedding = nn.Embedding(num_classes, 4 * nf) if num_classes else None
 
         options = dict(

@@ -132,9 +132,7 @@ def test_langevin_sample_depends_on_its_own_generator_alone():
 
 def test_langevin_keeps_images_and_their_precision():
     x = torch.randn(4, 3, 2, 2)
-    trajectory = run_langevin(
-        lambda x, t: -x, x, [0.1] * 5, log_density=lambda x, t: -0.5 * (x**2).flatten(1).sum(1)
-    )
+    trajectory = run_langevin(lambda x, t: -x, x, [0.1] * 5, log_density=lambda x, t: -0.5 * (x**2).flatten(1).sum(1))
     assert trajectory.x.shape == (6, 4, 3, 2, 2) and trajectory.x.dtype == torch.float32
     assert trajectory.accepted.shape == (5, 4) and torch.equal(trajectory.x[0], x)
 

@@ -405,9 +405,7 @@ def test_bad_input_is_refused_before_any_work(tmp_path, overrides, message):
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize(
-    "options", [dict(device="tpu"), dict(precision="fp8"), dict(accumulation_steps=0)], ids=str
-)
+@pytest.mark.parametrize("options", [dict(device="tpu"), dict(precision="fp8"), dict(accumulation_steps=0)], ids=str)
 def test_bad_runtime(options):
     with pytest.raises(run_lib.InvalidRun, match=next(iter(options))):
         run_lib.Runtime(**options)

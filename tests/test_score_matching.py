@@ -155,9 +155,7 @@ def test_sliced_by_hand(variance_reduction):
         square = (value**2).sum((1, 2, 3)) if variance_reduction else (v * value.flatten(1)).sum(1) ** 2
         expected += (torch.einsum("bi,bij,bj->b", v, j, v) + 0.5 * square) / probes
     generator = torch.Generator().manual_seed(1)
-    loss = sliced_score_matching(
-        score, x, t, probes=probes, variance_reduction=variance_reduction, generator=generator
-    )
+    loss = sliced_score_matching(score, x, t, probes=probes, variance_reduction=variance_reduction, generator=generator)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
 
 

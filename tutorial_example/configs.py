@@ -10,9 +10,7 @@ from configs.defaults import base_config, use_vp
 
 def get_config():
     config = use_vp(base_config())
-    config.data.update(
-        dataset="digits", image_size=8, num_channels=1, random_flip=False, uniform_dequantization=True
-    )
+    config.data.update(dataset="digits", image_size=8, num_channels=1, random_flip=False, uniform_dequantization=True)
     config.model.update(nf=16, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0, ema_rate=0.99)
     config.optim.update(lr=1e-3, warmup=100)
     config.training.update(

@@ -237,9 +237,7 @@ def posterior_difference(sde: VP, ladder: Ladder) -> float:
     return max(float((difference / closed_std).abs().max()) for difference in differences)
 
 
-def _product(
-    a: Tensor, b: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, x0: Tensor
-) -> tuple[Tensor, Tensor]:
+def _product(a: Tensor, b: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of y given N(x; a y, b²) and y ~ N(α x_0, σ²)."""
     precision = a**2 / b**2 + 1 / sigma**2
     return (a / b**2 * x + alpha / sigma**2 * x0) / precision, precision.rsqrt()
@@ -337,9 +335,7 @@ class EpsilonAndScore(TutorialFigure):
         figure = new_figure(8.4, 2.8)
         axes = figure.subplots(1, 3)
         count = math.isqrt(len(arrays["density"]))
-        for ax, key, title in zip(
-            axes, ("score", "epsilon"), ("score s", "E[ε|x] = −σ s"), strict=False
-        ):
+        for ax, key, title in zip(axes, ("score", "epsilon"), ("score s", "E[ε|x] = −σ s"), strict=False):
             extent = (-2.8, 2.8, -2.8, 2.8)
             ax.imshow(arrays["density"].reshape(count, count), origin="lower", extent=extent, cmap="Greys")
             ax.quiver(*arrays["grid"].T, *arrays[key].T, color="tab:blue", width=0.006)

@@ -251,8 +251,7 @@ class ProbabilityFlow(TutorialFigure):
             f"log p at {self.points} points, by the ODE (rtol = atol = 1e-5) against the mixture's density:\n\n"
             + markdown_table(header, rows)
             + f"\nInterpolation between {self.pairs} pairs; rare: of lower density than 99 % of the data, so that "
-            "1 % is right:\n\n"
-            + markdown_table(between_header, between)
+            "1 % is right:\n\n" + markdown_table(between_header, between)
         )
 
     def draw(self, result: Result) -> Figure:

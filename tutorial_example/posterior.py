@@ -43,9 +43,7 @@ def correlated(sde: SDE, dimension: int, length: float) -> Gaussian:
     return Gaussian(sde, 0.5 * torch.sin(i), VARIANCE * torch.exp(-(i[:, None] - i[None, :]).abs() / length))
 
 
-def gaussian_posterior(
-    data: Gaussian, operator: LinearOperator, y: Tensor, noise_std: float
-) -> tuple[Tensor, Tensor]:
+def gaussian_posterior(data: Gaussian, operator: LinearOperator, y: Tensor, noise_std: float) -> tuple[Tensor, Tensor]:
     """Means (K, D) and the covariance (D, D) of x_0 given y (K, m), y = A x_0 + n.
 
     With G = CAᵀ(ACAᵀ + σ_y² I)⁻¹ they are m + G(y − Am) and C − GAC.
@@ -107,9 +105,7 @@ class Posterior(TutorialFigure):
 
         def pigdm(prior_variance: float) -> Callable[..., Conditioned]:
             def condition(data: Gaussian, a: LinearOperator, y: Tensor, noise: float) -> Conditioned:
-                return PseudoinverseGuidance(
-                    data.sde, data.score, a, y, noise, prior_variance=prior_variance
-                ), None
+                return PseudoinverseGuidance(data.sde, data.score, a, y, noise, prior_variance=prior_variance), None
 
             return condition
 
@@ -153,9 +149,9 @@ class Posterior(TutorialFigure):
                 data.sde, "euler_maruyama", corrector, num_steps=self.num_steps, snr=0.3, corrector_steps=2
             )
             like = torch.empty(self.measurements * self.samples, self.dimension, dtype=torch.float64)
-            x = sampler(
-                reporting(score, update), like, generator(self.name, "samples"), projection=projection
-            ).x.view(self.measurements, self.samples, self.dimension)
+            x = sampler(reporting(score, update), like, generator(self.name, "samples"), projection=projection).x.view(
+                self.measurements, self.samples, self.dimension
+            )
             means, covariance = gaussian_posterior(data, operator, y, noise)
             measured = self.measure(x, means, covariance, data.mean)
             misfit = operator(x.flatten(0, 1)) - y.repeat_interleave(self.samples, 0)

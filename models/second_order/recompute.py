@@ -145,9 +145,7 @@ class _Recomputed(torch.autograd.Function):
                 if not outputs:
                     return [torch.zeros_like(tensor) for tensor in wanted]
                 values, directions = zip(*outputs, strict=True)
-                return torch.autograd.grad(
-                    values, wanted, directions, create_graph=nested, materialize_grads=True
-                )
+                return torch.autograd.grad(values, wanted, directions, create_graph=nested, materialize_grads=True)
 
         arguments = [*inputs, *(cotangents[i] for i in present)]
         found = _apply(derivative, arguments, parameters) if torch.is_grad_enabled() else derivative(*arguments)

@@ -76,7 +76,6 @@ def split() -> TensorSplit:
     return TensorSplit("noise/train", images, None)
 
 
-
 class MeanAndSpread:
     """Two features that are simple to check, and a count of the images seen."""
 

@@ -295,8 +295,10 @@ def test_diffusion_posterior_sampling_makes_the_move_of_its_algorithm(family):
     a = operator(torch.eye(D, dtype=torch.float64)).T
     for i in range(n):
         alpha, std = float(sde.mean_coefficient(t)[i]), float(sde.std(t)[i])
-        gain = alpha * data.covariance @ torch.linalg.inv(
-            alpha**2 * data.covariance + std**2 * torch.eye(D, dtype=torch.float64)
+        gain = (
+            alpha
+            * data.covariance
+            @ torch.linalg.inv(alpha**2 * data.covariance + std**2 * torch.eye(D, dtype=torch.float64))
         )
         residual = y[0] - a @ (data.mean + gain @ (x[i] - alpha * data.mean))
         # −ζ/‖r‖ ∇‖r‖² = 2ζ GᵀAᵀ r/‖r‖

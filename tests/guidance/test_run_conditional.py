@@ -41,9 +41,7 @@ def conditional_config(**overrides):
 
 def classifier_config(**overrides):
     config = tiny_config("u")
-    config.update_from_flattened_dict(
-        TINY_CLASSIFIER | {name.replace("__", "."): v for name, v in overrides.items()}
-    )
+    config.update_from_flattened_dict(TINY_CLASSIFIER | {name.replace("__", "."): v for name, v in overrides.items()})
     return config
 
 
@@ -228,9 +226,7 @@ def test_classifier_guided_samples(unconditional, tmp_path):
     guided, metrics = sampled(classifier_config(sampling__condition="class"), workdir, CPU)
     assert name_of(guided) == name_of(free) + "-class-w1" and metrics["nfe_sampling"] == 7
     assert not np.array_equal(images_of(guided), images_of(free))
-    none = run_lib.sample(
-        classifier_config(sampling__condition="class", sampling__guidance_weight=0.0), workdir, CPU
-    )
+    none = run_lib.sample(classifier_config(sampling__condition="class", sampling__guidance_weight=0.0), workdir, CPU)
     assert np.array_equal(images_of(none), images_of(free))
     # A classifier that has learned more guides to other samples: those kept are of the one before.
     before = images_of(guided)
@@ -411,9 +407,7 @@ def test_the_noise_of_a_measurement_is_the_same_for_all_samples_of_an_image(unco
     settings |= dict(sampling__corrector="none")
     few, many = (
         _Measured(
-            run_setup.Run(
-                tiny_config("u", sampling__num_images=n, **settings), tmp_path / "w", CPU, free_fields=()
-            )
+            run_setup.Run(tiny_config("u", sampling__num_images=n, **settings), tmp_path / "w", CPU, free_fields=())
         )
         for n in (180, 360)
     )

@@ -438,4 +438,3 @@ def test_the_config_of_the_digits_is_a_run_of_main():
     config = get_config()
     assert config.training.n_iters == tutorial.FIGURES["digits"].n_iters
     assert config.data.dataset == "digits" and config.training.sde == "vpsde"
-

@@ -1,0 +1,33 @@
+"""One way to name things that users may add: a name that the project knows, or an import path."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TypeVar
+
+__all__ = ["resolve"]
+
+Entry = TypeVar("Entry")
+
+
+def resolve(name: str, known: Mapping[str, Entry], field: str) -> Entry:
+    """What ``name`` stands for: an entry of ``known``, or the ``attribute`` of ``module`` for 'module:attribute'.
+
+    Args:
+        name: a value of a config field or flag, e.g. 'ncsnpp' or 'my_package.networks:MyUNet'.
+        known: the project's own entries.
+        field: what the error calls it, e.g. 'model.name'.
+
+    Raises:
+        ValueError: neither; the message names the field, the value and what is allowed.
+    """
+    if name in known:
+        return known[name]
+    module_name, colon, attribute = str(name).partition(":")
+    if not colon:
+        raise ValueError(f"{field}={name!r}: allowed are {', '.join(known)}, or module:attribute")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{field}={name!r}: {error}") from error
