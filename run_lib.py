@@ -44,9 +44,9 @@ from checkpoints import (
 from data import sets, splits
 from data.pixels import random_flip
 from data.splits import TensorSplit
-from experiment.host_memory import keep_freed_memory
 from experiment.metrics_log import MetricsLog
 from experiment.randomness import SampleGenerators, uniform
+from experiment.runtime import keep_freed_memory
 from losses import Objective
 from run_classifier import train_classifier
 from run_evaluation import draw, evaluate, refuse_public_conservative, spread, statistics

@@ -1,101 +1,379 @@
-"""Resumable optimisation of a small model: the training loop of the examples that need no more than one device.
+"""The one training loop: resumable, over one or several processes, used by every experiment here.
 
-(Image models are trained by ``run_lib``, which adds data files, moving averages, several processes, mixed precision.)
+Step n computes a loss that is a function of the parameters and of n: whatever is random in it is keyed by the step.
+The state of a run is therefore its weights, their moving average, the optimiser and the step; a checkpoint holds these,
+and a run that was killed at any moment continues from the newest one to the very same weights and log.
+
+One step, of ``accumulation_steps`` passes on each process:
+
+    loss → gradient → clip its norm → optimiser → moving average
+
+Files in W: ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from checkpoints import CheckpointStore, load_state_dict_strictly
+from checkpoints import CheckpointError, CheckpointStore, load_state_dict_strictly
 from experiment.metrics_log import MetricsLog
+from experiment.runtime import COLLECTIVE_TIMEOUT, Interrupted, Runtime
+from models import EMA
 
-__all__ = ["fit"]
+__all__ = ["Hook", "Trainer", "fit"]
+
+Loss = Callable[[nn.Module, int, range], Mapping[str, Tensor]]
+"""(module, step, positions) → scalars: ``loss`` to minimise, and others to be logged. ``positions`` are those that the
+samples of this pass have in the batch of all processes."""
 
 
-def fit(
-    module: nn.Module,
-    loss: Callable[[int], Mapping[str, Tensor]],
-    optimizer: torch.optim.Optimizer,
-    directory: Path,
-    *,
-    n_iters: int,
-    grad_clip: float = math.inf,
-    log_freq: int = 100,
-    save_freq: int = 500,
-    observe: Callable[[], Mapping[str, float]] | None = None,
-    update: Callable[[int], object] = lambda steps: None,
-) -> None:
-    """Minimise ``loss`` over the parameters of ``module`` for ``n_iters`` steps in all.
+class Hook(NamedTuple):
+    """What is done every so many steps, and at the end: ``call(step)`` gives quantities to be logged, or nothing."""
 
-    Killed at any moment and called again, it continues from its newest checkpoint to the very same weights and log,
-    provided that ``loss`` depends on nothing but the parameters and the step (randomness keyed by the step).
+    every: int
+    call: Callable[[int], Mapping[str, float] | None]
+
+
+class Trainer:
+    """A training run, restored from its newest checkpoint, or from ``begin`` if it has none.
 
     Args:
-        module: what is trained, with its weights at step 0, on its device.
-        loss: step → terms, among them ``loss``, the scalar to minimise; all of them are logged, and ``grad_norm``.
-        optimizer: of the module's parameters.
-        directory: gets ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``.
-        n_iters: steps in all; nothing is done if they have been done.
+        model: what is trained, with its weights at step 0.
+        optimizer: of those parameters of the model that have gradients.
+        loss: see ``Loss``.
+        workdir: W.
+        n_iters: steps in all.
+        batch_size: samples of a step, in all processes together.
+        objective: the module that ``loss`` is given, around the model and with its loss in one forward pass, as
+            several processes need it; None: the model itself.
+        ema: the moving average of the model's weights.
+        learning_rate: of every step, if it is not constant.
         grad_clip: largest norm of the gradient; a larger one is scaled down to it.
-        log_freq: steps between rows of the log; a row holds the terms' means over the steps since the row before.
+        log_freq: steps between rows of the log; a row holds the means over the steps since the row before.
         save_freq: steps between checkpoints.
+        milestone_freq: checkpoints at multiples of this are kept for ever; 0 keeps none.
+        keep: how many of the newest checkpoints are kept.
+        begin: a state to start from: ``step``, ``model`` and, perhaps, ``ema`` and ``optimizer``.
+        record: what every checkpoint says about the run besides; plain values.
+        check_record: told the record of a checkpoint that the run resumes from; raises a ValueError to refuse it.
         observe: further quantities of the present weights, logged with every row, and at step 0 before the first.
-        update: called with the number of steps just done, for a progress bar; first with those resumed from.
+        hooks: done after the checkpoint of a step, if there is one.
+        runtime: device, precision, processes.
+        description: of the progress bar.
+
+    Attributes:
+        step: how many steps are done.
 
     Raises:
-        FloatingPointError: the loss or its gradient is not finite; the last checkpoint is good.
-        CheckpointError: no checkpoint can be read, or they belong to another module.
+        CheckpointError: no checkpoint can be read, or they belong to another model.
+        ValueError: the batch cannot be divided among processes and passes, or ``begin`` is beyond the last step.
     """
-    store = CheckpointStore(directory / "checkpoints", keep=1, milestone_every=0)
-    step, sums = 0, {}
-    state = store.load_latest()
-    if state is not None:
-        load_state_dict_strictly(module, state["model"], store.path(state["step"]))
-        optimizer.load_state_dict(state["optimizer"])
-        step, sums = state["step"], state["sums"]
-        update(step)
-    if step >= n_iters:
-        return
-    # A start from nothing also drops the row of step 0 that an attempt without a checkpoint has left.
-    with MetricsLog(directory, step if state is not None else -1) as log:
-        if step == 0 and observe is not None:
-            log.write(0, observe())
-        while step < n_iters:
-            optimizer.zero_grad()
-            terms = loss(step)
-            terms["loss"].backward()
-            grad_norm = nn.utils.clip_grad_norm_(module.parameters(), grad_clip)
-            optimizer.step()
-            step += 1
-            update(1)
-            for name, value in {**terms, "grad_norm": grad_norm}.items():
-                total, count = sums.get(name, (0.0, 0))
-                sums[name] = [total + value.detach(), count + 1]
-            due = step == n_iters or step % save_freq == 0
-            if step % log_freq == 0 or due:
-                # A value that was not finite in any step leaves its mark in the sum.
-                sums = {name: [float(total), count] for name, (total, count) in sums.items()}
-                for name in ("loss", "grad_norm"):
-                    if not math.isfinite(sums[name][0]):
-                        raise FloatingPointError(
-                            f"{name} is not finite at or before step {step}; try a smaller learning rate"
-                        )
-            if step % log_freq == 0 or step == n_iters:
-                row = {name: total / count for name, (total, count) in sums.items()}
-                log.write(step, row | dict(observe() if observe is not None else {}))
-                sums = {}
-            if due:
-                state = {
-                    "step": step,
-                    "model": module.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "sums": sums,
-                }
-                log.sync()
-                store.save(state, step)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Loss,
+        workdir: Path,
+        *,
+        n_iters: int,
+        batch_size: int = 1,
+        objective: nn.Module | None = None,
+        ema: EMA | None = None,
+        learning_rate: Callable[[int], float] | None = None,
+        grad_clip: float = math.inf,
+        log_freq: int = 100,
+        save_freq: int = 500,
+        milestone_freq: int = 0,
+        keep: int = 1,
+        begin: Mapping | None = None,
+        record: Mapping[str, object] | None = None,
+        check_record: Callable[[Mapping], None] | None = None,
+        observe: Callable[[], Mapping[str, float]] | None = None,
+        hooks: Sequence[Hook] = (),
+        runtime: Runtime | None = None,
+        description: str = "train",
+    ) -> None:
+        self.model, self.loss, self.workdir, self.ema = model, loss, workdir, ema
+        self.n_iters, self.batch_size, self.learning_rate, self.grad_clip = (
+            n_iters,
+            batch_size,
+            learning_rate,
+            grad_clip,
+        )
+        self.log_freq, self.save_freq, self.milestone_freq = log_freq, save_freq, milestone_freq
+        self.record, self.observe, self.hooks, self.description = dict(record or {}), observe, hooks, description
+        self.runtime = runtime or Runtime("cpu")
+        self.accelerator = self.runtime.accelerator
+        self.store = CheckpointStore(workdir / "checkpoints", keep=keep, milestone_every=milestone_freq)
+        self.parts = self._parts()
+        self.step, self.log_size, self.hooks_done = 0, 0, True
+        self.sums: dict[str, list] = {}  # of each logged quantity since the last row: total, count
+        self.optimizer = optimizer
+        self._restore(begin, check_record)
+        self.runtime.check_agreement("the step to go on from", self.step, workdir)
+        self.objective, self.optimizer = self.accelerator.prepare(objective or model, optimizer)
+        if ema is not None:
+            ema.model.to(self.accelerator.device)
+        self.signal_number = 0
+        self.signals = _SharedMaximum() if self.accelerator.num_processes > 1 else None
+
+    def _parts(self) -> list[range]:
+        """Positions in the batch of all processes, pass by pass of this one."""
+        processes, passes = self.accelerator.num_processes, self.runtime.accumulation_steps
+        if self.batch_size % (processes * passes) and (processes > 1 or passes > 1):
+            raise ValueError(
+                f"training.batch_size={self.batch_size}: must be a positive multiple of {processes} process(es) × "
+                f"{passes} accumulation step(s)"
+            )
+        share = self.batch_size // processes
+        first = self.accelerator.process_index * share
+        size = share // passes
+        return [range(first + k * size, first + (k + 1) * size) for k in range(passes)]
+
+    # -- checkpoints
+
+    def _restore(self, begin: Mapping | None, check_record: Callable[[Mapping], None] | None) -> None:
+        state = self.store.load_latest()
+        if state is None:
+            if begin is None:
+                return
+            self._load(begin, "the state to begin with")
+            if self.step >= self.n_iters:
+                raise ValueError(f"training.n_iters={self.n_iters}: {self.step} steps have been done already")
+            return
+        source = self.store.path(state.get("step", 0))
+        _check_whole(state, source)
+        if check_record is not None:
+            check_record(state["record"])
+        self._load(state, source)
+        self.sums, self.log_size, self.hooks_done = state["sums"], state["log_size"], state["hooks_done"]
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _load(self, state: Mapping, source: object) -> None:
+        load_state_dict_strictly(self.model, state["model"], source)
+        if self.ema is not None:
+            load_state_dict_strictly(self.ema.model, state["ema"]["model"], source)
+            self.ema.load_state_dict(state["ema"])
+        self.step = state["step"]
+        if state["optimizer"] is None:
+            return
+        # A loaded state brings the settings of the run it came from; those given here hold.
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise CheckpointError(f"{source}: the optimiser state does not fit: {error}") from None
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        # The fused Adam walks through memory without regard to strides: another format would pair wrong numbers.
+        for parameter, moments in self.optimizer.state.items():
+            for name, moment in moments.items():
+                if torch.is_tensor(moment) and moment.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter).copy_(moment)
+
+    def _save(self, log: MetricsLog | None, *, hooks_done: bool) -> None:
+        self._average_sums()
+        if self.runtime.is_main:
+            scaler = self.accelerator.scaler
+            state = {
+                "step": self.step,
+                "model": self.model.state_dict(),
+                "ema": None if self.ema is None else self.ema.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "sums": self.sums,
+                "log_size": log.sync(),
+                "hooks_done": hooks_done,
+                "record": self.record,
+            }
+            self.store.save(state, self.step)
+        self.accelerator.wait_for_everyone()
+
+    # -- the loop
+
+    def run(self) -> None:
+        """Do the steps that are left, if any.
+
+        Raises:
+            FloatingPointError: the loss or its gradient is not finite; the last checkpoint is good.
+            Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
+        """
+        progress = self.runtime.progress(total=self.n_iters, initial=self.step, unit="step", desc=self.description)
+        if self.step >= self.n_iters and self.hooks_done:
+            progress.close()
+            return
+        log = MetricsLog(self.workdir, self.step, self.log_size) if self.runtime.is_main else None
+        self.started = time.monotonic()
+        self.last_row = (self.started, self.step)
+        with self._signals(), progress, log or contextlib.nullcontext():
+            if self.step == 0 and self.observe is not None:
+                self._write(log, self.observe())
+            if not self.hooks_done:
+                self._call_hooks(log)
+            while self.step < self.n_iters:
+                self.train_step()
+                progress.update()
+                stopping = self._should_stop()
+                at_end = self.step == self.n_iters
+                if self.step % self.log_freq == 0 or at_end:
+                    row = self._means()
+                    progress.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
+                    self._write(log, row)
+                milestone = self.milestone_freq and self.step % self.milestone_freq == 0
+                if at_end or stopping or milestone or self.step % self.save_freq == 0:
+                    self._save(log, hooks_done=not self._due_hooks())
+                if stopping:
+                    raise Interrupted(stopping)
+                self._call_hooks(log)
+            if self.signals is not None:
+                self.signals.finish()
+
+    def train_step(self) -> None:
+        """One step of the optimiser."""
+        accelerator = self.accelerator
+        self.objective.train()
+        if self.learning_rate is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(self.step)
+        for positions in self.parts:
+            with accelerator.accumulate(self.objective):
+                terms = dict(self.loss(self.objective, self.step, positions))
+                accelerator.backward(terms["loss"])
+                if accelerator.sync_gradients:
+                    terms["grad_norm"] = accelerator.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            for name, value in terms.items():
+                total, count = self.sums.get(name, (0.0, 0))
+                self.sums[name] = [total + value.detach(), count + 1]
+        if self.ema is not None:
+            self.ema.update(self.model)
+        self.step += 1
+
+    def _due_hooks(self) -> list[Hook]:
+        return [hook for hook in self.hooks if self.step == self.n_iters or self.step % hook.every == 0]
+
+    def _call_hooks(self, log: MetricsLog | None) -> None:
+        due = self._due_hooks()
+        for hook in due:
+            if row := hook.call(self.step):
+                self._write(log, row)
+        if due and self.step == self.n_iters:  # so that a finished run does nothing
+            self._save(log, hooks_done=True)
+
+    def _write(self, log: MetricsLog | None, row: Mapping[str, float]) -> None:
+        if log is not None:
+            log.write(self.step, row)
+
+    def _average_sums(self) -> None:
+        """Let all processes hold the same sums, their mean: what a checkpoint keeps, and a resumed run goes on from,
+        with however many processes.
+
+        Raises:
+            FloatingPointError: in all of them, a loss or gradient was not finite in any step since the last row.
+        """
+        names = sorted(self.sums)
+        device = self.accelerator.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        totals = torch.tensor([float(self.sums[name][0]) for name in names], dtype=dtype, device=device)
+        totals = self.accelerator.reduce(totals, reduction="mean").tolist()
+        self.sums = {name: [total, self.sums[name][1]] for name, total in zip(names, totals, strict=True)}
+        # With a gradient scaler (fp16) infinite gradients are part of the search for the scale, and skipped.
+        checked = ("loss",) if self.accelerator.scaler is not None else ("loss", "grad_norm")
+        for name in checked:
+            if name in self.sums and not math.isfinite(self.sums[name][0]):
+                raise FloatingPointError(
+                    f"{name} is not finite at or before step {self.step}; the last checkpoint in "
+                    f"{self.store.directory} is good. Try a smaller learning rate (optim.lr) or training.qc_weight, or "
+                    "--precision=fp32"
+                )
+
+    def _means(self) -> dict[str, float]:
+        """A row: means over processes and steps since the last one, the learning rate, time and speed."""
+        self._average_sums()
+        row = {name: total / count for name, (total, count) in self.sums.items()}
+        self.sums = {}
+        now = time.monotonic()
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row["seconds"] = round(now - self.started, 3)
+        row["steps_per_second"] = (self.step - self.last_row[1]) / max(now - self.last_row[0], 1e-9)
+        self.last_row = (now, self.step)
+        return row | dict(self.observe() if self.observe is not None else {})
+
+    # -- signals
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM are remembered and acted on at the end of a step; a second one acts at once."""
+        if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+            yield
+            return
+
+        def remember(number: int, frame: object) -> None:
+            self.signal_number = number
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+        previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        except RuntimeError as error:
+            if self.runtime.compile and self.signal_number:  # Ctrl-C is meant for the compiler, too, and ends it
+                raise Interrupted(self.signal_number) from error
+            raise
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _should_stop(self) -> int:
+        """The signal that any process has received, or 0; all processes agree."""
+        return self.signal_number if self.signals is None else self.signals.exchange(self.signal_number)
+
+
+def fit(*arguments, **options) -> None:
+    """Train to the last step, or go on from where an earlier call was stopped; arguments and errors: ``Trainer``'s."""
+    Trainer(*arguments, **options).run()
+
+
+def _check_whole(state: dict, source: object) -> None:
+    """Raise a CheckpointError unless ``state`` has what ``Trainer`` saves."""
+    kinds = {"step": int, "model": dict, "optimizer": dict, "sums": dict, "log_size": int, "record": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+    wrong += [name for name in ("ema", "scaler", "hooks_done") if name not in state]
+    if wrong or state["step"] < 0:
+        raise CheckpointError(f"{source}: not a whole checkpoint; missing or wrong: {', '.join(wrong or ['step'])}")
+
+
+class _SharedMaximum:
+    """A number that all processes agree on, the maximum of what each of them said at the call before.
+
+    One call late, so that none waits for another, nor for its accelerator: the exchange is between CPUs.
+    """
+
+    def __init__(self) -> None:
+        self.group = distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        self.value = torch.zeros(1, dtype=torch.int64)
+        self.work: distributed.Work | None = None
+
+    def exchange(self, value: int) -> int:
+        agreed = self.finish()
+        self.value = torch.tensor([value])
+        self.work = distributed.all_reduce(self.value, distributed.ReduceOp.MAX, group=self.group, async_op=True)
+        return agreed
+
+    def finish(self) -> int:
+        """What was agreed on, once all processes have said their number."""
+        if self.work is not None:
+            self.work.wait()
+        return int(self.value)

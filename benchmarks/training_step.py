@@ -259,7 +259,7 @@ def main(argv: list[str]) -> None:
 
     import torch
 
-    from experiment.host_memory import keep_freed_memory
+    from experiment.runtime import keep_freed_memory
     from run_setup import Runtime, check_compile
 
     torch.set_num_threads(flag.threads)

@@ -1,15 +1,108 @@
-"""Flags of the commands: mistakes are answered in one line that names the flag."""
+"""Commands: flags, and mistakes that are answered in one line.
+
+A command is a function ``run(workdir, *, jobs=2, …)``. ``command(run)`` makes a flag of every argument, with its
+default and the description in its docstring, and calls it:
+
+    if __name__ == "__main__":
+        command(run)
+"""
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import itertools
+import logging
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 
-from absl import flags
+from absl import app, flags
+from ml_collections import config_flags
 
-__all__ = ["available_cores", "parse_counts", "parse_flags"]
+__all__ = ["available_cores", "command", "one_line_errors", "parse_flags", "run_main"]
+
+
+def command(run: Callable[..., object]) -> None:
+    """Run a function as a program; what it returns is printed, unless it is None.
+
+    An argument without a default must be given, ``config`` names a config file. A default of type bool, int, float or
+    str sets the type of the flag; a tuple is a list separated by commas, of the type of its elements.
+    """
+    descriptions = _descriptions(run)
+    converted: dict[str, type] = {}
+    for name, parameter in inspect.signature(run).parameters.items():
+        default, text = parameter.default, descriptions.get(name, "")
+        required = default is inspect.Parameter.empty
+        if name == "config":
+            config_flags.DEFINE_config_file(name, None, text or "The experiment; override fields: --config.x.y=VALUE.")
+            if required:
+                flags.mark_flag_as_required(name)
+        elif required:
+            flags.DEFINE_string(name, None, text, required=True)
+        elif isinstance(default, tuple):
+            flags.DEFINE_list(name, [f"{x:g}" if isinstance(x, float) else str(x) for x in default], text)
+            converted[name] = type(default[0])
+        else:
+            define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+            define.get(type(default), flags.DEFINE_string)(name, default, text)
+
+    def main(argv: list[str]) -> None:
+        given = {name: flags.FLAGS[name].value for name in inspect.signature(run).parameters}
+        for name, kind in converted.items():
+            given[name] = _converted(name, given[name], kind)
+        if (result := run(**given)) is not None:
+            print(result)
+
+    run_main(main)
+
+
+def run_main(main: Callable[[list[str]], None]) -> None:
+    """Parse the flags that are defined and call ``main``; expected errors end the program with one line."""
+
+    def guarded(argv: list[str]) -> None:
+        # --verbosity=1 also shows where an error happened.
+        level = logging.DEBUG if flags.FLAGS.verbosity > 0 else logging.INFO
+        logging.basicConfig(level=level, format="%(message)s")
+        logging.getLogger("matplotlib").setLevel(logging.WARNING)
+        with one_line_errors():
+            main(argv)
+
+    app.run(guarded, flags_parser=parse_flags)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Bad input, files that cannot be used, and interruptions end the program with one line on standard error."""
+    try:
+        yield
+    except (ValueError, FloatingPointError, OSError, BrokenProcessPool) as error:
+        logging.getLogger(__name__).debug("where it happened:", exc_info=True)
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command resumes")
+    except Exception as error:
+        if (number := getattr(error, "signal_number", None)) is None:
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(128 + number)
+
+
+def _descriptions(run: Callable) -> dict[str, str]:
+    """The arguments in the section Args of a docstring."""
+    section = re.search(r"\n *Args:\n(.*?)(?:\n\n|\n *(?:Returns|Raises):|\Z)", run.__doc__ or "", re.DOTALL)
+    found = re.findall(r"^ {8}(\w+): (.*(?:\n {9,}.*)*)", section[1] if section else "", re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}
+
+
+def _converted(flag: str, values: Sequence[str], kind: type) -> tuple:
+    words = {int: "integers", float: "numbers"}
+    try:
+        return tuple(kind(value) for value in values)
+    except ValueError:
+        raise ValueError(f"--{flag}={','.join(values)}: allowed are {words[kind]}, separated by commas") from None
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -33,22 +126,6 @@ def parse_flags(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         sys.exit(f"error: unexpected argument {rest[1]!r}: every argument is a flag, --name=value")
     return rest
-
-
-def parse_counts(flag: str, values: Sequence[str]) -> tuple[int, ...]:
-    """Distinct integers from 1 on, in increasing order.
-
-    Raises:
-        ValueError: no value, or one that is not such an integer.
-    """
-    counts = set()
-    for value in values:
-        if not value.strip().isdecimal() or int(value) < 1:
-            raise ValueError(f"--{flag}={value}: allowed are integers from 1 on")
-        counts.add(int(value))
-    if not counts:
-        raise ValueError(f"--{flag} is empty: give at least one integer")
-    return tuple(sorted(counts))
 
 
 def available_cores() -> int:

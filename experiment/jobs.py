@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from multiprocessing.sharedctypes import RawArray, RawValue
 from typing import TypeVar
@@ -15,33 +15,32 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
-__all__ = ["run_all"]
+__all__ = ["Update", "run_all"]
 
-Task = TypeVar("Task")
+Update = Callable[[int], object]
 Result = TypeVar("Result")
 
 _POLL_SECONDS = 0.2
 
 
 def run_all(
-    tasks: Sequence[Task],
-    work: Callable[[Task, Callable[[int], None]], Result],
+    tasks: Mapping[str, Callable[[Update], Result]],
     *,
     jobs: int,
     total: int,
     unit: str,
     description: str,
 ) -> list[Result]:
-    """``work(task, update)`` of every task, ``jobs`` at a time.
+    """The results of all tasks, ``jobs`` at a time.
 
     Every task runs on one torch thread, whatever ``jobs`` is, so that the results do not depend on it. With one job
     (or one task) that happens in this process, otherwise in spawned ones. They end with this process, however it
     ends; a task must therefore bear being killed at any moment.
 
     Args:
-        tasks: what to do; ``str(task)`` is the task's name in messages. Picklable.
-        work: a function defined at the top level of its module; its result is picklable. It reports steps done by
-            calling ``update(steps)``.
+        tasks: by name, for messages, what to do: a ``functools.partial`` of a function at the top level of its module,
+            with arguments that can be pickled. It is called with ``update``, by which it reports steps done:
+            ``update(steps)``. Its result can be pickled.
         jobs: how many tasks at a time, at least 1.
         total, unit, description: of the progress bar.
 
@@ -62,13 +61,13 @@ def run_all(
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
             try:
-                return [_named(work, task, bar.update) for task in tasks]
+                return [_named(name, task, bar.update) for name, task in tasks.items()]
             finally:
                 torch.set_num_threads(threads)
-        return _run_in_processes(tasks, work, min(jobs, len(tasks)), bar)
+        return _run_in_processes(tasks, min(jobs, len(tasks)), bar)
 
 
-def _run_in_processes(tasks: Sequence[Task], work: Callable, jobs: int, bar: tqdm) -> list[Result]:
+def _run_in_processes(tasks: Mapping[str, Callable], jobs: int, bar: tqdm) -> list[Result]:
     # One counter per task, written by one process only: there is no lock that a killed process could keep.
     steps_done, stop = RawArray("q", len(tasks)), RawValue("b", 0)
     pool = ProcessPoolExecutor(
@@ -78,7 +77,7 @@ def _run_in_processes(tasks: Sequence[Task], work: Callable, jobs: int, bar: tqd
         # The processes inherit the blocked signal: Ctrl-C reaches this process alone, which ends the others.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            futures = [pool.submit(_run_task, work, task, index) for index, task in enumerate(tasks)]
+            futures = [pool.submit(_run_task, *item, index) for index, item in enumerate(tasks.items())]
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         pending = set(futures)
@@ -95,11 +94,11 @@ def _run_in_processes(tasks: Sequence[Task], work: Callable, jobs: int, bar: tqd
         pool.shutdown(cancel_futures=True)
 
 
-def _named(work: Callable, task: Task, update: Callable[[int], None]) -> Result:
+def _named(name: str, task: Callable[[Update], Result], update: Update) -> Result:
     try:
-        return work(task, update)
+        return task(update)
     except Exception as error:
-        message = f"{task}: {error}"
+        message = f"{name}: {error}"
         error.args = (message,)
         if str(error) != message:  # of a type that makes its text from something else
             raise RuntimeError(message) from error
@@ -124,8 +123,8 @@ def _exit_with_parent(parent: int, stop: RawValue) -> None:
     os._exit(0)
 
 
-def _run_task(work: Callable, task: Task, index: int) -> Result:
+def _run_task(name: str, task: Callable[[Update], Result], index: int) -> Result:
     def update(steps: int) -> None:
         _steps_done[index] += steps
 
-    return _named(work, task, update)
+    return _named(name, task, update)

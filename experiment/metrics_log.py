@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-
-from experiment.files import write_atomically
 
 __all__ = ["MetricsLog"]
 
@@ -20,36 +17,30 @@ class MetricsLog:
 
     Args:
         directory: of the run.
-        step: where the run resumes; rows after it are dropped, because they are computed again.
+        step: where the run resumes; TensorBoard drops what it has of later steps.
+        size: bytes of ``metrics.jsonl`` at that moment (``sync``); the rest, which is computed again, is cut off.
     """
 
-    def __init__(self, directory: Path, step: int) -> None:
+    def __init__(self, directory: Path, step: int = 0, size: int = 0) -> None:
         # TensorBoard imports TensorFlow where it is installed (seconds, and pages of warnings), unless it finds this.
         sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = directory / "metrics.jsonl"
-        if self.path.exists():
-            kept = []
-            for line in self.path.read_text(errors="replace").splitlines():
-                # A process killed while writing may leave half a line at the end, a full disk other bytes.
-                with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-            write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a")  # noqa: SIM115
-        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.file = open(directory / "metrics.jsonl", "a+b")  # noqa: SIM115
+        self.file.truncate(min(size, self.file.seek(0, os.SEEK_END)))
+        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if size else 0)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **row}) + "\n")
+        self.file.write((json.dumps({"step": step, **row}) + "\n").encode())
         self.file.flush()
         for name, value in row.items():
             self.board.add_scalar(name, value, step)
 
-    def sync(self) -> None:
-        """Bring every row to the disk; to be called before a checkpoint, which a resumed log is cut to."""
+    def sync(self) -> int:
+        """Bring every row to the disk; the size of the file, which a checkpoint remembers."""
         os.fsync(self.file.fileno())
+        return self.file.seek(0, os.SEEK_END)
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from functools import partial
 from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +50,8 @@ def work(task: Task, update) -> dict:
 
 
 def run(tasks: list[Task], jobs: int) -> list[dict]:
-    return run_all(tasks, work, jobs=jobs, total=3 * len(tasks), unit="step", description="runs")
+    by_name = {str(task): partial(work, task) for task in tasks}
+    return run_all(by_name, jobs=jobs, total=3 * len(tasks), unit="step", description="runs")
 
 
 def test_results_in_order_on_one_thread_whatever_the_number_of_jobs(capsys):

@@ -11,7 +11,7 @@ from documents import ROOT
 PROGRAM = """
 import resource
 import numpy as np
-from experiment.host_memory import keep_freed_memory
+from experiment.runtime import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

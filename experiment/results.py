@@ -1,0 +1,60 @@
+"""Numbers with their errors, Markdown tables of them, and the files in which a command leaves its results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiment.figures import save_figure
+from experiment.files import write_json, write_text
+
+__all__ = ["markdown_table", "mean_and_error", "number", "with_error", "write_results"]
+
+
+def markdown_table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """A table whose columns line up in plain text, too."""
+    lines = [[str(cell) for cell in line] for line in (header, *rows)]
+    widths = [max(3, *(len(line[k]) for line in lines)) for k in range(len(header))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "".join(f"| {' | '.join(map(str.ljust, line, widths))} |\n" for line in lines)
+
+
+def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Mean of independent values (N,) and its standard error, std/√N; NaN for N = 1."""
+    values = np.asarray(values, dtype=np.float64)
+    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), error
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Significant digits, with an exponent where the number is small or large; '–' for None and NaN."""
+    if value is None or math.isnan(value):
+        return "–"
+    if value == 0 or 1e-3 <= abs(value) < 10 ** max(digits, 4):
+        return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
+    return f"{value:.{max(digits - 2, 0)}e}"
+
+
+def with_error(mean: float, error: float | None) -> str:
+    """'mean ± error', to the second digit of the error; without it, if that is None or NaN."""
+    if error is None or math.isnan(error):
+        return number(mean, 4)
+    if mean and not 1e-3 <= abs(mean) < 1e4:
+        return f"{mean:.1e} ± {error:.1e}"
+    decimals = min(6, max(0, 1 - math.floor(math.log10(error)))) if error else 3
+    return f"{mean:.{decimals}f} ± {error:.{decimals}f}"
+
+
+def write_results(
+    folder: Path, results: Mapping[str, object], table: str, figures: Mapping[str, Figure] | None = None
+) -> str:
+    """Write ``results.json``, ``table.md`` and a PNG of every figure to ``folder``; return the table."""
+    write_json(folder / "results.json", results)
+    write_text(folder / "table.md", table)
+    for name, figure in (figures or {}).items():
+        save_figure(figure, folder / f"{name}.png")
+    return table

@@ -1,0 +1,225 @@
+"""Where and how to compute: device, precision, processes. None of it changes what is computed beyond rounding."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    gather_object,
+)
+from tqdm import tqdm
+
+from experiment.workdir import take_lock
+
+__all__ = [
+    "COLLECTIVE_TIMEOUT",
+    "Interrupted",
+    "InvalidRun",
+    "ProgressBar",
+    "Runtime",
+    "checked",
+    "code_version",
+    "keep_freed_memory",
+]
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+DEVICES = ("auto", "cpu", "cuda", "mps")
+COLLECTIVE_TIMEOUT = timedelta(hours=12)
+"""How long processes wait for each other: while one trains the feature classifier, or ends a long batch of samples."""
+
+
+class InvalidRun(ValueError):
+    """The config, data, checkpoint or working directory cannot be used; raised before any work."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; what had been computed is kept."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}; the same command resumes")
+        self.signal_number = signal_number
+
+
+@contextlib.contextmanager
+def checked() -> Iterator[None]:
+    """Errors of preparation become InvalidRun, so that a caller can tell bad input from a defect."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise InvalidRun(str(error)) from error
+
+
+class ProgressBar(tqdm):
+    """A progress bar that may tell somebody else instead of showing itself."""
+
+    def __init__(self, *, on_progress: Callable[[int], object] | None, hidden: bool, **options) -> None:
+        self.on_progress = on_progress
+        super().__init__(disable=hidden or on_progress is not None, dynamic_ncols=True, **options)
+        self.tell(options.get("initial", 0))
+
+    def tell(self, count: int) -> None:
+        if self.on_progress is not None and count:
+            self.on_progress(count)
+
+    def update(self, n: int = 1) -> bool | None:
+        self.tell(n)
+        return super().update(n)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Device, precision and processes of a command.
+
+    Args:
+        device: 'auto', 'cpu', 'cuda' or 'mps'.
+        precision: 'fp32', or mixed: 'bf16' or 'fp16'.
+        accumulation_steps: passes that each process's share of a training batch is split into.
+        compile: have training and samplers run a compiled network (torch.compile).
+        cache_dir: where the feature classifier and the data's features are kept; empty: W/eval/cache.
+        on_progress: told how many more steps or items are done, in place of progress bars.
+
+    Raises:
+        InvalidRun: unknown or unavailable device or precision, or a number outside its range.
+    """
+
+    device: str = "auto"
+    precision: str = "fp32"
+    accumulation_steps: int = 1
+    compile: bool = False
+    cache_dir: str = ""
+    on_progress: Callable[[int], object] | None = None
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise InvalidRun(f"--device={self.device}: allowed are {', '.join(DEVICES)}")
+        available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+        if not available.get(self.device, lambda: True)():
+            raise InvalidRun(f"--device={self.device}: no such device on this machine")
+        if self.precision not in PRECISIONS:
+            raise InvalidRun(f"--precision={self.precision}: allowed are {', '.join(PRECISIONS)}")
+        if self.accumulation_steps < 1:
+            raise InvalidRun(f"--accumulation_steps={self.accumulation_steps}: at least 1")
+
+    @cached_property
+    def accelerator(self) -> Accelerator:
+        # Left to itself accelerate takes CUDA, or else MPS. That there is neither it must be told, or several
+        # processes on CPUs would not find each other.
+        accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+        accelerator = Accelerator(
+            cpu=self.device == "cpu" or not accelerated,
+            mixed_precision=PRECISIONS[self.precision],
+            # As a plugin, because a number would give way to the one in the user's settings of accelerate.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=self.accumulation_steps),
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+                # All buffers are constants, and all parameters take part in every step.
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            ],
+        )
+        if accelerator.distributed_type.value in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA"):
+            raise InvalidRun(
+                f"the launcher asks for {accelerator.distributed_type.value}: allowed are one process, or several that "
+                "each hold the whole model"
+            )
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
+        return accelerator
+
+    @property
+    def torch_device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files."""
+        return self.accelerator.is_main_process
+
+    @property
+    def shows_progress(self) -> bool:
+        return self.is_main and self.on_progress is None
+
+    def progress(self, **options) -> ProgressBar:
+        """A progress bar of the main process; options are tqdm's."""
+        return ProgressBar(on_progress=self.on_progress, hidden=not self.is_main, **options)
+
+    def check_agreement(self, what: str, value: object, workdir: Path) -> None:
+        """Refuse to work if processes see different things, as they would if hosts did not share the folder.
+
+        Raises:
+            ValueError: in all of them.
+        """
+        values = gather_object([value])
+        if any(other != values[0] for other in values):
+            raise ValueError(
+                f"--workdir={workdir}: the processes disagree on {what} ({', '.join(map(str, values))}); it must "
+                "be one folder that all hosts share"
+            )
+
+    def in_main_process(self, action: Callable[[], object]) -> None:
+        """Run ``action`` in the main process; its ValueError is raised in all of them."""
+        error = None
+        if self.is_main:
+            try:
+                action()
+            except ValueError as reason:
+                error = str(reason)
+        if error := next((e for e in gather_object([error]) if e), None):
+            raise ValueError(error)
+
+    @contextlib.contextmanager
+    def exclusive(self, path: Path) -> Iterator[None]:
+        """Hold the lock ``path``, a file: no other command does the same work in this folder meanwhile.
+
+        Raises:
+            ValueError: in all processes, if another one does.
+        """
+        locks: list = []
+        self.in_main_process(lambda: locks.append(take_lock(path)))
+        try:
+            yield
+        finally:
+            for lock in locks:
+                lock.release()
+
+
+def code_version() -> str:
+    """The commit the code is at, with a mark if files differ from it; 'unknown' outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# Of mallopt, from malloc.h, and the largest block that may lie in the heap (DEFAULT_MMAP_THRESHOLD_MAX of glibc).
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGEST_BLOCK = 32 * 2**20
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory it frees until it ends; blocks above 32 MiB excepted.
+
+    Every step allocates and frees the same hundreds of megabytes. glibc would give large blocks back to the kernel,
+    which hands them out again page by page and filled with zeros.
+
+    Returns:
+        Whether that is possible: with glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return bool(mallopt and mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK))
