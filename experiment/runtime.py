@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
+import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -23,6 +27,7 @@ from accelerate.utils import (
 )
 from tqdm import tqdm
 
+from experiment.files import read_arrays, write_arrays
 from experiment.workdir import take_lock
 
 __all__ = [
@@ -35,6 +40,8 @@ __all__ = [
     "code_version",
     "keep_freed_memory",
 ]
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -180,6 +187,59 @@ class Runtime:
         if error := next((e for e in gather_object([error]) if e), None):
             raise ValueError(error)
 
+    def batches(self, size: int, batch_size: int) -> list[range]:
+        """Items of a whole set for this process, in order: a contiguous share, cut into batches of which the last may
+        be smaller. The shares of all processes, one after the other, are 0, …, size − 1; they differ by one item at
+        most, so processes may differ by one batch: gather results after the pass, not within."""
+        index, count = self.accelerator.process_index, self.accelerator.num_processes
+        start, stop = size * index // count, size * (index + 1) // count
+        return [range(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size)]
+
+    def compute(
+        self,
+        path: Path,
+        key: str,
+        size: int,
+        batch_size: int,
+        compute: Callable[[range], dict[str, np.ndarray]],
+        *,
+        description: str,
+    ) -> dict[str, np.ndarray]:
+        """Arrays with one row per item, computed in batches over all processes; every finished batch is kept.
+
+        Args:
+            path: the ``.npz`` that keeps the result; the batches on the way are kept in ``parts/`` next to it.
+            key: what decides the result. A file of another key, or a damaged one, is computed again.
+            size: number of items.
+            batch_size: of this process.
+            compute: maps the numbers of b items to arrays of b rows.
+            description: of the progress bar.
+        """
+        batches = self.batches(size, batch_size)
+        result = _keyed_arrays(path, key)
+        with self.progress(total=sum(map(len, batches)), unit="item", desc=description) as bar:
+            # All processes must take the same branch even if one cannot read the file.
+            if all(gather_object([result is not None])):
+                bar.update(bar.total)
+                return result
+            parts = path.parent / "parts" / f"{path.stem}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
+            computed = []
+            for items in batches:
+                part = parts / f"{items[0]}-{items[-1]}.npz"
+                arrays = _keyed_arrays(part, key)
+                if arrays is None:
+                    arrays = compute(items)
+                    write_arrays(part, key=key, **arrays)
+                bar.update(len(items))
+                computed.append(arrays)
+        computed = gather_object(computed)
+        result = {name: np.concatenate([part[name] for part in computed]) for name in computed[0]}
+        if self.is_main:
+            write_arrays(path, key=key, **result)
+            shutil.rmtree(parts)
+        self.accelerator.wait_for_everyone()
+        return result
+
     @contextlib.contextmanager
     def exclusive(self, path: Path) -> Iterator[None]:
         """Hold the lock ``path``, a file: no other command does the same work in this folder meanwhile.
@@ -194,6 +254,18 @@ class Runtime:
         finally:
             for lock in locks:
                 lock.release()
+
+
+def _keyed_arrays(path: Path, key: str) -> dict[str, np.ndarray] | None:
+    """The arrays of a file, or None if it is missing, damaged, or stored under another key."""
+    if not path.exists():
+        return None
+    try:
+        arrays = read_arrays(path)
+        return arrays if str(arrays.pop("key")) == key else None
+    except (ValueError, KeyError) as error:
+        logger.warning("%s is damaged and is computed again: %s", path, error)
+        return None
 
 
 def code_version() -> str:
