@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from experiment.files import write_atomically
 
-__all__ = ["check_at_least", "claim", "differences", "flatten", "take_lock"]
+__all__ = ["check_at_least", "check_folder", "claim", "differences", "flatten", "take_lock"]
 
 _WAIT_SECONDS = 2.0
 """For a lock: the processes that a killed one had started end a moment after it."""
@@ -34,13 +34,27 @@ def take_lock(path: Path) -> FileLock:
     return lock
 
 
+def check_folder(workdir: str | Path) -> None:
+    """Raise a ValueError unless ``workdir`` is a folder, or could be made."""
+    folder = Path(workdir)
+    if not str(workdir).strip():
+        raise ValueError("--workdir is empty: give a folder")
+    if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
+        raise ValueError(f"--workdir={workdir}: is, or lies below, a file, not a folder")
+
+
 def claim(
-    workdir: str | Path, experiment: str, settings: Mapping[str, object] | None = None, *, exclusive: bool = True
+    workdir: str | Path,
+    experiment: str,
+    settings: Mapping[str, object] | None = None,
+    *,
+    exclusive: bool = True,
+    free_fields: tuple[str, ...] = (),
 ) -> Path:
     """Mark a folder as that of ``experiment``, in ``workdir/experiment.json``; it is made if it is not there.
 
     ``settings`` are what decides the results; a folder keeps those it was first claimed with. ``exclusive``: until this
-    process ends no other can claim it.
+    process ends no other can claim it. ``free_fields``: see ``differences``.
 
     To be called once all other input has been checked, before anything is computed or written. A folder that
     ``experiment`` itself has claimed before is left as it is.
@@ -54,10 +68,7 @@ def claim(
     """
     folder = Path(workdir)
     marker = folder / "experiment.json"
-    if not str(workdir).strip():
-        raise ValueError("--workdir is empty: give a folder")
-    if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
-        raise ValueError(f"--workdir={workdir}: is, or lies below, a file, not a folder")
+    check_folder(workdir)
     if (folder / "config.json").exists():
         raise ValueError(f"--workdir={workdir}: holds a run of main.py (config.json); choose another folder")
     if marker.exists():
@@ -68,7 +79,7 @@ def claim(
             raise ValueError(f"{marker} is damaged: {error!r}") from None
         if owner != experiment:
             raise ValueError(f"--workdir={workdir}: belongs to the experiment {owner!r}, not to {experiment!r}")
-        if different := differences(stored, json.loads(json.dumps(settings or {}))):
+        if different := differences(stored, json.loads(json.dumps(settings or {})), free_fields):
             raise ValueError(f"--workdir={workdir} holds results of other settings: {different}")
     if exclusive and folder.resolve() not in _held:
         _held[folder.resolve()] = take_lock(folder / ".lock")
