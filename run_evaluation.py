@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from checkpoints import (
     CheckpointError,
     check_whole,
-    load_score_sde_checkpoint,
     load_state_dict_strictly,
     read_checkpoint,
 )
@@ -37,6 +36,7 @@ from features.extraction import FeatureExtractor, Features, key_digest, read_sta
 from features.inception import InceptionFeatures, find_weights
 from guidance.conditions import CONDITION_FIELDS, MEASUREMENTS
 from likelihood import bits_per_dim
+from models.published import load_score_sde_checkpoint
 from ode import FIXED
 from run_classifier import load_classifier
 from run_setup import (

@@ -38,7 +38,6 @@ from checkpoints import (
     CheckpointError,
     CheckpointStore,
     check_whole,
-    convert_public_checkpoint,
     read_checkpoint,
 )
 from data import sets, splits
@@ -48,6 +47,7 @@ from experiment.metrics_log import MetricsLog
 from experiment.randomness import SampleGenerators, uniform
 from experiment.runtime import keep_freed_memory
 from losses import Objective
+from models.published import convert_public_checkpoint
 from run_classifier import train_classifier
 from run_evaluation import draw, evaluate, refuse_public_conservative, spread, statistics
 from run_sampling import sample

@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 from models.dropout import Dropout
 from models.second_order.normalisation import GroupNorm, norm_act
-from models.second_order.operations import Conv2d, attend, blur, blur_transposed, concatenate
+from models.second_order.operations import Conv2d, attend, blur, blur_transposed
 from models.second_order.recompute import Recomputable
 
 __all__ = [
     "Attention",
     "BigGANBlock",
-    "Combine",
     "DDPMBlock",
     "Downsample",
     "FIRConvDown",
@@ -41,6 +40,7 @@ __all__ = [
     "dense",
     "group_norm",
     "initialise",
+    "resampling",
 ]
 
 
@@ -224,18 +224,15 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-class Combine(nn.Module):
-    """Merge the input pyramid into the features: a 1×1 convolution of the pyramid, then sum or concatenation."""
-
-    def __init__(self, pyramid_channels: int, channels: int, *, concatenate: bool) -> None:
-        super().__init__()
-        self.conv = conv1x1(pyramid_channels, channels)
-        self.concatenate = concatenate
-        self.out_channels = 2 * channels if concatenate else channels
-
-    def forward(self, pyramid: Tensor, h: Tensor) -> Tensor:
-        projected = self.conv(pyramid)
-        return concatenate(projected, h) if self.concatenate else projected + h
+def resampling(
+    in_channels: int, out_channels: int, *, up: bool, with_conv: bool, taps: Sequence[float] | None
+) -> nn.Module:
+    """Up- or downsampling by 2, with a learned convolution or without; with a blur if there are ``taps``."""
+    if taps is None:
+        return (Upsample if up else Downsample)(in_channels, out_channels, with_conv=with_conv)
+    if with_conv:
+        return (FIRConvUp if up else FIRConvDown)(in_channels, out_channels, taps)
+    return (FIRUp if up else FIRDown)(taps)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiment.registry import resolve
 from models.layers import PositionalEmbedding
 
 __all__ = ["ACTIVATIONS", "NoiseConditionalMLP", "Swish", "TimeConditionalMLP"]
@@ -37,25 +39,21 @@ class NoiseConditionalMLP(nn.Module):
     Args:
         dimension: D.
         widths: of the layers of x.
-        output_activation: a; 'identity', 'leaky_relu' (slope 0.1) or 'elu'.
+        output_activation: a; 'identity', 'leaky_relu' (slope 0.1), 'elu', or the import path of a module.
 
     Raises:
-        ValueError: unknown activation, or no width.
+        ValueError: unknown activation.
     """
 
     def __init__(
-        self, dimension: int, *, widths: tuple[int, ...] = (64, 128, 256), output_activation: str = "identity"
+        self, dimension: int, *, widths: Sequence[int] = (64, 128, 256), output_activation: str = "identity"
     ) -> None:
         super().__init__()
-        if output_activation not in ACTIVATIONS:
-            raise ValueError(f"model.output_activation={output_activation!r}: allowed are {', '.join(ACTIVATIONS)}")
-        if dimension < 1 or not widths or min(widths) < 1:
-            raise ValueError(f"dimension={dimension}, model.widths={widths}: need positive numbers")
         self.point = _linear_layers((dimension, *widths))
         self.noise = _linear_layers((1, 1, 1, 1))
         self.joint_activation = Swish(widths[-1] + 1)
         self.joint = nn.Linear(widths[-1] + 1, dimension)
-        self.output_activation = ACTIVATIONS[output_activation]()
+        self.output_activation = resolve(output_activation, ACTIVATIONS, "model.output_activation")()
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         features = torch.cat([self.point(x), self.noise(label[:, None].to(x.dtype))], dim=1)
@@ -79,13 +77,10 @@ class TimeConditionalMLP(nn.Module):
     Args:
         dimension: D.
         outputs: E; D if not given.
-        num_classes: of a class-conditional network, which has a further class, ``num_classes``, for "none".
+        num_classes: 0, or the number K of classes the network is conditioned on; the label K stands for none.
         width: of z and of the label's features.
         depth: number of residual layers.
         input_scale: c, the size of typical points.
-
-    Raises:
-        ValueError: a size that is not positive.
     """
 
     def __init__(
@@ -99,12 +94,6 @@ class TimeConditionalMLP(nn.Module):
         input_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        outputs = dimension if outputs is None else outputs
-        if min(dimension, outputs, width, depth) < 1 or num_classes < 0 or not input_scale > 0:
-            raise ValueError(
-                f"dimension={dimension}, outputs={outputs}, num_classes={num_classes}, width={width}, depth={depth}, "
-                f"input_scale={input_scale}: need positive numbers, and num_classes at least 0"
-            )
         self.input_scale = input_scale
         embedding = PositionalEmbedding(32)
         self.label = nn.Sequential(embedding, nn.Linear(embedding.out_features, width))
@@ -112,7 +101,7 @@ class TimeConditionalMLP(nn.Module):
         self.first = nn.Linear(dimension, width)
         self.modulations = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(depth))
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.last = nn.Linear(width, outputs)
+        self.last = nn.Linear(width, outputs or dimension)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 

@@ -19,7 +19,7 @@ contradicts the codes of the two papers, theirs is followed (docs/deviations.md)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -27,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiment.registry import resolve
 from models.second_order.recompute import Recomputable
 from models.unet import ACTIVATIONS
 
-__all__ = ["NCSN", "NCSNv2"]
+__all__ = ["NCSN", "NCSNv2", "RefineNet"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -168,12 +169,6 @@ class _ResidualConvUnits(Recomputable):
             x = x + second(first(x, label), label)
         return x
 
-    def official_modules(self, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-        for i, unit in enumerate(self.units, start=1):
-            for j, layer in enumerate(unit, start=1):
-                yield f"{prefix}.{i}_{j}_norm", layer.norm
-                yield f"{prefix}.{i}_{j}_conv", layer.conv
-
 
 class _Fusion(nn.Module):
     """Σ upsample(conv(norm(xᵢ))) at the resolution of the first input, the finest."""
@@ -233,51 +228,43 @@ class _RefineBlock(nn.Module):
         h = inputs[0] if self.fusion is None else self.fusion(inputs, label)
         return self.output(self.pooling(h, label), label)
 
-    def official_modules(self, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-        for i, adapt in enumerate(self.adapt):
-            yield from adapt.official_modules(f"{prefix}.adapt_convs.{i}")
-        yield from self.output.official_modules(f"{prefix}.output_convs")
-        if self.fusion is not None:
-            yield f"{prefix}.msf", self.fusion
-        yield f"{prefix}.crp", self.pooling
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # Networks
 
 
 class _Stage(NamedTuple):
-    """Two residual blocks: their number in the public code, width in units of nf, whether the first halves the
-    resolution, dilation."""
+    """Two residual blocks: width in units of nf, whether the first halves the resolution, dilation."""
 
-    number: int
     width: int
     pool: bool = False
     dilation: int = 1
 
 
-_ARCHITECTURES: dict[int, tuple[_Stage, ...]] = {
-    64: (_Stage(1, 1), _Stage(2, 2, pool=True), _Stage(3, 2, dilation=2), _Stage(4, 2, dilation=4)),
-    128: (
-        _Stage(1, 1),
-        _Stage(2, 2, pool=True),
-        _Stage(3, 2, pool=True),
-        _Stage(4, 4, dilation=2),
-        _Stage(5, 4, dilation=4),
-    ),
-    256: (
-        _Stage(1, 1),
-        _Stage(2, 2, pool=True),
-        _Stage(3, 2, pool=True),
-        _Stage(31, 2, pool=True),
-        _Stage(4, 4, dilation=2),
-        _Stage(5, 4, dilation=4),
-    ),
+_STAGES: dict[int, tuple[_Stage, ...]] = {
+    64: (_Stage(1), _Stage(2, pool=True), _Stage(2, dilation=2), _Stage(2, dilation=4)),
+    128: (_Stage(1), _Stage(2, pool=True), _Stage(2, pool=True), _Stage(4, dilation=2), _Stage(4, dilation=4)),
+    256: (_Stage(1), *3 * (_Stage(2, pool=True),), _Stage(4, dilation=2), _Stage(4, dilation=4)),
 }
 
 
-class _RefineNet(nn.Module):
-    """Either network; ``num_levels`` is None, or the number of noise levels that the norms are conditioned on."""
+class RefineNet(nn.Module):
+    """The RefineNet of NCSNv2 or NCSN.
+
+    Args:
+        image_size: height and width of the images, divisible by 2, 4 or 8 for the three architectures.
+        num_channels: channels of the images.
+        centered: images are in [−1, 1]; otherwise in [0, 1], and the network sees 2x − 1.
+        nf: width of the finest resolution, at least 2.
+        nonlinearity: 'elu', 'relu', 'lrelu', 'swish', or the import path of a module.
+        conditional: NCSN, whose norms depend on the noise level. NCSNv2 has no use for it: divide its output by σ.
+        num_levels: the number of noise levels; None in continuous time.
+        architecture: 64, 128 or 256, the image size that it was designed for; None: by ``image_size``, below 96, up to
+            128 or up to 256.
+
+    Raises:
+        ValueError: an option outside its choices, or sizes that do not fit, naming the config field.
+    """
 
     def __init__(
         self,
@@ -287,23 +274,31 @@ class _RefineNet(nn.Module):
         centered: bool,
         nf: int,
         nonlinearity: str,
-        architecture: int,
-        num_levels: int | None,
+        conditional: bool,
+        num_levels: int | None = None,
+        architecture: int | None = None,
     ) -> None:
         super().__init__()
-        if nonlinearity.lower() not in ACTIVATIONS:
-            raise ValueError(f"model.nonlinearity={nonlinearity!r}: allowed are {', '.join(ACTIVATIONS)}")
-        if not isinstance(nf, int) or nf < 2:
-            raise ValueError(f"model.nf={nf!r}: allowed are integers from 2 on")
-        self.stages = _ARCHITECTURES[architecture]
-        divisor = 2 ** sum(stage.pool for stage in self.stages)
+        if nf < 2:
+            raise ValueError(f"model.nf={nf}: NCSN and NCSNv2 standardise over channels and need at least 2")
+        if conditional and num_levels is None:
+            raise ValueError(
+                "training.continuous=True: model.name='ncsn' is conditioned on one of model.num_scales noise levels; "
+                "set training.continuous=False"
+            )
+        if architecture is None:
+            if image_size > 256:
+                raise ValueError(f"data.image_size={image_size}: model.name='ncsnv2' is for images of up to 256 pixels")
+            architecture = 64 if image_size < 96 else 128 if image_size <= 128 else 256
+        stages = _STAGES[architecture]
+        divisor = 2 ** sum(stage.pool for stage in stages)
         if image_size % divisor:
             raise ValueError(f"data.image_size={image_size}: this network needs a multiple of {divisor}")
         self.image_shape = (num_channels, image_size, image_size)
         self.input_scale, self.input_shift = (1.0, 0.0) if centered else (2.0, -1.0)
-        activation = ACTIVATIONS[nonlinearity.lower()]()
-        self.conditional = num_levels is not None
-        if self.conditional:
+        activation = resolve(nonlinearity, ACTIVATIONS, "model.nonlinearity")()
+        self.conditional = conditional
+        if conditional:
             norm = refine_norm = partial(ConditionalInstanceNormPlus, num_levels=num_levels)
             pool = nn.AvgPool2d(5, stride=1, padding=2)
         else:
@@ -312,21 +307,21 @@ class _RefineNet(nn.Module):
 
         self.stem = _conv(num_channels, nf)
         self.encoder = nn.ModuleList()
-        widths = [nf * stage.width for stage in self.stages]
-        for number, (stage, width) in enumerate(zip(self.stages, widths, strict=True)):
+        widths = [nf, *(nf * stage.width for stage in stages)]  # before and after every stage
+        for number, stage in enumerate(stages):
+            before, width = widths[number : number + 2]
             block = partial(ResidualBlock, dilation=stage.dilation, norm=norm, activation=activation)
-            before = widths[max(number - 1, 0)]
             first = block(before, width, begins=number > 0, pool=stage.pool)
             self.encoder.append(nn.ModuleList([first, block(width, width, begins=False, pool=False)]))
 
         self.decoder = nn.ModuleList()
-        for number in reversed(range(len(widths))):
-            deepest, finest = number == len(widths) - 1, number == 0
+        for number in reversed(range(len(stages))):
+            before, width = widths[number : number + 2]
             self.decoder.append(
                 _RefineBlock(
-                    [widths[number]] * (1 if deepest else 2),
-                    widths[max(number - 1, 0)],
-                    output_units=3 if finest else 1,
+                    [width] * (1 if number == len(stages) - 1 else 2),
+                    before,
+                    output_units=1 if number else 3,
                     norm=refine_norm,
                     activation=activation,
                     pool=pool,
@@ -363,50 +358,6 @@ class _RefineNet(nn.Module):
             h = refine([features.pop(), h], level)
         return self.head(self.activation(self.norm(h, level)))
 
-    def official_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """The parametrised modules with their names in score_sde_pytorch and in the papers' own codes."""
-        yield from (("begin_conv", self.stem), ("normalizer", self.norm), ("end_conv", self.head))
-        for stage, blocks in zip(self.stages, self.encoder, strict=True):
-            for i, block in enumerate(blocks):
-                yield f"res{stage.number}.{i}", block
-        # The first to refine is number 1, but an inserted stage 31 has its own number.
-        numbers = [stage.number for stage in self.stages if stage.number != 31]
-        if len(numbers) < len(self.stages):
-            numbers.insert(2, 31)
-        for number, refine in zip(numbers, self.decoder, strict=True):
-            yield from refine.official_modules(f"refine{number}")
 
-
-class NCSNv2(_RefineNet):
-    """The RefineNet of NCSNv2. It has no use for the noise level: divide its output by σ.
-
-    Args:
-        image_size: height and width of the images, divisible by 2, 4 or 8 for the three architectures.
-        num_channels: channels of the images.
-        centered: images are in [−1, 1]; otherwise in [0, 1], and the network sees 2x − 1.
-        nf: width of the finest resolution, at least 2.
-        nonlinearity: 'elu', 'relu', 'lrelu' or 'swish'.
-        architecture: 64, 128 or 256, the image size that it was designed for; None: by ``image_size``, below 96, up to
-            128 or up to 256.
-
-    Raises:
-        ValueError: an option outside its choices, or sizes that do not fit, naming the config field.
-    """
-
-    def __init__(self, *, image_size: int, architecture: int | None = None, **options) -> None:
-        if architecture is None:
-            if image_size > 256:
-                raise ValueError(f"data.image_size={image_size}: model.name='ncsnv2' is for images of up to 256 pixels")
-            architecture = 64 if image_size < 96 else 128 if image_size <= 128 else 256
-        super().__init__(image_size=image_size, architecture=architecture, num_levels=None, **options)
-
-
-class NCSN(_RefineNet):
-    """The RefineNet of NCSN, conditioned on the index of the noise level.
-
-    Args:
-        num_levels: N. All other arguments, and the errors, are those of NCSNv2, of which this has the architecture 64.
-    """
-
-    def __init__(self, *, num_levels: int, **options) -> None:
-        super().__init__(architecture=64, num_levels=num_levels, **options)
+NCSN = partial(RefineNet, conditional=True, architecture=64)
+NCSNv2 = partial(RefineNet, conditional=False, num_levels=None)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from sde_lib import SDE, expand
 
-__all__ = ["ConservativeScore", "NoiseLevel", "ScoreModel", "UnconstrainedScore"]
+__all__ = ["ConservativeScore", "NoiseLevel", "ScoreModel", "UnconstrainedScore", "make_score_model"]
 
 CONTINUOUS_LABELS: dict[str, Callable[[SDE, Tensor], Tensor]] = {
     "ve": lambda sde, t: sde.std(t),
@@ -138,3 +138,35 @@ class ConservativeScore(ScoreModel):
             log_density = self.log_density(x, t, class_labels)
             (score,) = torch.autograd.grad(log_density.sum(), x, create_graph=differentiable)
         return score
+
+
+def make_score_model(
+    sde: SDE,
+    network: nn.Module,
+    *,
+    parameterization: str,
+    num_scales: int | None = None,
+    scale_by_sigma: bool | None = None,
+) -> ScoreModel:
+    """The score model around a network.
+
+    Args:
+        sde: the forward process.
+        network: h(x, label[, class_labels]).
+        parameterization: 'unconstrained' or 'conservative'.
+        num_scales: None for a model of continuous time, or the number of levels of a discrete-time one.
+        scale_by_sigma: of VE, whether an unconstrained score is h/σ (the default) or h.
+
+    Raises:
+        ValueError: unknown parameterisation, or one that contradicts the rest, naming the config fields.
+    """
+    if sde.name != "ve" and scale_by_sigma:
+        raise ValueError(f"model.scale_by_sigma=True: only for VE; a {sde.name} network is divided by σ by its score")
+    divide = sde.name != "ve" or scale_by_sigma is not False
+    if parameterization == "unconstrained":
+        return UnconstrainedScore(network, NoiseLevel(sde, num_scales), divide_by_sigma=divide)
+    if parameterization != "conservative":
+        raise ValueError(f"model.parameterization={parameterization!r}: allowed are unconstrained, conservative")
+    if not divide:
+        raise ValueError("model.scale_by_sigma=False: a conservative model always divides by σ (Eq. 10)")
+    return ConservativeScore(network, NoiseLevel(sde, num_scales))

@@ -1,48 +1,46 @@
-"""NCSN++ and DDPM++: one noise-conditional U-Net.
+"""NCSN++, DDPM++ and DDPM: one noise-conditional U-Net.
 
     x ─ stem ─ encoder ─ middle ─ decoder ─ head ─ output          label ─ embedding ─ temb, given to every block
 
 The encoder is a list of stages, each of which pushes its output on one stack of skips; the decoder is a list of
-stages, of which the residual ones pop from it. Beside the features h both carry a *pyramid*: in the encoder the
-input image at decreasing resolution (``progressive_input``), in the decoder the output image at increasing
+stages, of which the residual ones pop from it. In addition to the features h both carry a *pyramid*: in the encoder
+the input image at decreasing resolution (``progressive_input``), in the decoder the output image at increasing
 resolution (``progressive``). An option selects a module when the network is built; the forward pass never asks.
 
 The output is the raw network: time labels, division by σ and sign belong to the score (``models.score``).
 
-Source: Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations" (ICLR 2021),
-Section 4.4 and Appendix H. Option names and values are those of its public configs.
+Sources: Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations" (ICLR 2021),
+Section 4.4 and Appendix H; Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models" (NeurIPS 2020), Appendix B, as
+score_sde_pytorch has it: in the decoder with attention once per resolution, not after every block. Option names and
+values are those of the public configs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from experiment.registry import resolve
 from models.layers import (
     Attention,
     BigGANBlock,
-    Combine,
     DDPMBlock,
-    Downsample,
-    FIRConvDown,
-    FIRConvUp,
-    FIRDown,
-    FIRUp,
     FourierEmbedding,
     PositionalEmbedding,
-    Upsample,
+    conv1x1,
     conv3x3,
     dense,
     group_norm,
+    resampling,
 )
 from models.second_order.normalisation import norm_act
 from models.second_order.operations import concatenate, differentiated_twice, higher_order
 
-__all__ = ["ACTIVATIONS", "UNet"]
+__all__ = ["ACTIVATIONS", "DDPM", "Combine", "UNet"]
 
 ACTIVATIONS = {
     "elu": nn.ELU,
@@ -52,7 +50,6 @@ ACTIVATIONS = {
 }
 
 _CHOICES = {
-    "nonlinearity": tuple(ACTIVATIONS),
     "resblock_type": ("ddpm", "biggan"),
     "progressive": ("none", "output_skip", "residual"),
     "progressive_input": ("none", "input_skip", "residual"),
@@ -62,7 +59,64 @@ _CHOICES = {
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Encoder stages: (h, temb, pyramid) → (h, pyramid)
+# How features and pyramid meet: (h, pyramid) → (h, pyramid)
+
+
+class _Apart(nn.Module):
+    def forward(self, h: Tensor, pyramid: Tensor) -> tuple[Tensor, Tensor]:
+        return h, pyramid
+
+
+class Combine(nn.Module):
+    """A 1×1 convolution of the image is added to the features, or concatenated with them."""
+
+    def __init__(self, pyramid_channels: int, channels: int, *, concatenate: bool) -> None:
+        super().__init__()
+        self.conv = conv1x1(pyramid_channels, channels)
+        self.concatenate = concatenate
+        self.out_channels = 2 * channels if concatenate else channels
+
+    def forward(self, h: Tensor, pyramid: Tensor) -> tuple[Tensor, Tensor]:
+        projected = self.conv(pyramid)
+        return concatenate(projected, h) if self.concatenate else projected + h, pyramid
+
+
+class _Sum(nn.Module):
+    """The sum of (learned) image features and features goes on as both."""
+
+    def __init__(self, rescale: float) -> None:
+        super().__init__()
+        self.rescale = rescale
+
+    def forward(self, h: Tensor, pyramid: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.rescale * (pyramid + h)
+        return h, h
+
+
+class _Project(nn.Module):
+    """pyramid ← conv(act(norm(h))), to which at all but the lowest resolution of images the pyramid is added."""
+
+    def __init__(self, projection: nn.Module, *, add: bool) -> None:
+        super().__init__()
+        self.projection, self.add = projection, add
+
+    def forward(self, h: Tensor, pyramid: Tensor) -> tuple[Tensor, Tensor]:
+        return h, pyramid + self.projection(h) if self.add else self.projection(h)
+
+
+class _Projection(nn.Sequential):
+    """conv(act(norm(h)))."""
+
+    def __init__(self, in_channels: int, out_channels: int, activation: nn.Module, scale: float = 1.0) -> None:
+        super().__init__(group_norm(in_channels), activation, conv3x3(in_channels, out_channels, scale))
+
+    def forward(self, h: Tensor) -> Tensor:
+        norm, activation, conv = self
+        return conv(norm_act(norm, activation, h))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stages: of the encoder (h, temb, pyramid) → (h, pyramid), of the decoder with the skips as fourth argument
 
 
 class _EncoderBlock(nn.Module):
@@ -75,42 +129,15 @@ class _EncoderBlock(nn.Module):
 
 
 class _Down(nn.Module):
-    """Halve the resolution of the features alone."""
+    """Half the resolution."""
 
-    def __init__(self, down: nn.Module) -> None:
+    def __init__(self, down: nn.Module, pyramid_down: nn.Module, merge: nn.Module) -> None:
         super().__init__()
-        self.down = down
-
-    def forward(self, h: Tensor, temb: Tensor | None, pyramid: Tensor) -> tuple[Tensor, Tensor]:
-        return self.down(h, temb), pyramid
-
-
-class _DownInputSkip(nn.Module):
-    """Halve features and image; merge the image into the features."""
-
-    def __init__(self, down: nn.Module, pyramid_down: nn.Module, combine: Combine) -> None:
-        super().__init__()
-        self.down, self.pyramid_down, self.combine = down, pyramid_down, combine
+        self.down, self.pyramid_down, self.merge = down, pyramid_down, merge
 
     def forward(self, h: Tensor, temb: Tensor | None, pyramid: Tensor) -> tuple[Tensor, Tensor]:
         pyramid = self.pyramid_down(pyramid)
-        return self.combine(pyramid, self.down(h, temb)), pyramid
-
-
-class _DownResidual(nn.Module):
-    """Halve features and (learned) image features; their sum goes on as both."""
-
-    def __init__(self, down: nn.Module, pyramid_down: nn.Module, rescale: float) -> None:
-        super().__init__()
-        self.down, self.pyramid_down, self.rescale = down, pyramid_down, rescale
-
-    def forward(self, h: Tensor, temb: Tensor | None, pyramid: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.rescale * (self.pyramid_down(pyramid) + self.down(h, temb))
-        return h, h
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Decoder stages: (h, temb, pyramid, skips) → (h, pyramid)
+        return self.merge(self.down(h, temb), pyramid)
 
 
 class _DecoderBlock(nn.Module):
@@ -125,71 +152,32 @@ class _DecoderBlock(nn.Module):
 class _LevelEnd(nn.Module):
     """After the blocks of one resolution: attention, the output pyramid, then twice the resolution."""
 
-    def __init__(self, attention: nn.Module, output: nn.Module, up: nn.Module | None) -> None:
+    def __init__(self, attention: nn.Module, pyramid_up: nn.Module, merge: nn.Module, up: nn.Module) -> None:
         super().__init__()
-        self.attention, self.output, self.up = attention, output, up
+        self.attention, self.pyramid_up, self.merge, self.up = attention, pyramid_up, merge, up
 
     def forward(self, h: Tensor, temb: Tensor | None, pyramid: Tensor, skips: list[Tensor]) -> tuple[Tensor, Tensor]:
-        h, pyramid = self.output(self.attention(h), pyramid)
-        return (h if self.up is None else self.up(h, temb)), pyramid
+        h = self.attention(h)
+        h, pyramid = self.merge(h, self.pyramid_up(pyramid))
+        return self.up(h, temb), pyramid
 
 
-class _NoOutput(nn.Module):
-    def forward(self, h: Tensor, pyramid: Tensor) -> tuple[Tensor, Tensor]:
-        return h, pyramid
+class _WithoutTime(nn.Module):
+    """A module of h where one of h and temb is expected."""
 
-
-class _OutputSkip(nn.Module):
-    """pyramid ← up(pyramid) + conv(act(norm(h))); ``up`` is the identity at the lowest resolution."""
-
-    def __init__(self, projection: nn.Module, up: nn.Module) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.projection, self.up = projection, up
+        self.module = module
 
-    def forward(self, h: Tensor, pyramid: Tensor) -> tuple[Tensor, Tensor]:
-        return h, self.up(pyramid) + self.projection(h)
-
-
-class _OutputResidualStart(nn.Module):
-    """The lowest resolution of a residual pyramid: pyramid ← conv(act(norm(h))), h unchanged."""
-
-    def __init__(self, projection: nn.Module) -> None:
-        super().__init__()
-        self.projection = projection
-
-    def forward(self, h: Tensor, pyramid: Tensor) -> tuple[Tensor, Tensor]:
-        return h, self.projection(h)
-
-
-class _OutputResidual(nn.Module):
-    """pyramid ← upconv(pyramid) + h, which goes on as both."""
-
-    def __init__(self, up: nn.Module, rescale: float) -> None:
-        super().__init__()
-        self.up, self.rescale = up, rescale
-
-    def forward(self, h: Tensor, pyramid: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.rescale * (self.up(pyramid) + h)
-        return h, h
+    def forward(self, h: Tensor, temb: Tensor | None) -> Tensor:
+        return self.module(h)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class _Projection(nn.Sequential):
-    """conv(act(norm(h)))."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        norm, activation, conv = self
-        return conv(norm_act(norm, activation, h))
-
-
-def _projection(in_channels: int, out_channels: int, activation: nn.Module, scale: float = 1.0) -> nn.Sequential:
-    return _Projection(group_norm(in_channels), activation, conv3x3(in_channels, out_channels, scale))
-
-
 class UNet(nn.Module):
-    """The noise-conditional U-Net of NCSN++ and DDPM++.
+    """The noise-conditional U-Net.
 
     Args:
         image_size: height and width of the images, divisible by 2^(levels − 1).
@@ -199,7 +187,7 @@ class UNet(nn.Module):
         ch_mult, num_res_blocks: width multiplier and number of residual blocks per level.
         attn_resolutions: resolutions that get self-attention (the middle always does).
         dropout: probability, in every residual block.
-        nonlinearity: 'swish', 'relu', 'lrelu' or 'elu'.
+        nonlinearity: 'swish', 'relu', 'lrelu', 'elu', or the import path of a module.
         conditional: give the noise level to the blocks.
         embedding_type: 'fourier' (of ln label; the label is σ) or 'positional' (of the label).
         fourier_scale: standard deviation of the Fourier frequencies.
@@ -211,7 +199,8 @@ class UNet(nn.Module):
         progressive_input, progressive_combine: input pyramid 'none', 'input_skip' (merged by 'sum' or 'cat') or
             'residual'.
         init_scale: initial scale of the last layer of every branch.
-        num_classes: 0, or the number of class labels the network is conditioned on.
+        num_classes: 0, or the number K of classes the network is conditioned on; the label K stands for none.
+        num_levels: the number of noise levels whose index is the label; None: the label is a positive number.
 
     Raises:
         ValueError: an option outside its choices, or sizes that do not fit, naming the config field.
@@ -235,149 +224,118 @@ class UNet(nn.Module):
         resblock_type: str,
         resamp_with_conv: bool,
         fir: bool,
-        fir_kernel: Sequence[int],
+        fir_kernel: Sequence[float],
         skip_rescale: bool,
         progressive: str,
         progressive_input: str,
         progressive_combine: str,
         init_scale: float,
         num_classes: int = 0,
+        num_levels: int | None = None,
     ) -> None:
         super().__init__()
         given = locals()
-        chosen = {field: str(given[field]).lower() for field in _CHOICES}
         for field, allowed in _CHOICES.items():
-            if chosen[field] not in allowed:
+            if given[field] not in allowed:
                 raise ValueError(f"model.{field}={given[field]!r}: allowed are {', '.join(allowed)}")
-        widths = (nf, *ch_mult)
-        if not all(isinstance(width, int) and width > 0 for width in widths):
-            raise ValueError(f"model.nf={nf!r}, model.ch_mult={ch_mult!r}: allowed are positive integers")
         levels = len(ch_mult)
         if levels == 0 or image_size % 2 ** (levels - 1):
             raise ValueError(
                 f"data.image_size={image_size} with {levels} levels (model.ch_mult={tuple(ch_mult)}): "
                 f"the size must be divisible by {2 ** max(levels - 1, 0)}"
             )
-        if num_res_blocks < 1:
-            raise ValueError(f"model.num_res_blocks={num_res_blocks}: at least 1")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"model.dropout={dropout}: a probability in [0, 1)")
-        if not init_scale >= 0:
-            raise ValueError(f"model.init_scale={init_scale}: at least 0")
         if num_classes and not conditional:
             raise ValueError(f"model.num_classes={num_classes}: class labels need model.conditional=True")
+        if embedding_type == "fourier" and num_levels is not None:
+            raise ValueError(
+                "training.continuous=False: a discrete-time model has the label 0, of which there is no logarithm; it "
+                "needs model.embedding_type='positional'"
+            )
 
         self.image_shape = (num_channels, image_size, image_size)
         # Both are for comparisons alone: torch's own second derivatives are slower and otherwise the same.
         self.memory_format, self.own_derivatives = torch.channels_last, True
         self.input_scale, self.input_shift = (1.0, 0.0) if centered else (2.0, -1.0)
         self.num_classes = num_classes
-        act = ACTIVATIONS[chosen["nonlinearity"]]()
+        act = resolve(nonlinearity, ACTIVATIONS, "model.nonlinearity")()
         rescale = 1 / math.sqrt(2) if skip_rescale else 1.0
 
         # Embedding of the noise level and, if asked, of the class.
-        if chosen["embedding_type"] == "fourier":
-            self.embedding = FourierEmbedding(nf, fourier_scale)
-        else:
-            self.embedding = PositionalEmbedding(nf)
+        fourier = embedding_type == "fourier"
+        self.embedding = FourierEmbedding(nf, fourier_scale) if fourier else PositionalEmbedding(nf)
         temb_features = 4 * nf if conditional else None
         self.time_mlp = None
         if conditional:
             self.time_mlp = nn.Sequential(dense(self.embedding.out_features, 4 * nf), act, dense(4 * nf, 4 * nf))
-        self.class_embedding = nn.Embedding(num_classes, 4 * nf) if num_classes else None
+        self.class_embedding = nn.Embedding(num_classes + 1, 4 * nf) if num_classes else None
 
-        options = dict(
+        attention = partial(Attention, init_scale=init_scale, skip_rescale=skip_rescale)
+        resample = partial(resampling, taps=fir_kernel if fir else None)
+        biggan = resblock_type == "biggan"
+        block = partial(
+            BigGANBlock if biggan else DDPMBlock,
             activation=act,
             temb_features=temb_features,
             dropout=dropout,
             init_scale=init_scale,
             skip_rescale=skip_rescale,
         )
-        biggan = chosen["resblock_type"] == "biggan"
-        block = partial(BigGANBlock if biggan else DDPMBlock, **options)
-        attention = partial(Attention, init_scale=init_scale, skip_rescale=skip_rescale)
 
-        def attention_at(resolution: int, channels: int) -> nn.Module:
-            return attention(channels) if resolution in attn_resolutions else nn.Identity()
+        def attention_at(level: int, channels: int) -> nn.Module:
+            return attention(channels) if image_size // 2**level in attn_resolutions else nn.Identity()
 
-        def plain_down(in_channels: int, out_channels: int, with_conv: bool) -> nn.Module:
-            if fir:
-                return FIRConvDown(in_channels, out_channels, fir_kernel) if with_conv else FIRDown(fir_kernel)
-            return Downsample(in_channels, out_channels, with_conv=with_conv)
-
-        def plain_up(in_channels: int, out_channels: int, with_conv: bool) -> nn.Module:
-            if fir:
-                return FIRConvUp(in_channels, out_channels, fir_kernel) if with_conv else FIRUp(fir_kernel)
-            return Upsample(in_channels, out_channels, with_conv=with_conv)
-
-        def down(channels: int) -> nn.Module:
+        def resample_features(channels: int, *, up: bool) -> nn.Module:
             if biggan:
-                return block(channels, channels, resample=plain_down(channels, channels, with_conv=False))
-            return _IgnoreTime(plain_down(channels, channels, resamp_with_conv))
-
-        def up(channels: int) -> nn.Module:
-            if biggan:
-                return block(channels, channels, resample=plain_up(channels, channels, with_conv=False))
-            return _IgnoreTime(plain_up(channels, channels, resamp_with_conv))
+                return block(channels, channels, resample=resample(channels, channels, up=up, with_conv=False))
+            return _WithoutTime(resample(channels, channels, up=up, with_conv=resamp_with_conv))
 
         # Encoder.
         self.stem = conv3x3(num_channels, nf)
         self.encoder = nn.ModuleList()
         channels, skip_channels, pyramid_channels = nf, [nf], num_channels
         for level, multiplier in enumerate(ch_mult):
-            resolution = image_size // 2**level
+            if level:
+                width = channels
+                pyramid_down, merge = nn.Identity(), _Apart()
+                if progressive_input == "input_skip":
+                    pyramid_down = resample(num_channels, num_channels, up=False, with_conv=False)
+                    merge = Combine(num_channels, width, concatenate=progressive_combine == "cat")
+                    channels = merge.out_channels
+                elif progressive_input == "residual":
+                    pyramid_down, merge = resample(pyramid_channels, width, up=False, with_conv=True), _Sum(rescale)
+                    pyramid_channels = width
+                self.encoder.append(_Down(resample_features(width, up=False), pyramid_down, merge))
+                skip_channels.append(channels)
+            width = nf * multiplier
             for _ in range(num_res_blocks):
-                width = nf * multiplier
-                self.encoder.append(_EncoderBlock(block(channels, width), attention_at(resolution, width)))
+                self.encoder.append(_EncoderBlock(block(channels, width), attention_at(level, width)))
                 channels = width
                 skip_channels.append(channels)
-            if level == levels - 1:
-                break
-            if chosen["progressive_input"] == "input_skip":
-                combine = Combine(pyramid_channels, channels, concatenate=chosen["progressive_combine"] == "cat")
-                self.encoder.append(
-                    _DownInputSkip(down(channels), plain_down(pyramid_channels, pyramid_channels, False), combine)
-                )
-                channels = combine.out_channels
-            elif chosen["progressive_input"] == "residual":
-                pyramid_down = plain_down(pyramid_channels, channels, with_conv=True)
-                self.encoder.append(_DownResidual(down(channels), pyramid_down, rescale))
-                pyramid_channels = channels
-            else:
-                self.encoder.append(_Down(down(channels)))
-            skip_channels.append(channels)
 
         # Middle.
         self.middle = nn.ModuleList([block(channels, channels), attention(channels), block(channels, channels)])
 
         # Decoder.
         self.decoder = nn.ModuleList()
-        pyramid_channels = 0
         for level in reversed(range(levels)):
-            width = nf * ch_mult[level]
+            width, lowest = nf * ch_mult[level], level == levels - 1
             for _ in range(num_res_blocks + 1):
                 self.decoder.append(_DecoderBlock(block(channels + skip_channels.pop(), width)))
                 channels = width
-            lowest = level == levels - 1
-            if chosen["progressive"] == "output_skip":
-                output = _OutputSkip(
-                    _projection(channels, num_channels, act, init_scale),
-                    nn.Identity() if lowest else plain_up(num_channels, num_channels, False),
-                )
-            elif chosen["progressive"] == "residual":
-                if lowest:
-                    output = _OutputResidualStart(_projection(channels, channels, act))
-                else:
-                    output = _OutputResidual(plain_up(pyramid_channels, channels, with_conv=True), rescale)
-                pyramid_channels = channels
-            else:
-                output = _NoOutput()
-            self.decoder.append(
-                _LevelEnd(attention_at(image_size // 2**level, channels), output, up(channels) if level else None)
-            )
-        self.head = (
-            None if chosen["progressive"] == "output_skip" else _projection(channels, num_channels, act, init_scale)
-        )
+            pyramid_up, merge = nn.Identity(), _Apart()
+            if progressive == "output_skip":
+                if not lowest:
+                    pyramid_up = resample(num_channels, num_channels, up=True, with_conv=False)
+                merge = _Project(_Projection(width, num_channels, act, init_scale), add=not lowest)
+            elif progressive == "residual" and lowest:
+                merge = _Project(_Projection(width, width, act), add=False)
+            elif progressive == "residual":
+                pyramid_up, merge = resample(pyramid_channels, width, up=True, with_conv=True), _Sum(rescale)
+            pyramid_channels = width
+            attend = attention_at(level, width)
+            up = resample_features(width, up=True) if level else _WithoutTime(nn.Identity())
+            self.decoder.append(_LevelEnd(attend, pyramid_up, merge, up))
+        self.head = None if progressive == "output_skip" else _Projection(channels, num_channels, act, init_scale)
         # CPU and tensor-core convolutions are fastest on channels-last memory.
         self.to(memory_format=self.memory_format)
 
@@ -425,57 +383,23 @@ class UNet(nn.Module):
         first, attention, second = self.middle
         h = second(attention(first(h, temb)), temb)
 
-        pyramid = h.new_zeros(())
         for stage in self.decoder:
             h, pyramid = stage(h, temb, pyramid, skips)
         return pyramid if self.head is None else self.head(h)
 
-    def official_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """The parametrised modules with their names in score_sde_pytorch, entries of one flat list.
 
-        A positional embedding has no entry there; everything else has one, in the order of computation, except
-        that a residual or attention module precedes the pyramid module of its stage.
-        """
-        for index, module in enumerate(self._official_list()):
-            yield f"all_modules.{index}", module
-
-    def _official_list(self) -> Iterator[nn.Module]:
-        if isinstance(self.embedding, FourierEmbedding):
-            yield self.embedding
-        if self.time_mlp is not None:
-            yield from (self.time_mlp[0], self.time_mlp[2])
-        yield self.stem
-        for stage in self.encoder:
-            for child in stage.children():
-                yield from _listed(child)
-        yield from self.middle
-        for stage in self.decoder:
-            for child in stage.children():
-                yield from _listed(child)
-        if self.head is not None:
-            yield from (self.head[0], self.head[2])
-
-
-class _IgnoreTime(nn.Module):
-    """A plain resampling where the encoder or decoder expects a module that is given the noise level."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor, temb: Tensor | None) -> Tensor:
-        return self.module(x)
-
-
-def _listed(module: nn.Module) -> Iterator[nn.Module]:
-    """What one part of a stage contributes to score_sde_pytorch's module list."""
-    if isinstance(module, nn.Sequential):  # norm, activation, conv of an output pyramid: two entries
-        yield from (module[0], module[2])
-    elif isinstance(module, (_OutputSkip, _OutputResidualStart, _OutputResidual)):
-        # The public code resamples the pyramid by a shared, parameter-free module outside the list.
-        for child in module.children():
-            yield from _listed(child)
-    elif isinstance(module, _IgnoreTime):
-        yield module.module
-    elif any(True for _ in module.parameters()):
-        yield module
+# DDPM, the ancestor: branches are added without rescaling, convolutions of stride 2 and repeated pixels in place of
+# blurs, a positional embedding, no pyramids, and last layers that start at zero.
+DDPM = partial(
+    UNet,
+    embedding_type="positional",
+    fourier_scale=0.0,
+    resblock_type="ddpm",
+    fir=False,
+    fir_kernel=(),
+    skip_rescale=False,
+    progressive="none",
+    progressive_input="none",
+    progressive_combine="sum",
+    init_scale=0.0,
+)

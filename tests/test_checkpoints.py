@@ -1,152 +1,19 @@
-"""Checkpoints survive crashes and damage; the public format is read strictly and reproduces its outputs."""
+"""Checkpoints survive crashes and damage."""
 
 from __future__ import annotations
 
-import importlib
-import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from checkpoints import (
     CheckpointError,
     CheckpointStore,
-    load_score_sde_checkpoint,
     load_state_dict_strictly,
-    official_names,
     read_checkpoint,
     write_checkpoint,
 )
-from models import create_network
-
-DATA = Path(__file__).parent / "models" / "published"
-GOLDEN = {
-    "ve_ncsnpp_cifar10": "configs.ve.cifar10_ncsnpp_continuous",
-    "vp_ddpmpp_cifar10": "configs.vp.cifar10_ddpmpp_continuous",
-}
-
-
-def golden_network(name: str, **options):
-    config = importlib.import_module(GOLDEN[name]).get_config()
-    config.model.update(nf=8, num_res_blocks=1, dropout=0.0)
-    config.model.update(options)
-    return create_network(config).eval()
-
-
-def golden_output(name: str, network: torch.nn.Module, arrays) -> torch.Tensor:
-    x, labels = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["labels"])
-    with torch.no_grad():
-        output = network(x, labels)
-    # The stored outputs of VE include the division by sigma, which here belongs to the score.
-    return output / labels[:, None, None, None] if name.startswith("ve") else output
-
-
-def relative_error(output: torch.Tensor, reference: np.ndarray) -> float:
-    reference = torch.from_numpy(reference)
-    return float(((output - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)).max())
-
-
-@pytest.mark.parametrize("name", GOLDEN)
-def test_golden_averages_reproduce_their_outputs(name):
-    arrays = np.load(DATA / f"{name}_io.npz", allow_pickle=False)
-    network = golden_network(name)
-    assert load_score_sde_checkpoint(DATA / f"{name}.pth", network, ema=True) == 123
-    assert relative_error(golden_output(name, network, arrays), arrays["out_ema"]) < 1e-4
-
-
-@pytest.mark.parametrize("name", GOLDEN)
-def test_golden_raw_weights(name):
-    """`out` was made with the raw weights, but what the files store as raw weights equals their averages, which are
-    1.01 times larger. Undoing that factor reproduces `out`; reading the file as it is cannot."""
-    arrays = np.load(DATA / f"{name}_io.npz", allow_pickle=False)
-    checkpoint = read_checkpoint(DATA / f"{name}.pth")
-    network, averaged = golden_network(name), golden_network(name)
-    load_score_sde_checkpoint(DATA / f"{name}.pth", network, ema=False)
-    load_score_sde_checkpoint(DATA / f"{name}.pth", averaged, ema=True)
-    for own, official in official_names(network).items():
-        stored = checkpoint["model"][f"module.{official}"]
-        weight = network.state_dict()[own]
-        assert torch.equal(weight.flatten(), (stored.t() if ".NIN_" in official else stored).flatten()), own
-        assert torch.equal(weight, averaged.state_dict()[own]), own
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.requires_grad:
-                parameter.div_(1.01)
-    assert relative_error(golden_output(name, network, arrays), arrays["out"]) < 1e-4
-
-
-def test_averages_and_raw_weights_are_told_apart(tmp_path):
-    name = "vp_ddpmpp_cifar10"
-    checkpoint = read_checkpoint(DATA / f"{name}.pth")
-    checkpoint["ema"]["shadow_params"] = [2 * p for p in checkpoint["ema"]["shadow_params"]]
-    torch.save(checkpoint, tmp_path / "doubled.pth")
-    raw, averaged = golden_network(name), golden_network(name)
-    load_score_sde_checkpoint(tmp_path / "doubled.pth", raw, ema=False)
-    load_score_sde_checkpoint(tmp_path / "doubled.pth", averaged, ema=True)
-    for (key, a), b in zip(raw.named_parameters(), averaged.parameters(), strict=True):
-        assert torch.equal(2 * a, b), key
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(resblock_type="ddpm", fir=False, resamp_with_conv=True),
-        dict(resblock_type="ddpm", fir=True, resamp_with_conv=True),
-        dict(resblock_type="ddpm", fir=False, resamp_with_conv=False),
-        dict(progressive="output_skip", progressive_input="input_skip"),
-        dict(progressive="output_skip", progressive_input="input_skip", progressive_combine="cat", fir=False),
-        dict(progressive="residual", progressive_input="none"),
-        dict(conditional=False),
-    ],
-    ids=str,
-)
-def test_official_module_numbers(options):
-    """The public network numbers its modules in the order of construction; recomputed here from its rules."""
-    network = golden_network("ve_ncsnpp_cifar10", **options)
-    model = dict(resblock_type="biggan", progressive="none", progressive_input="residual", conditional=True) | options
-    ddpm, attention_levels, levels = model["resblock_type"] == "ddpm", (1,), 4
-    kinds = ["fourier"] + ["linear", "linear"] * model["conditional"] + ["conv"]
-    for level in range(levels):
-        kinds += ["block"] + ["attention"] * (level in attention_levels)
-        if level < levels - 1:
-            kinds += ["resample" if ddpm else "block"]
-            kinds += {"none": [], "input_skip": ["combine"], "residual": ["resample"]}[model["progressive_input"]]
-    kinds += ["block", "attention", "block"]
-    for level in reversed(range(levels)):
-        kinds += ["block", "block"] + ["attention"] * (level in attention_levels)
-        if model["progressive"] == "output_skip":
-            kinds += ["norm", "conv"]
-        elif model["progressive"] == "residual":
-            kinds += ["norm", "conv"] if level == levels - 1 else ["resample"]
-        if level:
-            kinds += ["resample" if ddpm else "block"]
-    if model["progressive"] != "output_skip":
-        kinds += ["norm", "conv"]
-    classes = {
-        "FourierEmbedding": "fourier",
-        "Linear": "linear",
-        "Conv2d": "conv",
-        "GroupNorm": "norm",
-        "BigGANBlock": "block",
-        "DDPMBlock": "block",
-        "Attention": "attention",
-        "Combine": "combine",
-    }
-    ours = [classes.get(type(module).__name__, "resample") for _, module in network.official_modules()]
-    assert ours == kinds
-    assert set(official_names(network)) == {name for name, _ in network.named_parameters()}
-
-
-def test_another_architecture_is_refused_and_changes_nothing():
-    network = golden_network("ve_ncsnpp_cifar10", nf=16)
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"another architecture: stem|another architecture: embedding"):
-        load_score_sde_checkpoint(DATA / "ve_ncsnpp_cifar10.pth", network, ema=False)
-    with pytest.raises(CheckpointError, match=r"another architecture.* and [0-9]+ more"):
-        load_score_sde_checkpoint(DATA / "vp_ddpmpp_cifar10.pth", network, ema=False)
-    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
 def test_missing_extra_and_misshapen_weights_are_named():
@@ -225,23 +92,11 @@ def test_objects_are_never_unpickled(tmp_path):
 def test_missing_and_foreign_files_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         read_checkpoint(tmp_path / "nothing.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(CheckpointError, match="holds a list"):
-        read_checkpoint(tmp_path / "list.pt")
-    torch.save({"weights": 1}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match=r"it has no model, ema$"):
-        load_score_sde_checkpoint(tmp_path / "other.pt", golden_network("ve_ncsnpp_cifar10"), ema=True)
+    torch.save(1, tmp_path / "number.pt")
+    with pytest.raises(CheckpointError, match="holds a int, not a checkpoint"):
+        read_checkpoint(tmp_path / "number.pt")
 
 
 def test_store_settings():
     with pytest.raises(ValueError, match="keep_checkpoints=0"):
         CheckpointStore(Path("."), keep=0, milestone_every=1)
-
-
-def test_truncated_public_checkpoint_is_refused(tmp_path):
-    """The error names the file."""
-    shutil.copy(DATA / "ve_ncsnpp_cifar10.pth", tmp_path / "cut.pth")
-    with open(tmp_path / "cut.pth", "r+b") as file:
-        file.truncate(100_000)
-    with pytest.raises(CheckpointError, match=r"cut\.pth"):
-        load_score_sde_checkpoint(tmp_path / "cut.pth", golden_network("ve_ncsnpp_cifar10"), ema=True)

@@ -18,15 +18,14 @@ from test_run_lib import (
 from torch import Tensor, nn
 
 import run_lib
-from checkpoints import (
-    CheckpointError,
+from checkpoints import CheckpointError, read_checkpoint
+from models import create_network, create_score_model
+from models.published import (
     PublicCheckpoint,
     convert_public_checkpoint,
     load_score_sde_checkpoint,
     official_names,
-    read_checkpoint,
 )
-from models import create_network, create_score_model
 from sde_lib import get_sde
 
 DATA = Path(__file__).parent / "models" / "published"
@@ -257,5 +256,5 @@ def test_lists_of_the_codes_of_ncsn(kind, tmp_path):
 
 def test_other_lists_are_no_checkpoints(tmp_path):
     torch.save([{"a": torch.zeros(1)}], tmp_path / "list.pth")
-    with pytest.raises(CheckpointError, match="holds a list, not a checkpoint"):
+    with pytest.raises(CheckpointError, match="holds a list that is none of NCSN's checkpoints"):
         PublicCheckpoint(tmp_path / "list.pth")

@@ -59,8 +59,14 @@ class Recomputable(nn.Module, abc.ABC):
 
 
 def recompute_activations(network: nn.Module) -> int:
-    """Set ``recompute`` in all blocks of a network; returns how many there are."""
+    """Set ``recompute`` in all blocks of a network; returns how many there are.
+
+    Raises:
+        ValueError: there are none.
+    """
     blocks = [module for module in network.modules() if isinstance(module, Recomputable)]
+    if not blocks:
+        raise ValueError("training.activation_checkpointing=True: the network has no blocks for it")
     for block in blocks:
         block.recompute = True
     return len(blocks)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from models.layers import (
     Attention,
     BigGANBlock,
-    Combine,
     DDPMBlock,
     Downsample,
     FIRConvDown,
@@ -189,15 +188,6 @@ def test_residual_blocks(kind, skip_rescale):
         shortcut = F.conv2d(shortcut, block.shortcut.weight, block.shortcut.bias)
     expected = (shortcut + h) / (math.sqrt(2) if skip_rescale else 1)
     torch.testing.assert_close(block(x, temb), expected, rtol=1e-11, atol=1e-11)
-
-
-def test_combine():
-    pyramid, h = random(2, 3, 4, 4), random(2, 5, 4, 4, seed=1)
-    for concatenate in (False, True):
-        layer = Combine(3, 5, concatenate=concatenate).double()
-        projected = F.conv2d(pyramid, layer.conv.weight, layer.conv.bias)
-        expected = torch.cat([projected, h], 1) if concatenate else projected + h
-        assert torch.equal(layer(pyramid, h), expected) and layer.out_channels == expected.shape[1]
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(2, 1), (8, 2), (16, 4), (128, 32), (256, 32)])

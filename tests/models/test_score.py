@@ -6,14 +6,13 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from conftest import SMALL_UNET
-from ml_collections import ConfigDict
 from oracles import SDES, random
 from torch import Tensor, nn
 
 from conservativeness import jvp_and_vjp
-from models import ConservativeScore, UnconstrainedScore, create_network, create_score_model
+from models import NETWORKS, ConservativeScore, UnconstrainedScore, make_network, make_score_model
+from models.layers import PositionalEmbedding
 from models.score import NoiseLevel
-from models.unet import UNet
 
 # ------------------------------------------------------------------------------------------------ from network to score
 
@@ -177,58 +176,72 @@ def test_conservative_score_does_not_lose_a_tangent(grad_mode):
     torch.testing.assert_close(tangent, expected.view_as(x), rtol=1e-12, atol=1e-14)
 
 
-# ------------------------------------------------------------------------------------------------------------- configs
+# ------------------------------------------------------------------------------------------ networks and scores by name
 
 
-def model_config(parameterization: str = "unconstrained", *, continuous: bool = True, **fields) -> ConfigDict:
-    options = dict(name="ncsnpp", parameterization=parameterization, scale_by_sigma=True, num_scales=30)
-    model = SMALL_UNET | options | fields
-    data = {key: model.pop(key) for key in ("image_size", "num_channels", "centered")}
-    return ConfigDict(dict(model=model, data=data, training=dict(continuous=continuous)))
+def test_score_models_by_name():
+    network = Linear()
+    for sde, scale_by_sigma, divided in (
+        ("ve", None, True),
+        ("ve", True, True),
+        ("ve", False, False),
+        ("vp", None, True),
+    ):
+        model = make_score_model(SDES[sde], network, parameterization="unconstrained", scale_by_sigma=scale_by_sigma)
+        assert type(model) is UnconstrainedScore and model.divide_by_sigma == divided
+        assert model.sde is SDES[sde] and model.network is network and model.noise_level.num_scales is None
+    model = make_score_model(SDES["vp"], network, parameterization="conservative", num_scales=30)
+    assert type(model) is ConservativeScore and model.noise_level.num_scales == 30
 
 
-def test_score_models_from_a_config():
-    x, t = random(2, 1, 8, 8).float(), torch.tensor([0.2, 0.7])
-    torch.manual_seed(3)
-    network = create_network(model_config()).eval()
-    outputs = {}
-    for name, scale_by_sigma in (("ve", True), ("ve", False), ("vp", False), ("subvp", False)):
-        torch.manual_seed(3)
-        model = create_score_model(model_config(scale_by_sigma=scale_by_sigma), SDES[name]).eval()
-        assert type(model) is UnconstrainedScore and model.sde is SDES[name]
-        outputs[name, scale_by_sigma] = model(x, t)
-        label = SDES[name].std(t) if name == "ve" else 999 * t
-        h = network(x, label)
-        std = SDES[name].std(t)[:, None, None, None]
-        expected = {("ve", True): h / std, ("ve", False): h}.get((name, scale_by_sigma), -h / std)
-        torch.testing.assert_close(outputs[name, scale_by_sigma], expected, rtol=1e-5, atol=1e-5)
-    for sde, scale_by_sigma in (("ve", True), ("vp", False)):
-        model = create_score_model(model_config("conservative", scale_by_sigma=scale_by_sigma), SDES[sde])
-        assert type(model) is ConservativeScore
-    discrete = create_score_model(model_config(continuous=False, embedding_type="positional"), SDES["ve"])
-    assert discrete.noise_level.num_scales == 30
+class Own(nn.Module):
+    def __init__(self, width: int, *, num_channels: int, depth: int = 3) -> None:
+        super().__init__()
+        self.given = (width, num_channels, depth)
 
 
-def test_network_options_from_a_config():
-    changes = dict(nf=16, ch_mult=[1, 1], num_res_blocks=2, num_classes=4, progressive="residual", centered=True)
-    given = create_network(model_config(name="NCSNpp", **changes))
-    torch.manual_seed(0)
-    expected = UNet(**(SMALL_UNET | changes | dict(num_classes=5)))  # the last label stands for no class
-    assert {n: p.shape for n, p in given.named_parameters()} == {n: p.shape for n, p in expected.named_parameters()}
-    assert given.input_scale == 1.0
+def test_a_constructor_is_given_what_it_declares():
+    options = dict(width=5, sigma_max=50.0, nf=8)
+    assert make_network(f"{__name__}:Own", options, num_channels=3, image_size=8).given == (5, 3, 3)
+    changes = dict(num_res_blocks=2, num_classes=4, progressive="residual", centered=True)
+    given = make_network("ncsnpp", SMALL_UNET | changes, widths=(3,))
+    assert (given.num_classes, given.input_scale) == (4, 1.0)
+    assert given.class_embedding.num_embeddings == 5  # the last label stands for no class
+    # What a preset fixes is not asked of the options.
+    ddpm = make_network("ddpm", SMALL_UNET)
+    assert SMALL_UNET["embedding_type"] == "fourier" and type(ddpm.embedding) is PositionalEmbedding
 
 
 @pytest.mark.parametrize(
-    ("sde", "config", "message"),
+    ("name", "options", "message"),
     [
-        ("ve", model_config(name="unet"), "model.name='unet': allowed are ddpm, mlp, ncsn, ncsnpp, ncsnv2"),
-        ("ve", model_config("free"), "model.parameterization='free': allowed are unconstrained, conservative"),
-        ("vp", model_config(), "model.scale_by_sigma=True: only for VE"),
-        ("ve", model_config("conservative", scale_by_sigma=False), "model.scale_by_sigma=False: a conservative model"),
-        ("subvp", model_config(scale_by_sigma=False, continuous=False), "training.sde='subvpsde' has no discrete-time"),
+        ("unet", {}, f"model.name='unet': allowed are {', '.join(NETWORKS)}, or module:attribute"),
+        ("nowhere.nets:Net", {}, "model.name='nowhere.nets:Net': No module named 'nowhere'"),
+        ("mlp", {}, "model.name='mlp': this network also needs dimension"),
+        ("ncsnv2", SMALL_UNET | dict(num_classes=3), "model.num_classes=3: model.name='ncsnv2' knows no classes"),
+        ("mlp", dict(dimension=2, output_activation="tanh"), "model.output_activation='tanh': allowed are identity"),
     ],
 )
-def test_models_that_make_no_sense(sde, config, message):
+def test_networks_that_make_no_sense(name, options, message):
     with pytest.raises(ValueError) as error:
-        create_score_model(config, SDES[sde])
+        make_network(name, options)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sde", "options", "message"),
+    [
+        ("ve", dict(parameterization="free"), "model.parameterization='free': allowed are unconstrained, conservative"),
+        ("vp", dict(scale_by_sigma=True), "model.scale_by_sigma=True: only for VE"),
+        (
+            "ve",
+            dict(parameterization="conservative", scale_by_sigma=False),
+            "model.scale_by_sigma=False: a conservative model",
+        ),
+        ("subvp", dict(num_scales=30), "training.sde='subvpsde' has no discrete-time"),
+    ],
+)
+def test_scores_that_make_no_sense(sde, options, message):
+    with pytest.raises(ValueError) as error:
+        make_score_model(SDES[sde], Linear(), **(dict(parameterization="unconstrained") | options))
     assert message in str(error.value) and "\n" not in str(error.value)

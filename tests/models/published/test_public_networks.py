@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 from reference_networks import ddpm, ddpm_shapes, random_state, refinenet, refinenet_shapes
 from torch import Tensor, nn
 
-from checkpoints import CheckpointError, load_score_sde_checkpoint, official_names
+from checkpoints import CheckpointError
 from losses import get_objective
 from models import create_network, create_score_model
+from models.published import load_score_sde_checkpoint, official_names
 from sde_lib import get_sde
 
 
@@ -214,7 +215,7 @@ def test_standardisation_of_instance_norm():
     [
         (small("ve/ncsn/cifar10", training__continuous=True), "training.continuous=True: model.name='ncsn'"),
         (small("ve/ncsn/cifar10", model__parameterization="conservative"), "model.scale_by_sigma=False"),
-        (small("ve/ncsn/cifar10", model__nf=1), "model.nf=1: allowed are integers from 2 on"),
+        (small("ve/ncsn/cifar10", model__nf=1), "model.nf=1: NCSN and NCSNv2 standardise over channels"),
         (small("ve/ncsn/cifar10", model__nonlinearity="gelu"), "model.nonlinearity='gelu': allowed are elu, relu"),
         (small("ve/ncsn/cifar10", data__image_size=15), "data.image_size=15: this network needs a multiple of 2"),
         (small("ve/ncsnv2/bedroom", data__image_size=30), "data.image_size=30: this network needs a multiple of 4"),

@@ -75,7 +75,7 @@ def test_a_network_without_blocks_is_refused():
     config = base_config()
     config.model.update(name="mlp", widths=(4,), output_activation="identity")
     config.training.activation_checkpointing = True
-    with pytest.raises(ValueError, match=r"training\.activation_checkpointing=True: model\.name='mlp' has no blocks"):
+    with pytest.raises(ValueError, match=r"training\.activation_checkpointing=True: the network has no blocks"):
         create_score_model(config, get_sde(config))
 
 
