@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from experiment.command_line import parse_flags
+from experiment.command_line import run_main
 
 FLAGS = flags.FLAGS
 
@@ -32,48 +31,37 @@ def main(argv: list[str]) -> None:
         sys.exit("--checkpoint: only for --mode=eval or sample; training starts from --config.training.init_from")
     if FLAGS.compile and FLAGS.mode in ("stats", "train_classifier"):
         sys.exit(f"--compile: not for --mode={FLAGS.mode}, which does not run the score's network")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     import run_lib  # imports torch, which --help and a mistyped flag need not wait for
-    from data.splits import UnreadableImage
 
-    try:
-        runtime = run_lib.Runtime(
-            FLAGS.device, FLAGS.precision, FLAGS.accumulation_steps, compile=FLAGS.compile, cache_dir=FLAGS.cache_dir
-        )
-        if FLAGS.mode == "train":
-            run_lib.train(FLAGS.config, FLAGS.workdir, runtime)
-        elif FLAGS.mode == "eval":
-            _print(run_lib.evaluate(FLAGS.config, FLAGS.workdir, runtime, FLAGS.checkpoint))
-        elif FLAGS.mode == "train_classifier":
-            _print(run_lib.train_classifier(FLAGS.config, FLAGS.workdir, runtime))
-        elif FLAGS.mode == "stats":
-            path = run_lib.statistics(FLAGS.config, FLAGS.workdir, runtime)
-            if _is_main_process():
-                print(path)
-        else:
-            folder = run_lib.sample(FLAGS.config, FLAGS.workdir, runtime, FLAGS.checkpoint)
-            if _is_main_process():
-                _print(json.loads((folder / "metrics.json").read_text()))
-                print(folder)
-    except (run_lib.InvalidRun, FloatingPointError, UnreadableImage, OSError) as error:
-        sys.exit(f"error: {error}")
-    except run_lib.Interrupted as interruption:
-        print(interruption, file=sys.stderr)
-        sys.exit(128 + interruption.signal_number)
-    except KeyboardInterrupt:  # in evaluation and sampling, which keep every finished batch, or the classifier's steps
-        sys.exit("stopped; the same command resumes")
+    runtime = run_lib.Runtime(
+        FLAGS.device, FLAGS.precision, FLAGS.accumulation_steps, compile=FLAGS.compile, cache_dir=FLAGS.cache_dir
+    )
+    run = FLAGS.config, FLAGS.workdir, runtime
+    if FLAGS.mode == "train":
+        run_lib.train(*run)
+    elif FLAGS.mode == "eval":
+        _print(run_lib.evaluate(*run, FLAGS.checkpoint))
+    elif FLAGS.mode == "train_classifier":
+        _print(run_lib.train_classifier(*run))
+    elif FLAGS.mode == "stats":
+        _print(run_lib.statistics(*run))
+    else:
+        folder = run_lib.sample(*run, FLAGS.checkpoint)
+        if (folder / "metrics.json").exists():
+            _print(json.loads((folder / "metrics.json").read_text()))
+        _print(folder)
 
 
-def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _print(metrics: dict) -> None:
-    if _is_main_process():
-        for name, value in sorted(metrics.items()):
-            print(f"{name:24} {value:.6g}" if isinstance(value, float) else f"{name:24} {value}")
+def _print(result: object) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if not isinstance(result, dict):
+        print(result)
+        return
+    for name, value in sorted(result.items()):
+        print(f"{name:24} {value:.6g}" if isinstance(value, float) else f"{name:24} {value}")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    run_main(main)

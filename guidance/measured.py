@@ -1,0 +1,174 @@
+"""Samples of p(x_0 | y) for measurements y of test images.
+
+Of some test images, spread over the set, a few samples each, which all have the same measurement:
+
+    FOLDER/samples.npz       images (N, S, H, W, C), truth (N, H, W, C), input (N, H, W, C), num_levels, nfe
+    FOLDER/grid.png          a row per image: what the measurement alone gives, samples, the truth
+    FOLDER/metrics.json      how far the samples are from the measurement
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import Split
+from experiment.figures import new_figure, save_figure
+from experiment.files import write_arrays, write_json
+from experiment.randomness import SampleGenerators, normal_like
+from guidance.conditions import condition_on_measurement, get_operator
+from guidance.measurements import LinearOperator
+
+__all__ = ["MeasuredImages"]
+
+_VARIANCE_IMAGES = 1000
+"""Training images, at most, that the data's variance is estimated from."""
+
+
+class MeasuredImages:
+    """Test images, their measurements, and samples given these. Checked, and small things computed, on construction.
+
+    Args:
+        score: a ``run_lib.TrainedScore``.
+        sampler: what samples with it.
+        train_data, test_data: the set; the training half gives the data's variance where it is needed.
+
+    Raises:
+        ValueError: the condition does not suit the images, or there are not so many of them.
+        FileNotFoundError: there is no such mask or matrix.
+    """
+
+    def __init__(self, score, sampler, train_data: Split, test_data: Split) -> None:
+        self.score, self.sampler, self.data = score, sampler, test_data
+        self.sampling: Mapping = score.config.sampling
+        count, available = self.sampling.num_images, len(test_data)
+        if count > available:
+            raise ValueError(f"sampling.num_images={count}: the test set has only {available}")
+        # MPS has no double precision.
+        device = "cpu" if score.device.type == "mps" else score.device
+        self.operator: LinearOperator = get_operator(self.sampling, score.shape, device)
+        self.levels, _ = test_data.batch([i * available // count for i in range(count)])
+        self.images = self._to_model(self.levels).to(score.device)
+        y = self.operator(self.images)
+        generator = SampleGenerators((score.config.seed, "measurement"), range(count))
+        self.y = y + self.sampling.measurement_noise * normal_like(y, generator)
+        self.prior_variance = math.nan
+        if self.sampling.conditioning == "pigdm":
+            self.prior_variance = self._data_variance(train_data)
+            if self.prior_variance == 0 and not self.sampling.measurement_noise:
+                raise ValueError(
+                    "sampling.conditioning='pigdm': the training images do not vary; give sampling.measurement_noise "
+                    "> 0"
+                )
+
+    def identity(self) -> dict:
+        """What is measured. What a mask or a matrix file holds, the measurement tells."""
+        y = self.y.cpu().double().numpy()
+        return {
+            "data": self.data.fingerprint,
+            "measurement": [float(y.sum()), float((y**2).sum()), list(y.shape)],
+            "prior_variance": str(self.prior_variance),
+        }
+
+    def sample(self, folder: Path, settings: dict) -> None:
+        """Draw the samples and write ``folder``; ``settings`` decide them, beside weights and measurement."""
+        score, each = self.score, self.sampling.samples_per_image
+        name = f"samples-{folder.name}"
+        arrays = score.stage(name, len(self.images) * each, {**settings, **self.identity()}, self._compute)
+        per_image = {
+            name: values.reshape(len(self.images), each, *values.shape[1:]) for name, values in arrays.items()
+        }
+        if not score.runtime.is_main:
+            return
+        metrics, num_levels = self._metrics(per_image), score.images.num_levels
+        given = score.images.to_levels(self.operator.pseudo_inverse(self.y)).permute(0, 2, 3, 1).cpu().numpy()
+        truth = self.levels.permute(0, 2, 3, 1).numpy()
+        write_arrays(
+            folder / "samples.npz",
+            images=per_image["images"],
+            truth=truth,
+            input=given,
+            num_levels=num_levels,
+            nfe=metrics["nfe_sampling"],
+        )
+        _save_grid(folder / "grid.png", given, per_image["images"], truth, num_levels)
+        write_json(folder / "metrics.json", metrics)
+
+    def _compute(self, items: range) -> dict[str, np.ndarray]:
+        """Samples number ``items`` (b,), of images number item // samples_per_image."""
+        score = self.score
+        image = torch.tensor([item // self.sampling.samples_per_image for item in items], device=score.device)
+        generator = SampleGenerators((score.config.seed, "samples"), items)
+        y = self.y[image]
+        conditional, projection = condition_on_measurement(
+            self.sampling, score.sde, score, self.operator, y, prior_variance=self.prior_variance
+        )
+        like = torch.zeros_like(self.images[image])
+        result = self.sampler(
+            conditional, like, generator, projection=projection, progress=score.runtime.shows_progress
+        )
+        if not bool(result.x.isfinite().all()):
+            raise FloatingPointError(
+                f"samples are not finite; try a smaller sampling.guidance_weight={self.sampling.guidance_weight:g}, or "
+                "more steps"
+            )
+        levels = score.images.to_levels(result.x)
+        misfit = self.operator(result.x) - y
+        rounded = self.operator(self._to_model(levels.cpu()).to(score.device)) - y
+        return {
+            "images": levels.permute(0, 2, 3, 1).cpu().numpy(),
+            "nfe": np.full(len(items), result.nfe),
+            "misfit_squared": (misfit.double() ** 2).mean(1).cpu().numpy(),
+            "misfit_squared_pixels": (rounded.double() ** 2).mean(1).cpu().numpy(),
+            "y_squared": (y.double() ** 2).mean(1).cpu().numpy(),
+            "error_squared": ((result.x - self.images[image]).double() ** 2).flatten(1).mean(1).cpu().numpy(),
+        }
+
+    def _metrics(self, per_image: dict[str, np.ndarray]) -> dict:
+        """Measurement consistency, and distance from the truth, over all samples. Of these and of samples that were
+        right, the misfit would be as large as the measurement's noise."""
+        misfit, y = per_image["misfit_squared"].mean(), per_image["y_squared"].mean()
+        largest = 2.0 if self.score.images.centered else 1.0
+        levels = per_image["images"].astype(np.float64) / (self.score.images.num_levels - 1)
+        return {
+            "misfit_rms": float(np.sqrt(misfit)),
+            "misfit_relative": float(np.sqrt(misfit / y)),
+            "misfit_rms_pixels": float(np.sqrt(per_image["misfit_squared_pixels"].mean())),
+            "measurement_noise": self.sampling.measurement_noise,
+            "psnr": float(10 * np.log10(largest**2 / per_image["error_squared"].mean())),
+            "std_of_samples": float(levels.std(axis=1).mean()),
+            "nfe_sampling": float(per_image["nfe"].mean()),
+            "num_images": len(self.images),
+            "samples_per_image": self.sampling.samples_per_image,
+        }
+
+    def _to_model(self, levels: Tensor) -> Tensor:
+        """Grey levels (B, C, H, W) as model values; those of dequantised data in the middle of their cell."""
+        return self.score.images.to_model(levels, dequantization=torch.full(levels.shape, 0.5))
+
+    def _data_variance(self, data: Split) -> float:
+        """Of a training image's pixels about the mean image, averaged over pixels."""
+        count = min(_VARIANCE_IMAGES, len(data))
+        levels, _ = data.batch([i * len(data) // count for i in range(count)])
+        return float(self._to_model(levels).var(dim=0, unbiased=False).mean())
+
+
+def _save_grid(path: Path, given: np.ndarray, samples: np.ndarray, truth: np.ndarray, num_levels: int) -> None:
+    """A row per image, (N, H, W, C), (N, S, H, W, C) and (N, H, W, C): given, up to six samples, truth."""
+    samples = samples[:8, :6]
+    titles = ["given", *(f"sample {i + 1}" for i in range(samples.shape[1])), "truth"]
+    rows, columns = len(samples), len(titles)
+    figure = new_figure(0.9 * columns, 0.9 * rows + 0.25)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for i, row in enumerate(axes):
+        for ax, image in zip(row, [given[i], *samples[i], truth[i]], strict=True):
+            ax.imshow(image.squeeze() / (num_levels - 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            ax.set_axis_off()
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize=8)
+    save_figure(figure, path)
