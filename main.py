@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     import run_lib  # imports torch, which --help and a mistyped flag need not wait for
-    from data.splits import UnreadableImage
+    from data import UnreadableImage
 
     try:
         runtime = run_lib.Runtime(
