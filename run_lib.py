@@ -40,9 +40,7 @@ from checkpoints import (
     check_whole,
     read_checkpoint,
 )
-from data import sets, splits
-from data.pixels import random_flip
-from data.splits import TensorSplit
+from data import FileSplit, TensorSplit, random_flip, sets
 from experiment.metrics_log import MetricsLog
 from experiment.randomness import SampleGenerators, uniform
 from experiment.runtime import keep_freed_memory
@@ -156,7 +154,7 @@ class Training:
         data = self.run.train_data
         if fingerprint == data.fingerprint:
             return
-        if fingerprint is None or isinstance(data, splits.FileSplit):
+        if fingerprint is None or isinstance(data, FileSplit):
             logger.warning("the training data are not, or not known to be, those of %s", self.run.workdir)
             return
         raise ValueError(
@@ -231,10 +229,8 @@ class Training:
             step,
             self.config.training.batch_size,
             len(self.run.train_data),
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
         )
-        return self.run.train_data.batch(indices)
+        return self.run.train_data.batch(indices[list(self.positions())])
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels of this and all later steps; files are decoded one step ahead in a thread."""

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from tqdm import trange
 
 from benchmarks.clock import clock_of
+from data import Split
 from data.pixels import scale, to_unit_interval
-from data.splits import Split
 from experiment.command_line import parse_flags
 from run_lib import Training
 from run_setup import FREE_IN_TRAINING, InvalidRun, Run, Runtime, checked

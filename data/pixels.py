@@ -8,12 +8,69 @@ log P(k) ≥ E_u[log p((k + u)/L)] − D log L for D dimensions, which is what m
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict, dataclass
+
 import torch
 from torch import Tensor
 
+from data.sets import Split
 from experiment.randomness import Generator, uniform
 
-__all__ = ["random_flip", "scale", "to_pixels", "to_unit_interval", "unscale"]
+__all__ = ["ImageFormat", "random_flip", "scale", "to_pixels", "to_unit_interval", "unscale"]
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What images of a set are, and how a model sees them: all that sampling needs to know of the data.
+
+    A checkpoint keeps ``as_dict()``; ``ImageFormat(**it)`` makes the same again.
+
+    Args:
+        image_shape: (C, H, W).
+        num_levels: number L of grey levels.
+        num_classes: of the set; None without labels.
+        centered: whether model values are in [−1, 1] rather than [0, 1].
+        dequantized: whether the model learns uniformly dequantised levels.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_levels: int
+    num_classes: int | None
+    centered: bool
+    dequantized: bool
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_shape", tuple(self.image_shape))
+        if not 2 <= self.num_levels <= 256:
+            raise ValueError(f"images of {self.num_levels} grey levels: allowed are 2 to 256, which fit 8 bits")
+
+    @classmethod
+    def of(cls, split: Split, *, centered: bool, dequantized: bool) -> ImageFormat:
+        return cls(split.image_shape, split.num_levels, split.num_classes, centered, dequantized)
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    @property
+    def dimension(self) -> int:
+        """Number of values of an image, C·H·W."""
+        return math.prod(self.image_shape)
+
+    def to_model(self, levels: Tensor, generator: Generator = None, *, dequantize: bool | None = None) -> Tensor:
+        """Model values of levels, uint8 (B, C, H, W), on the CPU.
+
+        ``dequantize``, by default as the model learns: with u from ``generator``, or without one with u = ½, the middle
+        of a level's cell.
+        """
+        noise = None
+        if self.dequantized if dequantize is None else dequantize:
+            noise = torch.full(levels.shape, 0.5) if generator is None else uniform(levels.shape, generator)
+        return scale(to_unit_interval(levels, self.num_levels, dequantization=noise), self.centered)
+
+    def to_levels(self, x: Tensor) -> Tensor:
+        """The levels, uint8, of model values (B, C, H, W)."""
+        return to_pixels(unscale(x.float(), self.centered), self.num_levels, self.dequantized)
 
 
 def to_unit_interval(images: Tensor, num_levels: int, *, dequantization: Tensor | None = None) -> Tensor:

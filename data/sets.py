@@ -1,419 +1,208 @@
-"""Images by name, and the order in which training sees them.
+"""Sets of images: by name, in memory or in files, and the order in which training sees them.
 
-*Sets* are pairs of splits, train and test (see ``splits``): of a user's own, in an archive or a folder, or published.
+*Sets* are pairs of splits, train and test. A split hands out batches of grey levels k ∈ {0, …, L−1}.
 
 *Order.* Training concatenates one permutation per epoch into an endless sequence; step n takes the entries
 n·B, …, (n+1)·B − 1. A batch is therefore a function of (seed, step) alone: resuming needs no replay, no image is
-dropped at the end of an epoch, and processes cut the same batch into shares.
+dropped at the end of an epoch, and processes divide the same batch.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from data import imagenet32
-from data.splits import UNREADABLE_IMAGE, FileSplit, Split, TensorSplit, crop_and_resize, first_line
+from data import published
+from experiment.files import first_line, read_arrays
 from experiment.randomness import seed_from
+from experiment.registry import resolve
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-__all__ = ["batch_indices", "epoch_batches", "get_dataset", "load_dataset"]
+__all__ = [
+    "SETS",
+    "FileSplit",
+    "Split",
+    "TensorSplit",
+    "TrainingBatches",
+    "UnreadableImage",
+    "batch_indices",
+    "epoch_batches",
+    "get_dataset",
+    "load_dataset",
+]
 
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises on bad files."""
 _MAX_CLASSES = 100_000
 """Labels beyond are not labels: networks have an output for every class."""
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+# ----------------------------------------------------------------------------------------------------------- splits
 
 
-# ---------------------------------------------------------------------------------------------------- sets by name
+class UnreadableImage(ValueError):
+    """An image file whose header can be read and whose pixels cannot."""
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What ``load_dataset`` was asked for; the fields are those of ``config.data``."""
+class Split(Protocol):
+    """One half, train or test, of a set of images.
 
-    dataset: str
-    image_size: int
-    num_channels: int
-    path: str
-    root: str
-    download: bool
-    resize: bool
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.num_channels, self.image_size, self.image_size
-
-
-def _in_memory(
-    request: _Request,
-    name: str,
-    halves: Sequence[tuple[np.ndarray, np.ndarray | None]],
-    *,
-    num_classes: int | None,
-    num_levels: int = 256,
-) -> tuple[Split, Split]:
-    """Splits from two pairs, train and test, of images uint8 (N, H, W, C) and labels (N,) or None, after checking
-    them against the config."""
-    train, test = (
-        _tensor_split(request, f"{name}-{half}", images, labels, num_classes, num_levels)
-        for half, (images, labels) in zip(("train", "test"), halves, strict=True)
-    )
-    return train, test
-
-
-def _tensor_split(
-    request: _Request,
-    name: str,
-    images: np.ndarray,
-    labels: np.ndarray | None,
-    num_classes: int | None,
-    num_levels: int,
-) -> TensorSplit:
-    size = request.image_size
-    height, width, channels = images.shape[1:]
-    if not len(images):
-        raise ValueError(f"{name} of config.data.dataset={request.dataset} holds no images")
-    if labels is not None and labels.shape != (len(images),):
-        raise ValueError(f"{name} holds {len(images)} images but labels of shape {labels.shape}")
-    if channels != request.num_channels:
-        raise ValueError(f"config.data.num_channels={request.num_channels}, but {name} has {channels}-channel images")
-    if (height, width) != (size, size):
-        if not request.resize:
-            raise ValueError(
-                f"config.data.image_size={size}, but {name} has {width}x{height} images; change it, or set "
-                "--config.data.resize=True to crop to a square and resize"
-            )
-        pictures = images[..., 0] if channels == 1 else images  # Pillow wants grey images as (H, W)
-        resized = [crop_and_resize(Image.fromarray(picture), min(height, width), size) for picture in pictures]
-        images = np.stack([np.asarray(picture) for picture in resized]).reshape(-1, size, size, channels)
-    return TensorSplit(
-        name,
-        torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))),
-        None if labels is None else torch.from_numpy(labels.astype(np.int64)),
-        num_levels=num_levels,
-        num_classes=num_classes,
-    )
-
-
-def _load_digits(request: _Request) -> tuple[Split, Split]:
-    """The 1797 8×8 digits bundled with scikit-learn, 17 levels; 360 of them, stratified by class, are the test set.
-
-    They are themselves the test part of the UCI set "Optical Recognition of Handwritten Digits", so there is no
-    customary split: ``random_state=0`` defines ours. Within each half the images keep scikit-learn's order.
+    Attributes:
+        name: the set and the half, e.g. ``"digits-train"``.
+        image_shape: (C, H, W).
+        num_levels: number L of grey levels; pixels are integers 0 … L−1.
+        num_classes: number of classes, or None for a set without labels.
+        fingerprint: a short string that changes with the contents; a cache key.
     """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
-    images = digits.images.astype(np.uint8)[..., None]
-    labels = digits.target
-    halves = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
-    chosen = [np.sort(half) for half in halves]
-    return _in_memory(request, "digits", [(images[i], labels[i]) for i in chosen], num_classes=10, num_levels=17)
+    name: str
+    image_shape: tuple[int, int, int]
+    num_levels: int
+    num_classes: int | None
+    fingerprint: str
 
+    def __len__(self) -> int: ...
 
-def _load_npz(request: _Request) -> tuple[Split, Split]:
-    """A NumPy archive with ``train_images`` and ``test_images``, uint8 (N, H, W) or (N, H, W, C), and optionally
-    ``train_labels`` and ``test_labels``, integers (N,) counted from 0."""
-    path = _given_path(request, "an .npz file with train_images, test_images and, if any, train_labels, test_labels")
-    if not path.is_file():
-        raise FileNotFoundError(f"config.data.path={path} is not a file; 'npz' wants a NumPy archive")
-    arrays = _read_npz(path)
-    for key in ("train_images", "test_images"):
-        images = arrays[key]
-        if images.dtype != np.uint8:
-            raise ValueError(f"{key} in config.data.path={path} is {images.dtype}; uint8 (levels 0 to 255) is expected")
-        if images.ndim == 3:
-            arrays[key] = images = images[..., None]
-        if images.ndim != 4 or images.shape[-1] not in (1, 3):
-            raise ValueError(
-                f"{key} in config.data.path={path} has shape {images.shape}; (N, H, W) or (N, H, W, C) with C = 1 or 3 "
-                "is expected"
-            )
-    labels = {key: array for key, array in arrays.items() if key.endswith("labels")}
-    for key, array in labels.items():
-        if array.dtype.kind not in "ui":
-            raise ValueError(f"{key} in config.data.path={path} is {array.dtype}; integers are expected")
-        if array.min(initial=0) < 0:
-            raise ValueError(f"{key} in config.data.path={path} goes down to {array.min()}; classes count from 0")
-        if array.max(initial=0) >= _MAX_CLASSES:
-            raise ValueError(
-                f"{key} in config.data.path={path} goes up to {array.max()}; classes count from 0, below {_MAX_CLASSES}"
-            )
-    num_classes = max(int(array.max(initial=0)) for array in labels.values()) + 1 if labels else None
-    halves = [(arrays[f"{half}_images"], arrays.get(f"{half}_labels")) for half in ("train", "test")]
-    return _in_memory(request, path.stem, halves, num_classes=num_classes)
+    def batch(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images, uint8 (B, C, H, W), and labels, int64 (B,), at the given positions; without labels all are 0."""
+        ...
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("it is a single array, not an .npz archive")
-            wanted = ["train_images", "test_images"]
-            # Labels for one half only are a mistake, not a set without labels.
-            if {"train_labels", "test_labels"} & set(archive.files):
-                wanted += ["train_labels", "test_labels"]
-            missing = [key for key in wanted if key not in archive.files]
-            if missing:
-                raise ValueError(f"it lacks {', '.join(missing)} (it has {', '.join(archive.files) or 'nothing'})")
-            arrays = {key: archive[key] for key in wanted}
-            for key, array in arrays.items():
-                if not isinstance(array, np.ndarray):
-                    raise ValueError(f"{key} is not an array")
-            return arrays
-    except (ValueError, OSError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        # NumPy refuses arrays of objects, which would have to be unpickled, with a ValueError; zipfile encrypted
-        # members with a RuntimeError. A header that promises more than there is memory need not be true.
-        raise ValueError(f"config.data.path={path} is not a usable .npz: {first_line(error)}") from error
-
-
-def _load_folder(request: _Request) -> tuple[Split, Split]:
-    """A folder of one's own images, at any depth, hidden files excepted.
-
-    With subfolders ``train`` and ``test`` those are the halves. Otherwise an image is held out for testing when a
-    hash of its relative name falls in one tenth of all values: the choice is the same on every machine, and images
-    added later move none of the others between the halves. If every image lies in a subfolder of its half, and there
-    are at least two of these, the names of the subfolders in alphabetical order are the classes.
-    """
-    folder = _given_path(request, "a folder of images")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"config.data.path={folder} is not a folder; 'folder' wants a folder of images")
-    halves = [half for half in ("train", "test") if (folder / half).is_dir()]
-    if len(halves) == 1:
-        raise ValueError(
-            f"config.data.path={folder} has {halves[0]}/ without its counterpart; a folder has both train/ and test/, "
-            "or neither to hold out 10 % by name"
-        )
-    if halves:
-        files = {half: _image_files(folder / half) for half in halves}
-        roots = {half: folder / half for half in halves}
-    else:
-        everything = _image_files(folder)
-        held_out = {file for file in everything if seed_from("hold-out", file) % 10 == 0}
-        files = {"train": [f for f in everything if f not in held_out], "test": sorted(held_out)}
-        roots = {"train": folder, "test": folder}
-        if everything and not all(files.values()):
-            raise ValueError(
-                f"config.data.path={folder} holds {len(everything)} images, too few to hold out 10 % for testing by "
-                "name; sort them into train/ and test/"
-            )
-    for half in ("train", "test"):
-        if not files[half]:
-            raise ValueError(f"no image in config.data.path={roots[half]}; read are {', '.join(IMAGE_SUFFIXES)}")
-        # Before training, not in the middle of it; the headers are enough.
-        for file in files[half]:
-            _check_header(roots[half] / file, request)
-    in_subfolders = all("/" in file for half in files.values() for file in half)
-    classes = sorted({file.split("/")[0] for half in files.values() for file in half}) if in_subfolders else []
-    number = {name: k for k, name in enumerate(classes)} if len(classes) > 1 else None
-    train, test = (
-        FileSplit(
-            f"{folder.resolve().name}-{half}",
-            roots[half],
-            files[half],
-            None if number is None else torch.tensor([number[file.split("/")[0]] for file in files[half]]),
-            image_shape=request.image_shape,
-            num_classes=None if number is None else len(number),
-        )
-        for half in ("train", "test")
-    )
-    return train, test
-
-
-def _image_files(folder: Path) -> list[str]:
-    """Names of all images below a folder, relative to it, with forward slashes, sorted."""
-
-    def refuse(error: OSError) -> None:
-        raise error  # os.walk would pass over a folder that it may not read
-
-    found = []
-    for parent, subfolders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        # Hidden files are not pictures: macOS leaves "._name.jpg" beside each file on foreign disks.
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        relative = Path(parent).relative_to(folder)
-        found += [
-            (relative / name).as_posix()
-            for name in files
-            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
-        ]
-    return sorted(found)
-
-
-def _check_header(file: Path, request: _Request) -> None:
-    try:
-        with Image.open(file) as image:
-            width, height, mode = image.width, image.height, image.mode
-    except UNREADABLE_IMAGE as error:
-        raise ValueError(f"config.data.path: cannot read the image {file}: {first_line(error)}") from error
-    if mode[0] in "IF":
-        # Pillow would clip such pixels to 255 rather than rescale them.
-        raise ValueError(f"config.data.path: {file} has more than 8 bits per channel ({mode}); convert it to 8 bits")
-    if (width, height) != (request.image_size, request.image_size) and not request.resize:
-        raise ValueError(
-            f"config.data.path: {file} is {width}x{height}, expected {request.image_size}x{request.image_size} "
-            "(config.data.image_size); --config.data.resize=True crops to a square and resizes"
-        )
-
-
-def _given_path(request: _Request, wanted: str) -> Path:
-    if not request.path:
-        raise ValueError(f"config.data.path is not set; dataset '{request.dataset}' wants the path of {wanted}")
-    return Path(request.path).expanduser()
-
-
-def _given_root(request: _Request) -> Path:
-    if not request.root:
-        raise ValueError(
-            f"config.data.root is not set; '{request.dataset}' wants the folder that holds it, or (torchvision's sets) "
-            "into which --config.data.download=True puts it"
-        )
-    return Path(request.root).expanduser()
-
-
-def _from_torchvision(request: _Request, torchvision_class: str, half: str, **options: object) -> Any:
-    """The object of torchvision for one half, read from ``config.data.root``.
-
-    The CIFAR files are pickles. torchvision compares their MD5 sums with the published ones in the constructor,
-    whether or not it downloads, before it unpickles anything (likewise SVHN's .mat files, which are no pickles), so
-    only the published bytes are ever unpickled. It does not check MNIST's files, which are plain arrays.
-    """
-    import torchvision.datasets  # slow to import, and not needed for other sets
-
-    root, cls = _given_root(request), getattr(torchvision.datasets, torchvision_class)
-    try:
-        return cls(root, download=request.download, **options)
-    except (RuntimeError, OSError, ImportError, AssertionError, KeyError, TypeError, ValueError) as error:
-        # Whatever torchvision stumbles over in these files means that the set is not there in full.
-        remedy = "it could not be fetched" if request.download else "--config.data.download=True fetches it"
-        raise FileNotFoundError(
-            f"config.data.root={root} holds no intact {request.dataset} ({half}): expected in it are "
-            f"{', '.join(_expected_files(cls))}; {remedy} ({first_line(error)})"
-        ) from error
-
-
-def _expected_files(cls: type) -> list[str]:
-    """The files of a set of torchvision below its root, unpacked; read off what torchvision itself looks for."""
-    name = cls.__name__
-    if name.startswith("CIFAR"):
-        files = [file for file, _ in (*cls.train_list, *cls.test_list)]
-        return [f"{cls.base_folder}/{file}" for file in (*files, cls.meta["filename"])]
-    if name == "SVHN":
-        return [cls.split_list[half][1] for half in ("train", "test")]
-    if name == "CelebA":
-        labels = [file for _, _, file in cls.file_list if file.endswith(".txt")]
-        return [f"{cls.base_folder}/{file}" for file in (*labels, "img_align_celeba/*.jpg")]
-    return [f"{name}/raw/{Path(file).stem}" for file, _ in cls.resources]
-
-
-def _load_mnist(request: _Request) -> tuple[Split, Split]:
-    halves = [_from_torchvision(request, "MNIST", half, train=half == "train") for half in ("train", "test")]
-    arrays = [(half.data.numpy()[..., None], half.targets.numpy()) for half in halves]
-    return _in_memory(request, "mnist", arrays, num_classes=10)
-
-
-def _load_cifar(request: _Request) -> tuple[Split, Split]:
-    num_classes = int(request.dataset.removeprefix("cifar"))
-    name = f"CIFAR{num_classes}"
-    halves = [_from_torchvision(request, name, half, train=half == "train") for half in ("train", "test")]
-    arrays = [(half.data, np.asarray(half.targets)) for half in halves]
-    return _in_memory(request, request.dataset, arrays, num_classes=num_classes)
-
-
-def _load_svhn(request: _Request) -> tuple[Split, Split]:
-    halves = [_from_torchvision(request, "SVHN", half, split=half) for half in ("train", "test")]
-    arrays = [(half.data.transpose(0, 2, 3, 1), half.labels) for half in halves]
-    return _in_memory(request, "svhn", arrays, num_classes=10)
-
-
-def _load_imagenet32(request: _Request) -> tuple[Split, Split]:
-    """The official validation images are the test half."""
-    halves = imagenet32.read_imagenet32(_given_root(request))
-    return _in_memory(request, "imagenet32", halves, num_classes=imagenet32.NUM_CLASSES)
-
-
-def _load_celeba(request: _Request) -> tuple[Split, Split]:
-    """The aligned faces of CelebA: the central 140×140 of 178×218 pixels, resized, as in score_sde_pytorch.
-
-    The test half is CelebA's own test split, where score_sde_pytorch evaluates on the validation split. The 40
-    attributes are no classes, so there are no labels.
-    """
-    if request.num_channels != 3:
-        raise ValueError(f"config.data.num_channels={request.num_channels}, but celeba has 3-channel images")
-
-    def split(half: str) -> FileSplit:
-        celeba = _from_torchvision(request, "CelebA", half, split=half)
-        folder = Path(celeba.root) / celeba.base_folder / "img_align_celeba"
-        return FileSplit(f"celeba-{half}", folder, celeba.filename, None, image_shape=request.image_shape, crop=140)
-
-    return split("train"), split("test")
-
-
-_LOADERS: dict[str, Callable[[_Request], tuple[Split, Split]]] = {
-    "digits": _load_digits,
-    "npz": _load_npz,
-    "folder": _load_folder,
-    "mnist": _load_mnist,
-    "cifar10": _load_cifar,
-    "cifar100": _load_cifar,
-    "svhn": _load_svhn,
-    "imagenet32": _load_imagenet32,
-    "celeba": _load_celeba,
-}
-
-
-def load_dataset(
-    name: str,
-    *,
-    image_size: int,
-    num_channels: int,
-    path: str | os.PathLike[str] | None = None,
-    root: str | os.PathLike[str] | None = None,
-    download: bool = False,
-    resize: bool = False,
-) -> tuple[Split, Split]:
-    """The training and the test half of a set.
+class TensorSplit:
+    """A split held in memory; attributes as in ``Split``, the fingerprint is a hash of all pixels and labels.
 
     Args:
-        name: ``digits``, ``npz``, ``folder``, ``mnist``, ``cifar10``, ``cifar100``, ``svhn``, ``imagenet32`` or
-            ``celeba``, in upper or lower case.
-        image_size: height and width in pixels.
-        num_channels: 1 (grey) or 3 (RGB). Images in a folder are converted; other sets must have as many.
-        path: the file of ``npz`` or the folder of ``folder``.
-        root: where published sets are, or torchvision's are to be put.
-        download: whether torchvision may fetch a set that is not in ``root``.
-        resize: whether images of another size are cut to a central square and resized. CelebA always is.
+        name: the set and the half.
+        images: uint8 (N, C, H, W).
+        labels: int64 (N,), or None.
+        num_levels: number L of grey levels.
+        num_classes: number of classes, None if and only if ``labels`` is.
 
     Raises:
-        ValueError: an argument is wrong, or the images do not fit it.
-        FileNotFoundError: there is nothing at ``path``, or no such set in ``root``.
+        ValueError: images or labels of another type or shape.
     """
-    request = _Request(name.lower(), image_size, num_channels, str(path or ""), str(root or ""), download, resize)
-    if request.dataset not in _LOADERS:
-        raise ValueError(f"config.data.dataset={name!r} is unknown; known are {', '.join(_LOADERS)}")
-    if image_size < 1:
-        raise ValueError(f"config.data.image_size={image_size} must be at least 1")
-    if num_channels not in (1, 3):
-        raise ValueError(f"config.data.num_channels={num_channels} must be 1 or 3")
-    if request.path and request.dataset not in ("npz", "folder"):
-        # Otherwise somebody's own images would silently be replaced by the default set.
-        raise ValueError(f"config.data.path={path} is read by dataset 'npz' or 'folder', not by {request.dataset!r}")
-    return _LOADERS[request.dataset](request)
+
+    def __init__(
+        self, name: str, images: Tensor, labels: Tensor | None, *, num_levels: int = 256, num_classes: int | None = None
+    ) -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise ValueError(f"{name}: images must be uint8 (N, C, H, W), not {images.dtype} {tuple(images.shape)}")
+        self.name = name
+        self.images = images.contiguous()
+        self.labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+        if self.labels.shape != (len(images),):
+            raise ValueError(f"{name}: {len(images)} images but labels of shape {tuple(self.labels.shape)}")
+        self.image_shape = tuple(images.shape[1:])
+        self.num_levels = num_levels
+        self.num_classes = num_classes
+        description = (tuple(images.shape), num_levels, num_classes)
+        self.fingerprint = _hash(description, self.images.numpy().reshape(-1), self.labels.numpy())
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        return self.images[chosen], self.labels[chosen]
+
+
+class FileSplit:
+    """A split of image files, decoded when asked for; attributes as in ``Split``.
+
+    Every image is cut to its central square and brought to the size of ``image_shape``. The fingerprint is a hash
+    of the sorted names, file sizes and modification times.
+
+    Args:
+        name: the set and the half.
+        folder: where the files are.
+        files: N names relative to ``folder``.
+        labels: int64 (N,), or None.
+        image_shape: (C, S, S) with C = 1 (grey) or 3 (RGB).
+        num_classes: number of classes, None if and only if ``labels`` is.
+        crop: side in pixels of the central square; None: the shorter side of each image.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        UnreadableImage: from ``batch``.
+    """
+
+    num_levels = 256
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        files: Sequence[str],
+        labels: Tensor | None,
+        *,
+        image_shape: tuple[int, int, int],
+        num_classes: int | None = None,
+        crop: int | None = None,
+    ) -> None:
+        self.name = name
+        self.folder = folder
+        self.files = list(files)
+        self.labels = torch.zeros(len(files), dtype=torch.int64) if labels is None else labels
+        self.image_shape = image_shape
+        self.num_classes = num_classes
+        self.crop = crop
+        try:
+            stats = [(file, os.stat(folder / file)) for file in self.files]
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{name}: the image {error.filename} is missing") from error
+        listing = sorted((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
+        self.fingerprint = _hash((image_shape, num_classes, crop, listing), self.labels.numpy())
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def batch(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        channels, size, _ = self.image_shape
+        images = np.empty((len(chosen), size, size, channels), dtype=np.uint8)
+        for image, i in zip(images, chosen.tolist(), strict=True):
+            image[:] = np.asarray(self._decode(self.folder / self.files[i])).reshape(size, size, channels)
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), self.labels[chosen]
+
+    def _decode(self, file: Path) -> Image.Image:
+        channels, size, _ = self.image_shape
+        try:
+            with Image.open(file) as image:
+                # Cameras store the orientation apart from the pixels.
+                upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+        except _UNREADABLE as error:
+            raise UnreadableImage(f"{self.name}: cannot read the image {file}: {first_line(error)}") from error
+        return _crop_and_resize(upright, self.crop or min(upright.size), size)
+
+
+def _hash(description: object, *arrays: np.ndarray) -> str:
+    digest = hashlib.blake2b(repr(description).encode(), digest_size=8)
+    for array in arrays:
+        digest.update(array)
+    return digest.hexdigest()
+
+
+def _crop_and_resize(image: Image.Image, crop: int, size: int) -> Image.Image:
+    """The central square of side ``crop``, brought to side ``size``.
+
+    Pillow's bilinear filter widens with the reduction, so it does not alias; it is the filter of score_sde_pytorch
+    (``tf.image.resize`` with ``antialias=True``), except that ours rounds to 8 bits, which dequantisation needs.
+    """
+    left, top = (image.width - crop) // 2, (image.height - crop) // 2
+    return image.crop((left, top, left + crop, top + crop)).resize((size, size), Image.Resampling.BILINEAR)
 
 
 # ------------------------------------------------------------------------------------------------------------ order
@@ -425,30 +214,14 @@ def _permutation(seed: int, epoch: int, size: int) -> Tensor:
     return torch.randperm(size, generator=generator)
 
 
-def batch_indices(
-    seed: int, step: int, batch_size: int, size: int, *, process_index: int = 0, num_processes: int = 1
-) -> Tensor:
-    """Positions, int64 (batch_size / num_processes,), of the training images of one optimiser step.
+def batch_indices(seed: int, step: int, batch_size: int, size: int) -> Tensor:
+    """Which of ``size`` images, int64 (batch_size,), step number ``step`` takes, counted from 0.
 
-    Epochs are permutations keyed by (seed, epoch), laid end to end; every image occurs once in each. The shares of
-    the processes, one after the other, are the batch that a single process would see.
-
-    Args:
-        seed: of the run.
-        step: number of the step, from 0.
-        batch_size: images per step over all processes; may exceed ``size``.
-        size: number of images in the set.
-        process_index: which process this is, from 0.
-        num_processes: number of processes; must divide ``batch_size``.
+    Epochs are permutations keyed by (seed, epoch), laid end to end; every image occurs once in each.
     """
     if size < 1 or batch_size < 1 or step < 0:
-        raise ValueError(f"no batch of config.training.batch_size={batch_size} of {size} images at step {step}")
-    _check_process(process_index, num_processes)
-    if batch_size % num_processes:
-        raise ValueError(f"config.training.batch_size={batch_size} must be a multiple of the {num_processes} processes")
-    remaining = batch_size // num_processes
-    position = step * batch_size + process_index * remaining
-    pieces = []
+        raise ValueError(f"no batch of training.batch_size={batch_size} of {size} images at step {step}")
+    position, remaining, pieces = step * batch_size, batch_size, []
     while remaining:
         epoch, start = divmod(position, size)
         pieces.append(_permutation(seed, epoch, size)[start : start + remaining])
@@ -457,44 +230,298 @@ def batch_indices(
     return torch.cat(pieces)  # always a copy, never a view of the cached permutation
 
 
+class TrainingBatches:
+    """Images and labels for every step of training, in the order of ``batch_indices``.
+
+    Images that are not in memory are read one step ahead, in a thread; batches of tensors are not, since a thread would
+    bring OpenMP workers with it, which cost more than they save.
+
+    Args:
+        split: the training images.
+        seed: of their order.
+        batch_size: images per step over all processes.
+    """
+
+    def __init__(self, split: Split, *, seed: int, batch_size: int) -> None:
+        self.split, self.seed, self.batch_size = split, seed, batch_size
+        self.reader = None if isinstance(split, TensorSplit) else ThreadPoolExecutor(1)
+        self.batches: dict[tuple[int, range], Future] = {}
+
+    def __call__(self, step: int, positions: range) -> tuple[Tensor, Tensor]:
+        """Images, uint8 (b, C, H, W), and labels, int64 (b,), at the b ``positions`` in the batch of all processes."""
+        if self.reader is None:
+            return self._read(step, positions)
+        self.batches = {key: batch for key, batch in self.batches.items() if key[0] in (step, step + 1)}
+        for key in ((step, positions), (step + 1, positions)):
+            if key not in self.batches:
+                self.batches[key] = self.reader.submit(self._read, *key)
+        return self.batches[step, positions].result()
+
+    def _read(self, step: int, positions: range) -> tuple[Tensor, Tensor]:
+        return self.split.batch(batch_indices(self.seed, step, self.batch_size, len(self.split))[list(positions)])
+
+
 def epoch_batches(size: int, batch_size: int, process_index: int = 0, num_processes: int = 1) -> list[Tensor]:
     """Positions, int64 (≤ batch_size,) each, of one pass over a whole set for evaluation, in order.
 
-    Process r gets a contiguous block, cut into batches of ``batch_size`` of which the last may be smaller; the blocks
-    of all processes, one after the other, are 0, …, size − 1. They differ by one image at most, so the processes may
-    differ by one batch: gather results after the pass, not within.
-
-    Args:
-        size: number of images in the set.
-        batch_size: images per batch and process.
-        process_index: which process this is, from 0.
-        num_processes: number of processes.
+    Process r gets a contiguous block, cut into batches of which the last may be smaller; the blocks of all processes,
+    one after the other, are 0, …, size − 1. They differ by one image at most, so the processes may differ by one batch:
+    gather results after the pass, not within.
     """
-    if size < 0 or batch_size < 1:
-        raise ValueError(f"no batches of config.eval.batch_size={batch_size} from {size} images")
-    _check_process(process_index, num_processes)
+    if size < 0 or batch_size < 1 or not 0 <= process_index < num_processes:
+        raise ValueError(
+            f"no batches of eval.batch_size={batch_size} from {size} images for process {process_index} of "
+            f"{num_processes}, counted from 0"
+        )
     start, stop = (size * r // num_processes for r in (process_index, process_index + 1))
     return [torch.arange(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size)]
 
 
-def _check_process(process_index: int, num_processes: int) -> None:
-    if not 0 <= process_index < num_processes:
-        raise ValueError(f"process {process_index} is not one of {num_processes} processes, counted from 0")
+# ---------------------------------------------------------------------------------------------------- sets by name
 
 
-# ---------------------------------------------------------------------------------------------------------- factory
+def load_dataset(
+    dataset: str,
+    *,
+    image_size: int,
+    num_channels: int,
+    path: str | os.PathLike[str] = "",
+    root: str | os.PathLike[str] = "",
+    download: bool = False,
+    resize: bool = False,
+) -> tuple[Split, Split]:
+    """The training and the test half of a set.
+
+    Args:
+        dataset: a name in ``SETS``, in upper or lower case, or the import path ``module:function`` of your own
+            function. It is called with the other arguments as keywords and returns two splits, train and test:
+            ``TensorSplit`` makes one of tensors, ``FileSplit`` one of image files, and ``Split`` says what any has.
+        image_size: height and width in pixels.
+        num_channels: 1 (grey) or 3 (RGB). Image files are converted; other images must have as many.
+        path: the file of ``npz`` or the folder of ``folder``.
+        root: where published sets are, or torchvision's are to be put.
+        download: whether torchvision may fetch a set that is not in ``root``.
+        resize: whether images of another size are cut to a central square and resized. CelebA always is.
+
+    Raises:
+        ValueError: an argument is wrong, or the images do not fit it.
+        FileNotFoundError: there is no such set in ``root``, or an image is missing.
+    """
+    name = dataset.lower() if dataset.lower() in SETS else dataset
+    load = resolve(name, SETS, "data.dataset")
+    if str(path) and name in SETS and name not in ("npz", "folder"):
+        # Otherwise somebody's own images would silently be replaced by the default set.
+        raise ValueError(f"data.path={path} is read by data.dataset='npz' or 'folder', not by {dataset!r}")
+    halves = load(
+        image_size=image_size, num_channels=num_channels, path=path, root=root, download=download, resize=resize
+    )
+    train, test = halves
+    for split in halves:
+        channels, height, width = split.image_shape
+        if not len(split):
+            raise ValueError(f"data.dataset={dataset!r}: {split.name} holds no images")
+        if channels != num_channels:
+            raise ValueError(f"data.num_channels={num_channels}, but {split.name} has {channels}-channel images")
+        if (height, width) != (image_size, image_size):
+            raise ValueError(_wrong_size(split.name, width, height, image_size))
+    return train, test
+
+
+def _wrong_size(name: object, width: int, height: int, image_size: int) -> str:
+    return (
+        f"data.image_size={image_size}, but {name} is of {width}x{height} pixels; change it, or set "
+        "--config.data.resize=True to crop to a square and resize"
+    )
+
+
+def _in_memory(
+    name: str,
+    halves: Sequence[tuple[np.ndarray, np.ndarray | None]],
+    *,
+    num_classes: int | None,
+    num_levels: int = 256,
+    image_size: int,
+    resize: bool,
+) -> tuple[Split, ...]:
+    """Splits from two pairs, train and test, of images uint8 (N, H, W, C) and labels (N,) or None."""
+    splits = []
+    for half, (images, labels) in zip(("train", "test"), halves, strict=True):
+        height, width, channels = images.shape[1:]
+        if resize and (height, width) != (image_size, image_size):
+            pictures = images[..., 0] if channels == 1 else images  # Pillow wants grey images as (H, W)
+            crop = min(height, width)
+            resized = [_crop_and_resize(Image.fromarray(picture), crop, image_size) for picture in pictures]
+            images = np.stack(resized).reshape(-1, image_size, image_size, channels)
+        levels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        classes = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+        splits.append(TensorSplit(f"{name}-{half}", levels, classes, num_levels=num_levels, num_classes=num_classes))
+    return tuple(splits)
+
+
+def _digits(*, image_size: int, resize: bool, **_) -> tuple[Split, ...]:
+    """The 1797 8×8 digits bundled with scikit-learn, 17 levels; 360 of them, stratified by class, are the test set.
+
+    They are themselves the test part of the UCI set "Optical Recognition of Handwritten Digits", so there is no
+    customary split: ``random_state=0`` defines ours. Within each half the images keep scikit-learn's order.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images, labels = digits.images.astype(np.uint8)[..., None], digits.target
+    halves = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    arrays = [(images[chosen], labels[chosen]) for chosen in map(np.sort, halves)]
+    return _in_memory("digits", arrays, num_classes=10, num_levels=17, image_size=image_size, resize=resize)
+
+
+def _npz(*, path: str | os.PathLike[str], image_size: int, resize: bool, **_) -> tuple[Split, ...]:
+    """A NumPy archive with ``train_images`` and ``test_images``, uint8 (N, H, W) or (N, H, W, C), and optionally
+    ``train_labels`` and ``test_labels``, integers (N,) counted from 0."""
+    file = _given("path", path, "npz", "a file with train_images, test_images and, if any, train_labels, test_labels")
+    try:
+        arrays = read_arrays(file)
+    except ValueError as error:
+        raise ValueError(f"data.path: {first_line(error)}") from error
+    labels = {key: arrays[key] for key in ("train_labels", "test_labels") if key in arrays}
+    # Labels for one half only are a mistake, not a set without labels.
+    wanted = ["train_images", "test_images", *(["train_labels", "test_labels"] if labels else [])]
+    if missing := [key for key in wanted if key not in arrays]:
+        raise ValueError(f"data.path={file} lacks {', '.join(missing)} (it has {', '.join(arrays) or 'nothing'})")
+    for key in ("train_images", "test_images"):
+        images = arrays[key] = arrays[key][..., None] if arrays[key].ndim == 3 else arrays[key]
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise ValueError(
+                f"data.path={file}: {key} must be uint8 (levels 0 to 255) of shape (N, H, W) or (N, H, W, C), not "
+                f"{images.dtype} of shape {images.shape}"
+            )
+    for key, array in labels.items():
+        if array.dtype.kind not in "ui" or array.min(initial=0) < 0 or array.max(initial=0) >= _MAX_CLASSES:
+            raise ValueError(
+                f"data.path={file}: {key} must be integers from 0, below {_MAX_CLASSES}, not {array.dtype} from "
+                f"{array.min(initial=0)} to {array.max(initial=0)}"
+            )
+    num_classes = max(int(array.max(initial=0)) for array in labels.values()) + 1 if labels else None
+    halves = [(arrays[f"{half}_images"], labels.get(f"{half}_labels")) for half in ("train", "test")]
+    return _in_memory(file.stem, halves, num_classes=num_classes, image_size=image_size, resize=resize)
+
+
+def _folder(
+    *, path: str | os.PathLike[str], image_size: int, num_channels: int, resize: bool, **_
+) -> tuple[Split, ...]:
+    """A folder of images, at any depth, hidden files excepted.
+
+    With subfolders ``train`` and ``test`` those are the halves. Otherwise an image is held out for testing when a
+    hash of its relative name falls in one tenth of all values: the choice is the same on every machine, and images
+    added later move none of the others between the halves. If every image lies in a subfolder of its half, and there
+    are at least two of these, the names of the subfolders in alphabetical order are the classes.
+    """
+    folder = _given("path", path, "folder", "a folder of images")
+    if not folder.is_dir():
+        raise ValueError(f"data.path={folder} is not a folder")
+    present = [half for half in ("train", "test") if (folder / half).is_dir()]
+    if len(present) == 1:
+        raise ValueError(
+            f"data.path={folder} has {present[0]}/ without its counterpart; a folder has both train/ and test/, or "
+            "neither to hold out 10 % by name"
+        )
+    roots = {half: folder / half if present else folder for half in ("train", "test")}
+    if present:
+        files = {half: _image_files(roots[half]) for half in roots}
+    else:
+        everything = _image_files(folder)
+        held_out = {file for file in everything if seed_from("hold-out", file) % 10 == 0}
+        files = {"train": [f for f in everything if f not in held_out], "test": sorted(held_out)}
+        if everything and not all(files.values()):
+            raise ValueError(
+                f"data.path={folder} holds {len(everything)} images, too few to hold out 10 % for testing by name; "
+                "sort them into train/ and test/"
+            )
+    for half, root in roots.items():
+        if not files[half]:
+            raise ValueError(f"no image in data.path={root}; read are {', '.join(IMAGE_SUFFIXES)}")
+        # Before training, not in the middle of it; the headers are enough.
+        for file in files[half]:
+            _check_header(root / file, None if resize else image_size)
+    in_subfolders = all("/" in file for half in files.values() for file in half)
+    classes = sorted({file.split("/")[0] for half in files.values() for file in half}) if in_subfolders else []
+    number = {name: k for k, name in enumerate(classes)} if len(classes) > 1 else None
+    return tuple(
+        FileSplit(
+            f"{folder.resolve().name}-{half}",
+            root,
+            files[half],
+            None if number is None else torch.tensor([number[file.split("/")[0]] for file in files[half]]),
+            image_shape=(num_channels, image_size, image_size),
+            num_classes=None if number is None else len(number),
+        )
+        for half, root in roots.items()
+    )
+
+
+def _image_files(folder: Path) -> list[str]:
+    """Names of all images below a folder, relative to it, with forward slashes, sorted."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk would pass over a folder that it may not read
+
+    found = []
+    for parent, subfolders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        # Hidden files are not pictures: macOS leaves a "._name.jpg" for each file on foreign disks.
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        images = (name for name in files if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES))
+        found += [(Path(parent).relative_to(folder) / name).as_posix() for name in images]
+    return sorted(found)
+
+
+def _check_header(file: Path, image_size: int | None) -> None:
+    try:
+        with Image.open(file) as image:
+            width, height, mode = image.width, image.height, image.mode
+    except _UNREADABLE as error:
+        raise ValueError(f"data.path: cannot read the image {file}: {first_line(error)}") from error
+    if mode[0] in "IF":
+        # Pillow would clip such pixels to 255 rather than rescale them.
+        raise ValueError(f"data.path: {file} has more than 8 bits per channel ({mode}); convert it to 8 bits")
+    if image_size is not None and (width, height) != (image_size, image_size):
+        raise ValueError(_wrong_size(file, width, height, image_size))
+
+
+def _given(field: str, value: str | os.PathLike[str], dataset: str, wanted: str) -> Path:
+    if not str(value):
+        raise ValueError(f"data.{field} is not set; {dataset!r} wants {wanted}")
+    return Path(value).expanduser()
+
+
+def _published(name: str, *, root: str | os.PathLike[str], download: bool, image_size: int, resize: bool, **_):
+    """A set whose images ``data.published`` reads into memory."""
+    read, num_classes = published.SETS[name]
+    arrays = read(_given("root", root, name, published.ROOT), download)
+    return _in_memory(name, arrays, num_classes=num_classes, image_size=image_size, resize=resize)
+
+
+def _celeba(*, root: str | os.PathLike[str], download: bool, image_size: int, num_channels: int, **_):
+    """The aligned faces of CelebA: the central 140×140 of 178×218 pixels, resized, as in score_sde_pytorch.
+
+    The test half is CelebA's own test split, where score_sde_pytorch evaluates on the validation split. The 40
+    attributes are no classes, so there are no labels.
+    """
+    folder, halves = published.celeba(_given("root", root, "celeba", published.ROOT), download)
+    shape = (num_channels, image_size, image_size)
+    return tuple(
+        FileSplit(f"celeba-{half}", folder, files, None, image_shape=shape, crop=140) for half, files in halves.items()
+    )
+
+
+SETS: dict[str, Callable[..., Sequence[Split]]] = {
+    "digits": _digits,
+    "npz": _npz,
+    "folder": _folder,
+    **{name: functools.partial(_published, name) for name in published.SETS},
+    "celeba": _celeba,
+}
 
 
 def get_dataset(config: ConfigDict) -> tuple[Split, Split]:
-    """The set that ``config.data`` names, by its fields dataset, image_size, num_channels, path, root, download and
-    resize; see ``load_dataset``."""
-    data = config.data
-    return load_dataset(
-        data.dataset,
-        image_size=data.image_size,
-        num_channels=data.num_channels,
-        path=data.path,
-        root=data.root,
-        download=data.download,
-        resize=data.resize,
-    )
+    """The set that the fields of ``config.data`` name; see ``load_dataset``."""
+    names = ("dataset", "image_size", "num_channels", "path", "root", "download", "resize")
+    return load_dataset(**{name: config.data[name] for name in names})

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-__all__ = ["read_arrays", "write_arrays", "write_atomically", "write_json", "write_text"]
+__all__ = ["first_line", "read_arrays", "write_arrays", "write_atomically", "write_json", "write_text"]
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -60,6 +60,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         # Opened here because numpy leaves a damaged file open.
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            # A member that is no array comes out as bytes.
+            return {name: np.asarray(archive[name]) for name in archive.files}
     except Exception as error:  # numpy, zipfile and zlib raise half a dozen unrelated types on damaged files
         raise ValueError(f"{path} is missing or damaged: {error}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, cut to one line; its type if it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

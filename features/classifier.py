@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.splits import Split
+from data import Split
 from experiment.files import write_atomically
 from experiment.randomness import seed_from, uniform
 from features.extraction import canonical, file_stem, key_digest, reproducible_convolutions

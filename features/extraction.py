@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.splits import Split, first_line
-from experiment.files import write_atomically
+from data import Split
+from experiment.files import first_line, write_atomically
 
 __all__ = [
     "FeatureExtractor",

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.splits import first_line
+from experiment.files import first_line
 from features.extraction import reproducible_convolutions
 
 __all__ = ["SHA256", "URL", "InceptionFeatures", "find_weights", "rgb_in_8_bits"]

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.splits import first_line
 from evaluation import Backend
+from experiment.files import first_line
 from features.inception import rgb_in_8_bits
 
 __all__ = ["TFHubFeatures", "load_tensorflow_gan", "tfgan_backend"]

@@ -14,8 +14,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from data import pixels, sets
-from data.splits import Split
+from data import Split, pixels, sets
 from experiment.randomness import SampleGenerators, seed_from, uniform
 
 from .point_sets import POINT_SETS

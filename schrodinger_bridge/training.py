@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoints import CheckpointError, CheckpointStore, load_state_dict_strictly
-from data.splits import TensorSplit
+from data import TensorSplit
 from experiment.metrics_log import MetricsLog
 from experiment.randomness import seed_from
 from experiment.workdir import check_at_least, claim

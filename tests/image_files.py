@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.sets import load_dataset
+from data import load_dataset
 
 
 def refused(error: type[Exception], *fragments: str, **arguments) -> None:

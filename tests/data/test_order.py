@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
+import numpy as np
 import pytest
 import torch
+from image_files import save
 
-from data import sets
-from data.sets import batch_indices, epoch_batches
+from data import FileSplit, TensorSplit, TrainingBatches, UnreadableImage, batch_indices, epoch_batches, sets
 
 
 @pytest.mark.parametrize(("size", "batch_size"), [(10, 3), (10, 5), (10, 10), (7, 20), (1, 4), (5, 5)])
@@ -29,15 +32,62 @@ def test_any_step_is_available_without_replay():
     assert not all(torch.equal(batch_indices(4, n, 6, 25), forward[n]) for n in range(4))
 
 
-@pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
-def test_processes_share_the_single_process_batch(num_processes):
-    for step in range(12):
-        whole = batch_indices(1, step, 24, 17)
-        shares = [
-            batch_indices(1, step, 24, 17, process_index=r, num_processes=num_processes) for r in range(num_processes)
-        ]
-        assert {len(share) for share in shares} == {24 // num_processes}
-        assert torch.equal(torch.cat(shares), whole)
+class CountedFiles:
+    """Images made when asked for, each of one value, and a record of which; not a ``TensorSplit``."""
+
+    num_levels, num_classes, image_shape, fingerprint, name = 256, None, (1, 2, 2), "x", "counted"
+
+    def __init__(self, size: int) -> None:
+        self.size, self.read, self.threads = size, [], set()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def batch(self, indices):
+        self.read.append(indices.tolist())
+        self.threads.add(threading.current_thread())
+        return indices.to(torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2), indices + 100
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_parts_make_up_the_batch_of_all_processes(in_memory):
+    values = torch.arange(17, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2)
+    split = TensorSplit("x", values, torch.arange(17) + 100) if in_memory else CountedFiles(17)
+    batches = TrainingBatches(split, seed=1, batch_size=24)
+    for step in (3, 4, 11):
+        parts = [batches(step, range(start, start + 8)) for start in (0, 8, 16)]
+        images, labels = (torch.cat(values) for values in zip(*parts, strict=True))
+        assert torch.equal(images[:, 0, 1, 1].long(), batch_indices(1, step, 24, 17))
+        assert torch.equal(labels, batch_indices(1, step, 24, 17) + 100)
+    with pytest.raises(IndexError):
+        batches(0, range(20, 28))
+
+
+def test_files_are_decoded_once_and_one_step_ahead():
+    """In another thread; the parts of an accumulated step one by one, and asking again decodes nothing."""
+    split = CountedFiles(10)
+    batches = TrainingBatches(split, seed=0, batch_size=6)
+    parts = (range(0, 3), range(3, 6))
+    for step in range(5, 9):
+        for positions in (*parts, *parts):
+            batches(step, positions)
+    batches.reader.shutdown()  # what was to be decoded ahead has been
+    expected = [batch_indices(0, step, 6, 10).split(3) for step in range(5, 10)]
+    assert sorted(split.read) == sorted(part.tolist() for step in expected for part in step)
+    assert threading.current_thread() not in split.threads and len(batches.batches) == 4
+
+
+def test_an_unreadable_image_is_reported_by_its_own_step(tmp_path):
+    for k in range(4):
+        save(tmp_path / f"{k}.png", np.full((2, 2), k, np.uint8))
+    split = FileSplit("files", tmp_path, [f"{k}.png" for k in range(4)], None, image_shape=(1, 2, 2))
+    bad = int(batch_indices(0, 2, 1, 4))
+    (tmp_path / f"{bad}.png").write_bytes(b"nothing")
+    batches = TrainingBatches(split, seed=0, batch_size=1)
+    for step in (0, 1):
+        assert int(batches(step, range(1))[0][0, 0, 0, 0]) == int(batch_indices(0, step, 1, 4))
+    with pytest.raises(UnreadableImage, match=rf"cannot read the image .*{bad}\.png"):
+        batches(2, range(1))
 
 
 def test_batches_are_copies():
@@ -56,11 +106,9 @@ def test_first_image_is_uniform_over_seeds():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "config.training.batch_size=0"),
+        ({"batch_size": 0}, "training.batch_size=0"),
         ({"size": 0}, "of 0 images"),
         ({"step": -1}, "step -1"),
-        ({"batch_size": 9, "num_processes": 2}, "config.training.batch_size=9.*2 processes"),
-        ({"process_index": 2, "num_processes": 2}, "process 2"),
     ],
 )
 def test_impossible_batches(arguments, message):
@@ -83,7 +131,7 @@ def test_evaluation_covers_the_whole_set_once(size, batch_size, num_processes):
 
 
 def test_impossible_evaluation_batches():
-    with pytest.raises(ValueError, match=r"config.eval.batch_size=0"):
+    with pytest.raises(ValueError, match=r"eval.batch_size=0"):
         epoch_batches(10, 0)
     with pytest.raises(ValueError, match="process 1"):
         epoch_batches(10, 2, 1, 1)

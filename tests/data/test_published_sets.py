@@ -14,7 +14,7 @@ import torch
 from image_files import refused, save
 from traps import Trap
 
-from data.sets import load_dataset
+from data import load_dataset
 
 # ------------------------------------------------------------------------------------------------------- torchvision
 
@@ -38,17 +38,17 @@ def test_missing_torchvision_set(tmp_path, name):
     size, channels = NATIVE[name]
     refused(
         FileNotFoundError,
-        f"config.data.root={tmp_path}",
+        f"data.root={tmp_path}",
         name,
         "--config.data.download=True",
         *FILES[name],
-        name=name.upper(),
+        dataset=name.upper(),
         image_size=size,
         num_channels=channels,
         root=tmp_path,
     )
     assert not list(tmp_path.iterdir())  # nothing is fetched unasked
-    refused(ValueError, "config.data.root is not set", name, name=name, image_size=size, num_channels=channels, root="")
+    refused(ValueError, "data.root is not set", name, dataset=name, image_size=size, num_channels=channels, root="")
 
 
 def test_download_is_passed_on_and_its_failure_reported(tmp_path, monkeypatch):
@@ -60,10 +60,10 @@ def test_download_is_passed_on_and_its_failure_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.SVHN, "download", offline)
     refused(
         FileNotFoundError,
-        f"config.data.root={tmp_path}",
+        f"data.root={tmp_path}",
         "could not be fetched",
         "no network",
-        name="svhn",
+        dataset="svhn",
         image_size=32,
         num_channels=3,
         root=tmp_path,
@@ -91,19 +91,19 @@ def test_mnist_from_idx_files(tmp_path):
         assert split.num_classes == 10 and split.num_levels == 256
     refused(
         ValueError,
-        "config.data.image_size=32",
+        "data.image_size=32",
         "28x28",
         "resize=True",
-        name="mnist",
+        dataset="mnist",
         image_size=32,
         num_channels=1,
         root=tmp_path,
     )
-    refused(ValueError, "config.data.num_channels=3", name="mnist", image_size=28, num_channels=3, root=tmp_path)
+    refused(ValueError, "data.num_channels=3", dataset="mnist", image_size=28, num_channels=3, root=tmp_path)
     train, _ = load_dataset("mnist", image_size=32, num_channels=1, root=tmp_path, resize=True)
     assert train.batch([3])[0].shape == (1, 1, 32, 32)
     (raw / "t10k-images-idx3-ubyte").write_bytes(header + images.tobytes()[:-1])
-    refused(FileNotFoundError, "mnist (test)", name="mnist", image_size=28, num_channels=1, root=tmp_path)
+    refused(FileNotFoundError, "mnist (test)", dataset="mnist", image_size=28, num_channels=1, root=tmp_path)
 
 
 @pytest.mark.parametrize("num_classes", [10, 100])
@@ -129,7 +129,7 @@ def test_cifar_from_batches_with_the_right_checksum_only(tmp_path, monkeypatch, 
     meta = folder / cls.meta["filename"]
     meta.write_bytes(pickle.dumps({cls.meta["key"]: ["name"]}))
     monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": md5(meta)})
-    request = {"name": f"CIFAR{num_classes}", "image_size": 32, "num_channels": 3, "root": tmp_path}
+    request = {"dataset": f"CIFAR{num_classes}", "image_size": 32, "num_channels": 3, "root": tmp_path}
     for split, (pixels, labels) in zip(load_dataset(**request), expected.values(), strict=True):
         got, got_labels = split.batch(torch.arange(len(split)))
         assert np.array_equal(got.numpy(), np.concatenate(pixels)) and got_labels.tolist() == labels
@@ -140,7 +140,7 @@ def test_cifar_from_batches_with_the_right_checksum_only(tmp_path, monkeypatch, 
     for file in (cls.train_list[0][0], cls.meta["filename"]):
         original = (folder / file).read_bytes()
         (folder / file).write_bytes(pickle.dumps(Trap(trace)))
-        refused(FileNotFoundError, f"config.data.root={tmp_path}", f"cifar{num_classes}", **request)
+        refused(FileNotFoundError, f"data.root={tmp_path}", f"cifar{num_classes}", **request)
         (folder / file).write_bytes(original)
     assert not trace.exists()
 
@@ -158,7 +158,7 @@ def test_svhn_from_mat_files(tmp_path, monkeypatch):
         scipy.io.savemat(path, {"X": images.transpose(2, 3, 1, 0), "y": labels[:, None]})
         published[half] = [published[half][0], path.name, md5(path)]
         written[half] = images, labels % 10
-    request = {"name": "svhn", "image_size": 32, "num_channels": 3, "root": tmp_path}
+    request = {"dataset": "svhn", "image_size": 32, "num_channels": 3, "root": tmp_path}
     refused(FileNotFoundError, "svhn", **request)  # not the published files
     monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", published)
     for split, (images, labels) in zip(load_dataset(**request), written.values(), strict=True):
@@ -196,5 +196,4 @@ def test_celeba_is_cropped_to_the_central_140_pixels(tmp_path, monkeypatch):
         assert torch.equal(images, torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 64, 64))
         assert not labels.any()
     (base / "img_align_celeba" / names[4]).unlink()
-    refused(FileNotFoundError, names[4], name="celeba", image_size=64, num_channels=3, root=tmp_path)
-    refused(ValueError, "config.data.num_channels=1", name="celeba", image_size=64, num_channels=1, root=tmp_path)
+    refused(FileNotFoundError, names[4], dataset="celeba", image_size=64, num_channels=3, root=tmp_path)

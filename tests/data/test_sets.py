@@ -19,8 +19,7 @@ from image_files import refused, save
 from PIL import Image
 from traps import Trap
 
-from data import sets
-from data.sets import get_dataset, load_dataset
+from data import TensorSplit, get_dataset, load_dataset, sets
 
 # ------------------------------------------------------------------------------------------------------------ digits
 
@@ -68,7 +67,7 @@ def test_factory_reads_the_config_and_ignores_case():
     config.data.resize = False
     assert get_dataset(config)[0].fingerprint == "a0c4ba40d611c9a0"
     config.data.image_size = 16
-    with pytest.raises(ValueError, match=r"config.data.image_size=16.*8x8.*--config.data.resize=True"):
+    with pytest.raises(ValueError, match=r"data.image_size=16.*8x8.*--config.data.resize=True"):
         get_dataset(config)
     config.data.resize = True
     train, _ = get_dataset(config)
@@ -76,20 +75,50 @@ def test_factory_reads_the_config_and_ignores_case():
 
 
 def test_wrong_requests_are_refused():
-    refused(ValueError, "'cifar11'", "digits, npz", name="cifar11", image_size=8, num_channels=1)
-    refused(ValueError, "config.data.num_channels=2", name="digits", image_size=8, num_channels=2)
-    refused(ValueError, "config.data.num_channels=3", "1-channel", name="digits", image_size=8, num_channels=3)
-    refused(ValueError, "config.data.image_size=0", name="digits", image_size=0, num_channels=1)
-    refused(ValueError, "config.data.path=a.npz", "digits", name="digits", image_size=8, num_channels=1, path="a.npz")
-    refused(ValueError, "config.data.path is not set", name="npz", image_size=8, num_channels=1, path="")
-    refused(ValueError, "config.data.path is not set", name="folder", image_size=8, num_channels=1)
+    known = "data.dataset='cifar11': allowed are digits, npz, folder, mnist, cifar10, cifar100, svhn, "
+    refused(ValueError, known, dataset="cifar11", image_size=8, num_channels=1)
+    refused(ValueError, "data.num_channels=3", "1-channel", dataset="digits", image_size=8, num_channels=3)
+    refused(ValueError, "data.path=a.npz", "digits", dataset="digits", image_size=8, num_channels=1, path="a.npz")
+    refused(ValueError, "data.path is not set", dataset="npz", image_size=8, num_channels=1, path="")
+    refused(ValueError, "data.path is not set", dataset="folder", image_size=8, num_channels=1)
 
 
 def test_slow_imports_wait_until_needed():
-    code = "import sys, datasets; print([m for m in ('torchvision', 'sklearn', 'scipy') if m in sys.modules])"
-    root = Path(sets.__file__).parent
+    code = "import sys, data; print([m for m in ('torchvision', 'sklearn', 'scipy') if m in sys.modules])"
+    root = Path(sets.__file__).parents[1]
     answer = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+def pictures(size: int = 4, count: int = 3) -> TensorSplit:
+    return TensorSplit("mine", torch.arange(count * size**2, dtype=torch.uint8).reshape(count, 1, size, size), None)
+
+
+def test_a_set_of_ones_own_by_its_import_path(monkeypatch):
+    """It is given the fields of the config, path included, and its images must be those that they describe."""
+    requests = []
+
+    def load(**request):
+        requests.append(request)
+        return pictures(request["image_size"]), pictures(count=0 if request["root"] else 2)
+
+    monkeypatch.setattr(sets, "of_a_test", load, raising=False)
+    request = {"image_size": 4, "num_channels": 1, "path": "x.dat", "root": "", "download": False, "resize": True}
+    train, test = load_dataset("data.sets:of_a_test", **request)
+    assert (len(train), len(test)) == (3, 2) and requests == [request]
+    request["dataset"] = "data.sets:of_a_test"
+    refused(ValueError, "data.image_size=5", "mine", "4x4", **request | {"image_size": 5})
+    refused(ValueError, "data.num_channels=3", "1-channel", **request | {"num_channels": 3})
+    refused(ValueError, "data.dataset='data.sets:of_a_test'", "no images", **request | {"root": "y"})
+
+
+def test_tensors_that_are_no_images_are_refused():
+    images = pictures().images
+    for wrong in (images.float(), images[0]):
+        with pytest.raises(ValueError, match=r"mine: images must be uint8 \(N, C, H, W\), not torch\."):
+            TensorSplit("mine", wrong, None)
+    with pytest.raises(ValueError, match=r"mine: 3 images but labels of shape \(3, 1\)"):
+        TensorSplit("mine", images, torch.zeros(3, 1, dtype=torch.int64))
 
 
 # --------------------------------------------------------------------------------------------------------------- npz
@@ -167,23 +196,23 @@ def corrupted(**changes) -> dict[str, np.ndarray]:
         ({"train_images": arrays()["train_images"] / np.float32(255)}, ["train_images", "float32", "uint8"]),
         (
             {"train_images": arrays(size=7)["train_images"]},
-            ["config.data.image_size=6", "a-train", "7x7", "resize=True"],
+            ["data.image_size=6", "a-train", "7x7", "resize=True"],
         ),
-        ({"test_images": arrays(channels=3)["test_images"]}, ["config.data.num_channels=1", "a-test", "3-channel"]),
-        ({"train_images": np.zeros((12, 3, 6, 6), np.uint8)}, ["train_images", "(12, 3, 6, 6)", "C = 1 or 3"]),
+        ({"test_images": arrays(channels=3)["test_images"]}, ["data.num_channels=1", "a-test", "3-channel"]),
+        ({"train_images": np.zeros((12, 3, 6, 6), np.uint8)}, ["data.num_channels=1", "a-train", "6-channel"]),
         ({"train_images": np.zeros((12, 36), np.uint8)}, ["train_images", "(12, 36)"]),
         ({"train_images": np.zeros((0, 6, 6), np.uint8), "train_labels": np.zeros(0, int)}, ["a-train", "no images"]),
         ({"train_labels": np.zeros(11, int)}, ["a-train", "12 images", "(11,)"]),
         ({"train_labels": np.zeros((12, 1), int)}, ["a-train", "(12, 1)"]),
         ({"train_labels": np.zeros(12)}, ["train_labels", "float64", "integers"]),
-        ({"train_labels": np.arange(-1, 11)}, ["train_labels", "-1", "count from 0"]),
+        ({"train_labels": np.arange(-1, 11)}, ["train_labels", "integers from 0", "-1 to 10"]),
         ({"train_labels": np.full(12, 100_000)}, ["train_labels", "100000", "below 100000"]),
         ({"train_labels": np.full(12, 2**63, np.uint64)}, ["train_labels", "9223372036854775808"]),
     ],
 )
 def test_npz_contents_that_do_not_fit(tmp_path, changes, fragments):
     np.savez(tmp_path / "a.npz", **corrupted(**changes))
-    refused(ValueError, *fragments, name="npz", image_size=6, num_channels=1, path=tmp_path / "a.npz")
+    refused(ValueError, *fragments, dataset="npz", image_size=6, num_channels=1, path=tmp_path / "a.npz")
 
 
 def test_npz_never_unpickles(tmp_path):
@@ -192,9 +221,9 @@ def test_npz_never_unpickles(tmp_path):
     trap = np.empty((12,), dtype=object)
     trap[:] = Trap(trace)
     np.savez(tmp_path / "a.npz", **corrupted(train_images=trap))
-    refused(ValueError, "a.npz", "allow_pickle", name="npz", image_size=6, num_channels=1, path=tmp_path / "a.npz")
+    refused(ValueError, "a.npz", "allow_pickle", dataset="npz", image_size=6, num_channels=1, path=tmp_path / "a.npz")
     (tmp_path / "b.npz").write_bytes(pickle.dumps(Trap(trace)))
-    refused(ValueError, "b.npz", name="npz", image_size=6, num_channels=1, path=tmp_path / "b.npz")
+    refused(ValueError, "b.npz", dataset="npz", image_size=6, num_channels=1, path=tmp_path / "b.npz")
     assert not trace.exists()
     function, arguments = Trap(trace).__reduce__()
     function(*arguments)  # what unpickling would do
@@ -203,12 +232,13 @@ def test_npz_never_unpickles(tmp_path):
 
 def test_npz_files_that_are_damaged_or_absent(tmp_path):
     def wants(error, name, *fragments):
-        refused(error, str(tmp_path / name), *fragments, name="npz", image_size=6, num_channels=1, path=tmp_path / name)
+        path = tmp_path / name
+        refused(error, str(path), *fragments, dataset="npz", image_size=6, num_channels=1, path=path)
 
     np.savez(tmp_path / "whole.npz", **arrays())
     whole = (tmp_path / "whole.npz").read_bytes()
     (tmp_path / "short.npz").write_bytes(whole[: len(whole) // 2])
-    wants(ValueError, "short.npz", "config.data.path")
+    wants(ValueError, "short.npz", "data.path")
     with zipfile.ZipFile(tmp_path / "whole.npz") as archive:
         start = archive.getinfo("test_images.npy").header_offset
     flipped = bytearray(whole)
@@ -221,8 +251,8 @@ def test_npz_files_that_are_damaged_or_absent(tmp_path):
     wants(ValueError, "text.npz")
     with (tmp_path / "single.npz").open("wb") as file:
         np.save(file, np.zeros(3))
-    wants(ValueError, "single.npz", "single array")
-    wants(FileNotFoundError, "absent.npz", "is not a file")
+    wants(ValueError, "single.npz")
+    wants(ValueError, "absent.npz", "No such file")
     with zipfile.ZipFile(tmp_path / "member.npz", "w") as archive:
         archive.writestr("train_images.npy", b"hello")
         archive.writestr("test_images.npy", b"hello")
@@ -239,7 +269,7 @@ def test_npz_files_that_are_damaged_or_absent(tmp_path):
         encrypted[start + 6] |= 1
     (tmp_path / "encrypted.npz").write_bytes(encrypted)
     wants(ValueError, "encrypted.npz", "encrypted")
-    wants(FileNotFoundError, "", "is not a file")
+    wants(ValueError, "", "Is a directory")
 
 
 # ------------------------------------------------------------------------------------------------------------ folder
@@ -340,10 +370,10 @@ def test_folder_resize(tmp_path):
     refused(
         ValueError,
         str(tmp_path / "train/a.png"),
+        "data.image_size=8",
         "20x10",
-        "8x8",
         "--config.data.resize=True",
-        name="folder",
+        dataset="folder",
         image_size=8,
         num_channels=3,
         path=tmp_path,
@@ -358,7 +388,7 @@ def test_folder_resize(tmp_path):
 
 
 def test_folder_unreadable_images(tmp_path):
-    request = {"name": "folder", "image_size": 8, "num_channels": 1, "path": tmp_path}
+    request = {"dataset": "folder", "image_size": 8, "num_channels": 1, "path": tmp_path}
     save(tmp_path / "train/a.png", grey(1))
     save(tmp_path / "test/b.png", grey(1))
     bad = tmp_path / "test/c.jpg"
@@ -379,8 +409,8 @@ def test_folder_unreadable_images(tmp_path):
 
 
 def test_folder_layouts_that_are_refused(tmp_path):
-    request = {"name": "folder", "image_size": 8, "num_channels": 1, "path": tmp_path}
-    refused(FileNotFoundError, "absent", "not a folder", **{**request, "path": tmp_path / "absent"})
+    request = {"dataset": "folder", "image_size": 8, "num_channels": 1, "path": tmp_path}
+    refused(ValueError, "absent", "not a folder", **{**request, "path": tmp_path / "absent"})
     refused(ValueError, str(tmp_path), ".png", **request)
     save(tmp_path / "train/a.png", grey(1))
     refused(ValueError, "train/", "test/", **request)

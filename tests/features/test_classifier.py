@@ -10,8 +10,7 @@ import shutil
 import pytest
 import torch
 
-from data.sets import load_dataset
-from data.splits import TensorSplit
+from data import TensorSplit, load_dataset
 from evaluation import sample_quality
 from features import classifier
 from features.classifier import train_classifier

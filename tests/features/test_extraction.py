@@ -11,7 +11,7 @@ import pytest
 import torch
 from traps import Trap
 
-from data.splits import TensorSplit
+from data import TensorSplit
 from features.extraction import dataset_features, extract_features, read_statistics
 
 POOL = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
