@@ -77,12 +77,14 @@ def read_checkpoint(path: str | Path) -> dict | list:
 
 
 def check_whole(state: dict, source: object) -> None:
-    """Raise a CheckpointError unless ``state`` has what a checkpoint of ``run_lib`` consists of."""
-    kinds = {"step": int, "model": dict, "ema": dict, "optimizer": dict, "sums": dict}
+    """Raise a CheckpointError unless ``state`` has what a training run saves (``training.Trainer``)."""
+    kinds = {"step": int, "model": dict, "optimizer": dict, "sums": dict, "log_size": int, "record": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+    wrong += [name for name in ("ema", "scaler", "hooks_done") if name not in state]
     if wrong or state["step"] < 0:
         raise CheckpointError(f"{source}: not a whole checkpoint; missing or wrong: {', '.join(wrong or ['step'])}")
-    if not isinstance(state["ema"].get("model"), dict) or not isinstance(state["optimizer"].get("param_groups"), list):
+    averages = state["ema"] is None or (isinstance(state["ema"], dict) and isinstance(state["ema"].get("model"), dict))
+    if not averages or not isinstance(state["optimizer"].get("param_groups"), list):
         raise CheckpointError(f"{source}: not a whole checkpoint; its averages or its optimiser state lack a part")
 
 

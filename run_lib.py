@@ -1,4 +1,4 @@
-"""Training, evaluation and sampling: the only place that knows configs, files, devices and processes.
+"""Recipes: train, evaluate, sample, statistics of the data, train a classifier; and a trained score for a notebook.
 
 A run lives in a working directory W:
 
@@ -7,64 +7,81 @@ A run lives in a working directory W:
     W/metrics.jsonl          one row per logged step
     W/tensorboard/           the same, for TensorBoard
     W/samples/               grids of samples made while training; samples that were asked for
-    W/classifier/            see ``run_classifier``
+    W/classifier/            the classifier of noised images that may guide samples
     W/eval/                  metrics.json, and the per-image results it was computed from
 
 Everything random is keyed by (seed, purpose, step or index), so a run that was interrupted continues to the very same
-result, and the number of processes changes nothing but rounding.
-
-This file is training, and the door to the rest: ``run_setup`` builds and checks a run, ``run_evaluation`` measures it,
-``run_sampling`` draws samples from it, ``run_classifier`` trains the classifier that may guide them.
+result, and the number of processes changes nothing but rounding. Each recipe imports and builds what it uses.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import math
-import signal
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from ml_collections import ConfigDict
-from torch import Tensor, distributed
+from torch import Tensor
 
-from checkpoints import (
-    CheckpointError,
-    CheckpointStore,
-    check_whole,
-    read_checkpoint,
-)
-from data import FileSplit, TensorSplit, random_flip, sets
-from experiment.metrics_log import MetricsLog
-from experiment.randomness import SampleGenerators, uniform
-from experiment.runtime import keep_freed_memory
-from losses import Objective
-from models.published import convert_public_checkpoint
-from run_classifier import train_classifier
-from run_evaluation import draw, evaluate, refuse_public_conservative, spread, statistics
-from run_sampling import sample
-from run_setup import (
-    COLLECTIVE_TIMEOUT,
-    FREE_IN_TRAINING,
-    GRID_IMAGES,
-    Interrupted,
-    InvalidRun,
-    Run,
-    Runtime,
-    checked,
-    code_version,
-    save_image_grid,
-)
+from checkpoints import CheckpointError, CheckpointStore, load_state_dict_strictly, read_checkpoint
+from configs.defaults import check
+from data.pixels import ImageFormat
+from experiment.files import write_arrays, write_json, write_text
+from experiment.randomness import SampleGenerators, normal_like, uniform
+from experiment.runtime import Interrupted, InvalidRun, Runtime, checked, code_version
+from experiment.workdir import check_folder, differences
+from models import make_network, make_score_model
+from models.score import ScoreModel
+from sde_lib import SDE, expand, make_sde
 
-__all__ = ["Interrupted", "InvalidRun", "Runtime", "evaluate", "sample", "statistics", "train", "train_classifier"]
+if TYPE_CHECKING:
+    from conservativeness import Asymmetry
+    from data import Split
+    from losses import Objective
+
+__all__ = [
+    "Interrupted",
+    "InvalidRun",
+    "Runtime",
+    "TrainedScore",
+    "evaluate",
+    "load",
+    "sample",
+    "statistics",
+    "train",
+    "train_classifier",
+]
 
 logger = logging.getLogger(__name__)
+
+GRID_IMAGES = 64
+CHECKPOINT_VERSION = 1
+"""To be raised when a checkpoint's contents change; one of another version is refused."""
+EVALUATION_VERSION = 3
+"""To be raised when a fix changes what sampling, likelihood or asymmetry compute, which is then computed again."""
+
+# A run may be continued with other values of these; any other difference makes it another experiment.
+FREE_IN_TRAINING = (
+    *("label", "eval.", "sampling.", "likelihood.", "classifier.", "data.path", "data.root", "data.download"),
+    *(f"training.{name}" for name in ("n_iters", "log_freq", "eval_freq", "snapshot_", "keep_checkpoints")),
+    *("training.qc_probe_chunk", "training.activation_checkpointing"),
+)
+# An evaluation need not repeat how the model was trained.
+FREE_IN_EVALUATION = (
+    *(*FREE_IN_TRAINING, "seed", "optim."),
+    *(f"training.{name}" for name in ("batch_size", "init_from", "likelihood_weighting", "qc_", "reduce_mean")),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
 
 
 def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> None:
@@ -75,369 +92,937 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
         FloatingPointError: the loss is not finite; the last checkpoint is good.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
+    from data import TrainingBatches
+    from data.pixels import random_flip
+    from models import EMA
+    from training import Hook, Trainer
+
+    training, workdir, device = config.training, Path(workdir), runtime.torch_device
     with contextlib.ExitStack() as stack:
         with checked():
+            check(config)
+            _check_workdir(config, workdir, FREE_IN_TRAINING)
             if config.sampling.condition not in ("", "class_free"):
                 raise ValueError(f"sampling.condition={config.sampling.condition!r}: not while training")
-            training = Training(Run(config, workdir, runtime, free_fields=FREE_IN_TRAINING))
-            stack.enter_context(training.run.alone("training"))
-        training.loop()
+            train_data, test_data = _load_data(config, runtime)
+            images = _image_format(config, train_data)
+            sde = _sde(config)
+            model = _score_model(config, sde, images).to(device)
+            if training.activation_checkpointing:
+                _checkpoint_activations(model)
+            ema = EMA(model, config.model.ema_rate)
+            ema.model.to(device)
+            objective, test_objective = _objective(config, model), _objective(config, ema.model, qc_weight=0.0)
+            sampler = _sampler(config, sde)
+            if runtime.compile:
+                _check_compile(config, device, training=True)
+                model.compile_network()
+                ema.model.compile_network()
+                if training.qc_weight:
+                    objective.compile_products()
+            optimizer = torch.optim.Adam(
+                [p for p in model.parameters() if p.requires_grad],
+                lr=config.optim.lr,
+                betas=(config.optim.beta1, 0.999),
+                eps=config.optim.eps,
+                weight_decay=config.optim.weight_decay,
+                fused=True,
+            )
+            stack.enter_context(runtime.exclusive(workdir / ".training.lock"))
+            batches = TrainingBatches(train_data, seed=config.seed, batch_size=training.batch_size)
+
+            def class_labels(labels: Tensor, generator: SampleGenerators | None) -> Tensor | None:
+                """What a network that knows classes is told of them (b,): with a generator, now and then, none."""
+                num_classes = config.model.get("num_classes", 0)
+                if not num_classes:
+                    return None
+                if training.label_dropout and generator is not None:
+                    dropped = uniform((len(labels),), generator) < training.label_dropout
+                    labels = torch.where(dropped, num_classes, labels)
+                return labels.to(device)
+
+            def loss(objective: Objective, step: int, positions: range) -> dict[str, Tensor]:
+                levels, labels = batches(step, positions)
+                generator = SampleGenerators((config.seed, "train", step), positions)
+                x0 = images.to_model(levels, generator)
+                if config.data.random_flip:
+                    x0 = random_flip(x0, generator)
+                labels = class_labels(labels, generator)
+                return objective(x0.to(device), generator, step=step, class_labels=labels)
+
+            def warmup(step: int) -> float:
+                # step + 1: the source's step/warmup makes the first step one of size zero.
+                return config.optim.lr * (min((step + 1) / config.optim.warmup, 1.0) if config.optim.warmup else 1.0)
+
+            @torch.no_grad()
+            def test_loss(step: int) -> dict[str, float]:
+                """The score-matching loss of the moving average on (up to eval.batch_size) test images, always with
+                the same times and noise."""
+                count = min(config.eval.batch_size, len(test_data))
+                generator = SampleGenerators((config.seed, "test loss"), range(count))
+                levels, labels = test_data.batch(evenly_spaced(range(count), count, len(test_data)))
+                x0 = images.to_model(levels, generator).to(device)
+                terms = test_objective(x0, generator, class_labels=class_labels(labels, None))
+                return {"eval_loss": float(terms["dsm"])}
+
+            def sample_grid(step: int) -> None:
+                score = TrainedScore(config, ema.model, images, step, runtime=runtime, workdir=workdir)
+                shares = runtime.batches(GRID_IMAGES, GRID_IMAGES)
+                drawn = [score.draw(share, sampler, progress=runtime.shows_progress)[0] for share in shares]
+                drawn = runtime.gather(drawn)
+                if runtime.is_main:
+                    save_image_grid(workdir / "samples" / f"step_{step:08d}.png", np.concatenate(drawn), images)
+
+            hooks = [Hook(training.eval_freq, test_loss)]
+            if training.snapshot_sampling:
+                hooks.append(Hook(training.snapshot_freq or training.n_iters, sample_grid))
+            trainer = Trainer(
+                model,
+                optimizer,
+                loss,
+                workdir,
+                n_iters=training.n_iters,
+                batch_size=training.batch_size,
+                objective=objective,
+                ema=ema,
+                learning_rate=warmup,
+                grad_clip=config.optim.grad_clip if config.optim.grad_clip >= 0 else math.inf,
+                log_freq=training.log_freq,
+                save_freq=training.snapshot_freq_for_preemption,
+                milestone_freq=training.snapshot_freq,
+                keep=training.keep_checkpoints,
+                begin=lambda: _state_to_begin_with(config, model, optimizer),
+                record=_record(config, images, train_data),
+                check_record=lambda record: _check_data(record, train_data, workdir),
+                hooks=hooks,
+                runtime=runtime,
+                description=f"train {workdir.name}",
+            )
+            _check_stride(config, trainer.parts[0])
+        _write_config(config, workdir, runtime)
+        trainer.run()
 
 
-def _check_compiled_training(config: ConfigDict) -> None:
-    if config.training.activation_checkpointing:
+def _state_to_begin_with(config: ConfigDict, model: ScoreModel, optimizer: torch.optim.Optimizer) -> dict | None:
+    """Weights, averages, optimiser and step of another run, as the paper starts QC from U."""
+    if not config.training.init_from:
+        return None
+    path = Path(config.training.init_from)
+    if path.is_dir():
+        state = CheckpointStore(path / "checkpoints", keep=1, milestone_every=0).load_latest()
+        if state is None:
+            raise CheckpointError(f"training.init_from={path}: no checkpoint in {path / 'checkpoints'}")
+    else:
+        state = read_checkpoint(path)
+    if "record" in state:
+        _check_version(state, path)
+        return state
+    from models.published import convert_public_checkpoint
+
+    _refuse_public_conservative(config, path)
+    state = convert_public_checkpoint(path, model, optimizer)
+    if state["optimizer"] is None:
+        logger.warning("training.init_from=%s has no optimiser state: Adam's moments start from zero", path)
+    return state
+
+
+def _record(config: ConfigDict, images: ImageFormat, train_data: Split) -> dict:
+    """What a checkpoint says besides weights: enough to sample from it without the data."""
+    return {
+        "version": CHECKPOINT_VERSION,
+        "config": config.to_json(),
+        "images": images.as_dict(),
+        "data": train_data.fingerprint,
+        "code_version": code_version(),
+    }
+
+
+def _check_data(record: dict, train_data: Split, workdir: Path) -> None:
+    """A run goes on with the data that it began with. Of image files, dates are all that is compared."""
+    from data import FileSplit
+
+    if record.get("data") == train_data.fingerprint:
+        return
+    if isinstance(train_data, FileSplit):
+        logger.warning("the training data are not, or not known to be, those of %s", workdir)
+        return
+    raise ValueError(
+        f"data.path: other training data than those of --workdir={workdir}; to go on with these take a new workdir and "
+        "training.init_from"
+    )
+
+
+def _checkpoint_activations(model: ScoreModel) -> None:
+    from models.second_order.recompute import recompute_activations
+
+    if not recompute_activations(model.network):
+        raise ValueError("training.activation_checkpointing=True: this model.name has no blocks for it")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def evaluate(
+    config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), checkpoint: str | Path | None = None
+) -> dict:
+    """Evaluate the moving average of a checkpoint; write and return ``W/eval/metrics.json``.
+
+    Finished stages are kept with a key that names weights, settings and data, and reused only under that key;
+    within a stage every finished batch is kept until the stage is done.
+
+    Args:
+        config, workdir, runtime: the run.
+        checkpoint: one of ours or a public one; None: the newest in ``workdir``.
+
+    Raises:
+        InvalidRun: bad config, data, checkpoint or working directory.
+    """
+    from guidance.conditions import MEASUREMENTS
+
+    workdir, enabled = Path(workdir), config.eval
+    with contextlib.ExitStack() as stack:
+        with checked():
+            if config.sampling.condition in MEASUREMENTS:
+                raise ValueError(f"sampling.condition={config.sampling.condition!r}: only with --mode=sample")
+            if runtime.compile and not enabled.enable_sampling:
+                raise ValueError(
+                    "--compile: not with eval.enable_sampling=False, for all else that is evaluated differentiates the "
+                    "score, which a compiled network is not used for"
+                )
+            score = _trained_score(config, workdir, checkpoint, runtime)
+            train_data, test_data = _load_data(config, runtime)
+            sampler = _sampler(config, score.sde)
+            if enabled.enable_sampling:
+                from features.quality import SampleQuality
+
+                cache_dir = _cache_dir(workdir, runtime)
+                quality = SampleQuality(enabled, train_data, test_data, cache_dir, runtime, seed=config.seed)
+            stack.enter_context(runtime.exclusive(workdir / ".evaluation.lock"))
+        if not (workdir / "config.json").exists():  # a checkpoint from elsewhere
+            _write_config(config, workdir, runtime)
+        metrics: dict = dict.fromkeys(METRICS)
+        metrics |= {"checkpoint_step": score.step, "test_images": len(test_data)}
+        metrics["sampler"] = f"{sampler}{_guidance_name(config)}"
+        if enabled.enable_bpd:
+            metrics |= _evaluate_nll(score, test_data)
+        if enabled.enable_asymmetry:
+            metrics |= _evaluate_asymmetry(score, test_data)
+        if enabled.enable_sampling:
+            arrays = _draw_samples(score, sampler)
+            if runtime.is_main:
+                levels = arrays["images"]
+                write_arrays(workdir / "eval" / "samples.npz", images=levels, num_levels=score.images.num_levels)
+                save_image_grid(workdir / "eval" / "samples.png", levels, score.images)
+            metrics |= {"nfe_sampling": float(arrays["nfe"].mean()), "num_samples": len(arrays["images"])}
+            if config.sampling.method == "pc":
+                metrics["sampling_steps"] = sampler.num_steps
+            identity = score.stage_key("sample_features", len(arrays["images"]), _sampling_identity(score))
+            metrics |= quality.measure(arrays["images"], workdir / "eval" / "sample_features.npz", identity)
+        if runtime.is_main:
+            write_json(workdir / "eval" / "metrics.json", metrics)
+    return metrics
+
+
+METRICS = (
+    *("nll_bits_per_dim", "nll_bits_per_dim_se", "nfe_likelihood", "nll_images", "likelihood"),
+    *("asym", "asym_se", "nasym", "nasym_se", "asym_images", "asym_levels", "asym_probes"),
+    *("sampling_steps", "nfe_sampling", "num_samples", "fid", "kid", "kid_se", "inception_score"),
+    *("inception_score_std", "precision", "recall", "density", "coverage"),
+    *("features", "feature_test_accuracy", "reference", "num_reference", "backend"),
+)
+"""What metrics.json always has; None where it was not measured."""
+
+
+def _evaluate_nll(score: TrainedScore, data: Split) -> dict:
+    """Bits per dimension of the uniformly dequantised test set, the whole or ``nll_images`` of it.
+
+    An image has the same noise in both cases, so that a part of the test set is a part of the result.
+    """
+    from experiment.results import mean_and_error
+
+    config = score.config
+    count = min(config.eval.nll_images or len(data), len(data))
+    likelihood = score.likelihood
+
+    def compute(positions: range) -> dict[str, np.ndarray]:
+        indices = evenly_spaced(positions, count, len(data))
+        generator = SampleGenerators((config.seed, "likelihood"), indices)
+        levels, labels = data.batch(indices)
+        bits, nfe = score.bits_and_nfe(levels, generator, labels)
+        return {"nll_bits_per_dim": bits.cpu().numpy(), "nfe": np.full(len(bits), nfe)}
+
+    identity = {"data": data.fingerprint, "likelihood": config.likelihood.to_dict()}
+    arrays = score.stage("nll", count, identity, compute)
+    mean, error = mean_and_error(arrays["nll_bits_per_dim"])
+    return {
+        "nll_bits_per_dim": mean,
+        "nll_bits_per_dim_se": error,
+        "nll_images": count,
+        "nfe_likelihood": float(arrays["nfe"].mean()),
+        "likelihood": str(likelihood),
+    }
+
+
+def _evaluate_asymmetry(score: TrainedScore, data: Split) -> dict:
+    """Asym and NAsym at times i/T, i = 1 … T, over test images perturbed with their own noise."""
+    from experiment.results import mean_and_error
+
+    settings, sde, levels = score.config.eval, score.sde, score.config.eval.asym_levels
+    count = min(settings.asym_images or len(data), len(data))
+    times = torch.arange(1, levels + 1) / levels * sde.end_time
+
+    def compute(items: range) -> dict[str, np.ndarray]:
+        indices = evenly_spaced([i // levels for i in items], count, len(data))
+        generator = SampleGenerators((score.config.seed, "asymmetry"), items)
+        images, labels = data.batch(indices)
+        x0 = score.images.to_model(images, generator).to(score.device)
+        t = times[[i % levels for i in items]].to(score.device)
+        mean, std = sde.marginal(x0, t)
+        xt = mean + expand(std, x0) * normal_like(x0, generator)
+        result = score.asymmetry(xt, t, probes=settings.asym_probes, generator=generator, class_labels=labels)
+        return {"asym": result.asym.cpu().numpy(), "nasym": result.nasym.cpu().numpy()}
+
+    identity = {"data": data.fingerprint, "levels": levels, "probes": settings.asym_probes}
+    arrays = score.stage("asymmetry_items", count * levels, identity, compute)
+    metrics: dict = {"asym_images": count, "asym_levels": levels, "asym_probes": settings.asym_probes}
+    curves = {"t": times.numpy(), "sigma": sde.std(times).numpy()}
+    for name in ("asym", "nasym"):
+        values = arrays[name].astype(np.float64).reshape(count, levels)
+        # One image gives values at all levels, so images are what is independent.
+        metrics[name], metrics[f"{name}_se"] = mean_and_error(values.mean(1))
+        curves[name] = values.mean(0)
+        curves[f"{name}_se"] = values.std(0, ddof=1) / math.sqrt(count) if count > 1 else np.full(levels, math.nan)
+    if score.runtime.is_main:
+        write_arrays(score.workdir / "eval" / "asymmetry.npz", **curves)
+    return metrics
+
+
+def _draw_samples(score: TrainedScore, sampler) -> dict[str, np.ndarray]:
+    def compute(indices: range) -> dict[str, np.ndarray]:
+        images, nfe = score.draw(indices, sampler, progress=score.runtime.shows_progress)
+        return {"images": images, "nfe": np.full(len(images), nfe)}
+
+    return score.stage("sample_items", score.config.eval.num_samples, _sampling_identity(score), compute)
+
+
+def _sampling_identity(score: TrainedScore) -> dict:
+    """What decides samples, beside weights and model."""
+    settings = json.loads(score.config.sampling.to_json())
+    if not settings["condition"]:
+        from guidance.conditions import CONDITION_FIELDS
+
+        settings = {name: value for name, value in settings.items() if name not in CONDITION_FIELDS}
+    identity = {"sampling": settings, "images": score.images.as_dict()}
+    return identity if score.classifier is None else {**identity, "classifier": weights_key(score.classifier)}
+
+
+def statistics(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> Path:
+    """Compute the features of the training images that samples are compared with; return the file that keeps them.
+
+    An evaluation with the same cache finds them there, whatever the model; another one takes the file by
+    ``config.eval.stats_path``.
+
+    Raises:
+        InvalidRun: bad config, data or working directory, or features that are not to be had.
+    """
+    from features.quality import SampleQuality
+
+    with checked():
+        check(config)
+        if config.eval.stats_path:
+            raise ValueError(f"eval.stats_path={config.eval.stats_path}: there is nothing to compute; leave it empty")
+        train_data, test_data = _load_data(config, runtime)
+        cache_dir = _cache_dir(Path(workdir), runtime)
+        quality = SampleQuality(config.eval, train_data, test_data, cache_dir, runtime, seed=config.seed)
+    return quality.reference()[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def sample(
+    config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), checkpoint: str | Path | None = None
+) -> Path:
+    """Draw samples from a checkpoint under ``config.sampling.condition``; return their folder.
+
+    A condition on a class, or none, gives ``eval.num_samples`` samples and needs no data set:
+
+        W/samples/NAME/samples.npz       images (N, H, W, C), num_levels, nfe and, if they are of classes, labels (N,)
+        W/samples/NAME/grid.png, metrics.json, settings.json
+
+    A condition that measures test images: see ``guidance.measured``. NAME says with which sampler and under which
+    condition, and ends with a digest of all settings: samples under other settings go to another folder.
+
+    Raises:
+        InvalidRun: bad config, data, checkpoint or working directory.
+        FloatingPointError: guidance by a measurement drove samples to infinity.
+    """
+    workdir, sampling = Path(workdir), config.sampling
+    with contextlib.ExitStack() as stack:
+        with checked():
+            score = _trained_score(config, workdir, checkpoint, runtime)
+            sampler = _sampler(config, score.sde)
+            measured, identity = None, {"num_samples": config.eval.num_samples}
+            if sampling.condition not in ("", "class", "class_free"):
+                from guidance.measured import MeasuredImages
+
+                measured = MeasuredImages(score, sampler, *_load_data(config, runtime))
+                identity = measured.identity()
+            name = f"{sampler.slug}{_condition_slug(config)}"
+            # Samples without a measurement are those that an evaluation draws, and are kept in the same place.
+            lock = f".samples-{name}.lock" if measured else ".evaluation.lock"
+            stack.enter_context(runtime.exclusive(workdir / lock))
+        settings = {**score.identity(), **_sampling_identity(score), **identity}
+        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
+        folder = workdir / "samples" / f"step_{score.step:08d}-{name}-{digest}"
+        if measured is not None:
+            measured.sample(folder, _sampling_identity(score))
+        else:
+            arrays = _draw_samples(score, sampler)
+            nfe, count = float(arrays["nfe"].mean()), len(arrays["images"])
+            if runtime.is_main:
+                labels = {"labels": score.wanted_labels(range(count)).cpu().numpy()} if sampling.condition else {}
+                write_arrays(
+                    folder / "samples.npz",
+                    images=arrays["images"],
+                    num_levels=score.images.num_levels,
+                    nfe=nfe,
+                    **labels,
+                )
+                save_image_grid(folder / "grid.png", arrays["images"], score.images)
+                write_json(folder / "metrics.json", {"nfe_sampling": nfe, "num_samples": count})
+        if runtime.is_main:
+            write_json(folder / "settings.json", settings)
+        runtime.accelerator.wait_for_everyone()
+    return folder
+
+
+def _condition_slug(config: ConfigDict) -> str:
+    """The condition as the end of a folder's name."""
+    sampling = config.sampling
+    weight = f"-w{sampling.guidance_weight:g}"
+    if not sampling.condition:
+        return ""
+    if sampling.condition in ("class", "class_free"):
+        return f"-{sampling.condition}{weight}" + ("" if sampling.class_label == -1 else f"-{sampling.class_label}")
+    details = {"inpaint": Path(sampling.mask).stem.replace(",", "_"), "super_resolution": sampling.factor}
+    details |= {"ct": sampling.num_views, "linear": Path(sampling.operator).stem}
+    condition = sampling.condition.rpartition(":")[2]
+    parts = [condition, str(details.get(condition, "")), sampling.conditioning]
+    slug = "-" + "-".join(part for part in parts if part) + ("" if sampling.conditioning == "projection" else weight)
+    return slug + (f"-noise{sampling.measurement_noise:g}" if sampling.measurement_noise else "")
+
+
+def _guidance_name(config: ConfigDict) -> str:
+    sampling = config.sampling
+    return f"; {sampling.condition}, weight {sampling.guidance_weight:g}" if sampling.condition else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A trained score
+
+
+class TrainedScore:
+    """The score s(x, t) = ∇ log p_t(x) of a run's moving average, and what can be asked of it.
+
+    Called with x (B, C, H, W) in the range of the training data and t (B,) in [0, 1], it gives (B, C, H, W). Of a
+    network that knows classes it is the unconditional score unless labels (B,) are given.
+
+    Attributes:
+        sde: the forward process.
+        images: shape, grey levels, classes and range of the images.
+        shape: (C, H, W).
+        step: of the optimiser, at which the weights were saved.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: ScoreModel,
+        images: ImageFormat,
+        step: int,
+        *,
+        runtime: Runtime | None = None,
+        workdir: Path | None = None,
+    ) -> None:
+        self.config, self.model, self.images, self.step = config, model, images, step
+        self.runtime, self.workdir = runtime, workdir
+        self.classifier: torch.nn.Module | None = None  # where sampling is guided by it
+
+    @property
+    def sde(self) -> SDE:
+        return self.model.sde
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.images.image_shape
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def num_classes(self) -> int:
+        """Of the network, which in its place among the labels has one that stands for no class; 0: it knows none."""
+        return self.config.model.get("num_classes", 0)
+
+    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        # In the precision asked for, but in float32 where it is differentiated (docs/mixed_precision.md).
+        if class_labels is None and self.num_classes:
+            class_labels = torch.full((len(x),), self.num_classes, device=x.device)
+        plain = self.runtime is None or x.requires_grad
+        with contextlib.nullcontext() if plain else self.runtime.accelerator.autocast():
+            return self.model(x, t, class_labels).to(x.dtype)
+
+    # -- samples
+
+    def sample(self, n: int, *, seed: int = 0, progress: bool = False, **options) -> Tensor:
+        """``n`` samples (n, C, H, W) in the range of the training data; ``images.to_levels`` gives grey levels.
+
+        Args:
+            n: how many.
+            seed: sample i is a function of (seed, i).
+            progress: show a progress bar.
+            options: fields of ``config.sampling`` to be used instead of those of the run, e.g. ``num_steps=100``,
+                ``method="few_step"``, ``solver="dpmpp_2m_sde"``, ``num_steps=19``.
+
+        Raises:
+            ValueError: a bad option.
+        """
+        config = ConfigDict(self.config)
+        config.sampling.update(options)
+        check(config)
+        generator = SampleGenerators((seed, "samples"), range(n))
+        like = torch.zeros((n, *self.shape), device=self.device)
+        return _sampler(config, self.sde)(self, like, generator, progress=progress).x
+
+    def draw(self, indices: Sequence[int], sampler, *, progress: bool = False) -> tuple[np.ndarray, float]:
+        """Samples number ``indices`` as grey levels, uint8 (B, H, W, C), and network evaluations per sample."""
+        generator = SampleGenerators((self.config.seed, "samples"), indices)
+        like = torch.zeros((len(indices), *self.shape), device=self.device)
+        samples = sampler(self._sampling_score(indices), like, generator, progress=progress)
+        return self.images.to_levels(samples.x).permute(0, 2, 3, 1).cpu().numpy(), samples.nfe
+
+    def wanted_labels(self, indices: Sequence[int]) -> Tensor:
+        """The classes (B,) that ``sampling.condition`` wants of samples number ``indices``."""
+        label, numbers = self.config.sampling.class_label, torch.tensor(list(indices), device=self.device)
+        return numbers % self.images.num_classes if label == -1 else torch.full_like(numbers, label)
+
+    def _sampling_score(self, indices: Sequence[int]):
+        """The score for samples number ``indices``: of their class, or unconditional."""
+        sampling = self.config.sampling
+        if sampling.condition not in ("class", "class_free"):
+            return self
+        from guidance.conditions import ClassifierFreeGuidance, ClassifierGuidance
+
+        labels, weight = self.wanted_labels(indices), sampling.guidance_weight
+        if sampling.condition == "class_free":
+            return ClassifierFreeGuidance(self, labels, self.num_classes, weight=weight)
+        return ClassifierGuidance(self, self.classifier.log_probs, labels, weight=weight)
+
+    # -- likelihood and asymmetry
+
+    @property
+    def likelihood(self):
+        """The evaluator of ``config.likelihood``."""
+        from likelihood import LikelihoodEvaluator
+
+        return LikelihoodEvaluator(self.sde, **self.config.likelihood)
+
+    def log_prob(self, x: Tensor, *, seed: int = 0) -> Tensor:
+        """log p(x) (B,) in nats at points (B, C, H, W) in the range of the training data, by the probability flow."""
+        generator = SampleGenerators((seed, "likelihood"), range(len(x)))
+        return self.likelihood(self._of_class(None), x.to(self.device), generator).log_prob
+
+    def bits_per_dim(self, levels: Tensor, *, seed: int = 0) -> Tensor:
+        """Bits per dimension (B,) of images, uint8 grey levels (B, C, H, W), uniformly dequantised."""
+        return self.bits_and_nfe(levels, SampleGenerators((seed, "likelihood"), range(len(levels))))[0]
+
+    def bits_and_nfe(
+        self, levels: Tensor, generator: SampleGenerators, class_labels: Tensor | None = None
+    ) -> tuple[Tensor, float]:
+        """The same, of images of classes (B,), with given noise, and network evaluations per image."""
+        from likelihood import bits_per_dim
+
+        x = self.images.to_model(levels, generator, dequantize=True).to(self.device)
+        result = self.likelihood(self._of_class(class_labels), x, generator)
+        images = self.images
+        bits = bits_per_dim(
+            result.log_prob, math.prod(self.shape), num_levels=images.num_levels, centered=images.centered
+        )
+        return bits, result.nfe
+
+    def asymmetry(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        probes: int = 0,
+        generator: SampleGenerators | None = None,
+        class_labels: Tensor | None = None,
+    ) -> Asymmetry:
+        """Asym and NAsym (B,) at x (B, C, H, W) and t (B,): exact with ``probes=0``, else estimated by so many."""
+        from conservativeness import asymmetry
+
+        return asymmetry(self._of_class(class_labels), x, t, probes=probes or None, generator=generator)
+
+    def _of_class(self, class_labels: Tensor | None):
+        """The score that a network which knows classes has for these (B,), of data; of one which does not, its own."""
+        if class_labels is None or not self.num_classes:
+            return self
+        from guidance.conditions import ClassifierFreeGuidance
+
+        return ClassifierFreeGuidance(self, class_labels.to(self.device), self.num_classes)
+
+    # -- stages of an evaluation
+
+    def identity(self) -> dict:
+        """What decides whatever is computed with this score."""
+        config = self.config
+        identity = {
+            "seed": config.seed,
+            "weights": weights_key(self.model),
+            "training": {name: config.training[name] for name in ("sde", "continuous")},
+            "model": json.loads(config.model.to_json()),
+            "images": self.images.as_dict(),
+            "precision": self.runtime.precision,
+        }
+        if {"scipy", "dopri5"} & {config.sampling.solver, config.likelihood.solver}:
+            identity["batch_size"] = config.eval.batch_size  # these integrate a batch as one system
+        return identity
+
+    def stage_key(self, name: str, size: int, settings: dict) -> str:
+        identity = {"version": EVALUATION_VERSION, "stage": name, "size": size, **self.identity(), **settings}
+        return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def stage(self, name: str, size: int, settings: dict, compute) -> dict[str, np.ndarray]:
+        """Arrays with one row per item, kept in W/eval/NAME.npz; ``settings`` decide the result beside the weights."""
+        return self.runtime.compute(
+            self.workdir / "eval" / f"{name}.npz",
+            self.stage_key(name, size, settings),
+            size,
+            self.config.eval.batch_size,
+            compute,
+            description=f"{name} {self.workdir.name}",
+        )
+
+
+def load(
+    path: str | Path, *, step: int | None = None, device: str = "cpu", config: ConfigDict | None = None
+) -> TrainedScore:
+    """A trained score for notebooks and scripts.
+
+    Nothing is written or locked, and no data set is read.
+
+    Args:
+        path: a run's folder, one of its checkpoint files, or a public ``.pth``.
+        step: which checkpoint of the folder; the newest by default.
+        device: where to compute.
+        config: of a public ``.pth``, which does not say how its network is built.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it cannot be read.
+        ValueError: a public checkpoint without its config.
+    """
+    path = Path(path)
+    if path.is_dir():
+        store = CheckpointStore(path / "checkpoints", keep=1, milestone_every=0)
+        state = store.load_latest() if step is None else read_checkpoint(store.path(step))
+        if state is None:
+            raise CheckpointError(f"{path}: no checkpoint in {store.directory}")
+    else:
+        state = read_checkpoint(path)
+    if "record" in state:
+        _check_version(state, path)
+        config = ConfigDict(json.loads(state["record"]["config"]))
+    elif config is None:
+        raise ValueError(f"{path} is a public checkpoint: give load(…, config=…) the config it was trained with")
+    check(config)
+    return _score_from_state(state, path, config, torch.device(device))
+
+
+def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | None, runtime: Runtime) -> TrainedScore:
+    """The score of a checkpoint, for evaluation and sampling; with the classifier that guides it, if one does."""
+    check(config)
+    _check_workdir(config, workdir, FREE_IN_EVALUATION)
+    if checkpoint is None:
+        store = CheckpointStore(workdir / "checkpoints", keep=1, milestone_every=0)
+        state = store.load_latest()
+        if state is None:
+            raise CheckpointError(f"no checkpoint in {store.directory}: train first, or give --checkpoint")
+        source: object = store.path(state.get("step", 0))
+    else:
+        if not Path(checkpoint).is_file():
+            raise CheckpointError(f"--checkpoint={checkpoint}: no such file")
+        state, source = read_checkpoint(checkpoint), checkpoint
+    score = _score_from_state(state, source, config, runtime.torch_device)
+    score.runtime, score.workdir = runtime, workdir
+    runtime.check_agreement("the checkpoint's step", score.step, workdir)
+    _check_classes(config, score.images)
+    if runtime.compile:
+        _check_compile(config, runtime.torch_device)
+        score.model.compile_network()
+    if config.sampling.condition == "class":
+        from guidance.classifier_training import load_classifier
+
+        identity = _classifier_identity(config, score.images)
+        classifier = load_classifier(
+            workdir, score.sde, config.classifier, score.images, identity=identity, seed=config.seed
+        )
+        score.classifier = classifier.to(score.device)
+    return score
+
+
+def _score_from_state(state: dict, source: object, config: ConfigDict, device: torch.device) -> TrainedScore:
+    sde = _sde(config)
+    if "record" in state:
+        _check_version(state, source)
+        images, step = ImageFormat(**state["record"]["images"]), state["step"]
+        model = _score_model(config, sde, images)
+        load_state_dict_strictly(model, state["ema"]["model"], source)
+    else:
+        from models.published import load_score_sde_checkpoint
+
+        _refuse_public_conservative(config, source)
+        data = config.data
+        images = ImageFormat(
+            (data.num_channels, data.image_size, data.image_size),
+            num_levels=256,
+            num_classes=config.model.get("num_classes", 0) or None,
+            centered=data.centered,
+            dequantized=data.uniform_dequantization,
+        )
+        model = _score_model(config, sde, images)
+        step = load_score_sde_checkpoint(source, model.network, ema=True, sde=sde)
+    return TrainedScore(config, model.eval().requires_grad_(False).to(device), images, step)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The classifier of noised images
+
+
+def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> dict[str, float]:
+    """Train ``config.classifier`` for ``n_iters`` steps in all; return loss and accuracy on test images at some times.
+
+    Raises:
+        InvalidRun: bad config, data or working directory, or several processes.
+        FloatingPointError: the loss is not finite; the last checkpoint is good.
+        Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
+    """
+    from guidance.classifier_training import ClassifierTraining
+
+    workdir = Path(workdir)
+    with checked():
+        check(config)
+        _check_workdir(config, workdir, FREE_IN_EVALUATION)
+        train_data, test_data = _load_data(config, runtime)
+        images = _image_format(config, train_data)
+        training = ClassifierTraining(
+            workdir,
+            _sde(config),
+            config.classifier,
+            train_data,
+            test_data,
+            images,
+            identity=_classifier_identity(config, images),
+            flip=config.data.random_flip,
+            test_images=config.eval.batch_size,
+            seed=config.seed,
+            runtime=runtime,
+        )
+    training.trainer.run()
+    return training.test()
+
+
+def _classifier_identity(config: ConfigDict, images: ImageFormat) -> dict:
+    """What decides the classifier, but for the number of steps and how often it is logged and saved."""
+    model, own = json.loads(config.model.to_json()), json.loads(config.classifier.to_json())
+    noise = ("schedule", "sigma_min", "sigma_max", "beta_min", "beta_max", "rho")
+    return {
+        "images": images.as_dict(),
+        "random_flip": config.data.random_flip,
+        "seed": config.seed,
+        "sde": config.training.sde,
+        "noise": {name: model[name] for name in noise if name in model},
+        "classifier": {name: own[name] for name in own if name not in ("n_iters", "log_freq", "save_freq")},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From a config to what it describes, and checks of what only a run as a whole can get wrong
+
+
+def _sde(config: ConfigDict) -> SDE:
+    return make_sde(config.training.sde, config.model.get("schedule", ""), config.model)
+
+
+def _image_format(config: ConfigDict, data: Split) -> ImageFormat:
+    return ImageFormat.of(data, centered=config.data.centered, dequantized=config.data.uniform_dequantization)
+
+
+def _score_model(config: ConfigDict, sde: SDE, images: ImageFormat) -> ScoreModel:
+    """A new score model; its initial weights are keyed by the seed."""
+    torch.manual_seed(config.seed)
+    model, continuous = config.model, config.training.continuous
+    channels, size, _ = images.image_shape
+    shape = dict(image_size=size, num_channels=channels, centered=images.centered)
+    network = make_network(model.name, model, **shape, num_levels=None if continuous else model.num_scales)
+    return make_score_model(
+        sde,
+        network,
+        parameterization=model.parameterization,
+        num_scales=None if continuous else model.num_scales,
+        scale_by_sigma=model.scale_by_sigma,
+    )
+
+
+def _objective(config: ConfigDict, model: ScoreModel, **changes) -> Objective:
+    from losses import Objective
+
+    training = config.training
+    names = ("likelihood_weighting", "reduce_mean", *(name for name in training if name.startswith("qc_")))
+    return Objective(model, **({name: training[name] for name in names} | changes))
+
+
+def _sampler(config: ConfigDict, sde: SDE):
+    from sampling import make_sampler
+
+    return make_sampler(sde, config.sampling, num_scales=config.model.num_scales, continuous=config.training.continuous)
+
+
+def _load_data(config: ConfigDict, runtime: Runtime) -> tuple[Split, Split]:
+    from data import load_dataset
+
+    data = config.data
+    names = ("image_size", "num_channels", "path", "root", "download", "resize")
+    with runtime.accelerator.main_process_first():
+        train_data, test_data = load_dataset(data.dataset, **{name: data[name] for name in names})
+    _check_classes(config, train_data)
+    return train_data, test_data
+
+
+def _cache_dir(workdir: Path, runtime: Runtime) -> Path:
+    return Path(runtime.cache_dir or workdir / "eval" / "cache")
+
+
+def _check_classes(config: ConfigDict, images: ImageFormat | Split) -> None:
+    sampling, own, available = config.sampling, config.model.get("num_classes", 0), images.num_classes
+    dataset = f"data.dataset={config.data.dataset!r}"
+    if own and own != available:
+        raise ValueError(f"model.num_classes={own}: {dataset} has {available or 'no'} classes")
+    if sampling.condition in ("class", "class_free"):
+        if available is None:
+            raise ValueError(f"sampling.condition={sampling.condition!r}: {dataset} has no classes")
+        if not -1 <= sampling.class_label < available:
+            raise ValueError(
+                f"sampling.class_label={sampling.class_label}: allowed are 0 to {available - 1}, or -1 for all in turn"
+            )
+
+
+def _check_stride(config: ConfigDict, positions: range) -> None:
+    stride = config.training.qc_stride
+    if len(positions) % stride:
+        raise ValueError(f"training.qc_stride={stride}: must divide the {len(positions)} samples of one pass")
+
+
+def _check_compile(config: ConfigDict, device: torch.device, *, training: bool = False) -> None:
+    """Raise a ValueError unless this score can be compiled, on this machine."""
+    if config.model.parameterization == "conservative":
+        raise ValueError(
+            "--compile: not with model.parameterization='conservative', whose every score is a derivative; "
+            "torch.compile cannot differentiate twice"
+        )
+    conditioning = config.sampling.conditioning
+    if not training and config.sampling.condition not in ("", "class", "class_free") and conditioning != "projection":
+        raise ValueError(
+            f"--compile: not with sampling.conditioning={conditioning!r}, which differentiates the score; a compiled "
+            "network is not used for that"
+        )
+    if training and config.training.activation_checkpointing:
         raise ValueError(
             "--compile: not while training with training.activation_checkpointing=True, which leaves torch.compile "
             "next to nothing to join"
         )
-    if config.training.qc_weight and config.training.qc_estimator == "exact":
+    if training and config.training.qc_weight and config.training.qc_estimator == "exact":
         raise ValueError("--compile: not while training with training.qc_estimator='exact'")
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))
+    except Exception as error:  # of whatever kind its backend raises, which without a compiler are several
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"--compile: torch.compile does not work on this machine: {reason}") from error
 
 
-class Training:
-    """The state of a training run: what a checkpoint holds."""
+def _check_workdir(config: ConfigDict, workdir: Path, free_fields: tuple[str, ...]) -> None:
+    """Refuse a folder that is another experiment's, or holds a run with other values of fields that matter."""
+    check_folder(workdir)
+    if (workdir / "experiment.json").exists():
+        raise ValueError(f"--workdir={workdir}: belongs to one of the examples; choose another folder")
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    try:
+        stored = json.loads(path.read_bytes())
+        if not isinstance(stored, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:  # of which not being JSON, or not text, are kinds
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if different := differences(stored, json.loads(config.to_json()), free_fields):
+        raise ValueError(f"--workdir={workdir} holds another run: {different}")
 
-    def __init__(self, run: Run) -> None:
-        if run.runtime.compile:
-            _check_compiled_training(run.config)
-        self.run, self.config, self.accelerator = run, run.config, run.accelerator
-        self.step = 0
-        self.sums: dict[str, list[float]] = {}  # of each logged quantity since the last row: total, count
-        optim = self.config.optim
-        if run.device.type == "cpu":
-            keep_freed_memory()
-        run.ema.model.to(run.device)
-        objective = run.objective.to(run.device)
-        optimizer = torch.optim.Adam(
-            [p for p in run.score_model.parameters() if p.requires_grad],
-            lr=optim.lr,
-            betas=(optim.beta1, 0.999),
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
-        self.optimizer = optimizer
-        settings = [{**group, "params": None} for group in optimizer.param_groups]
-        self._restore()
-        run.check_agreement("the step to go on from", self.step)
-        # A loaded state brings the settings of the run it came from; those of this config hold.
-        for group, own in zip(optimizer.param_groups, settings, strict=True):
-            group.update({name: value for name, value in own.items() if name != "params"})
-        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
-        self.test_objective = Objective(
-            run.ema.model,
-            likelihood_weighting=self.config.training.likelihood_weighting,
-            reduce_mean=self.config.training.reduce_mean,
-        )
-        self.signal_number = 0
-        self.signals: _SharedMaximum | None = None
-        if self.accelerator.num_processes > 1:
-            self.signals = _SharedMaximum()
 
-    # -- checkpoints
-
-    def _restore(self) -> None:
-        state = self.run.store.load_latest()
-        if state is not None:
-            check_whole(state, self.run.store.directory)
-            self._check_data(state.get("data"))
-            self.run.restore_weights(state, self.run.store.path(state["step"]))
-            self._load_optimizer(state["optimizer"])
-            self.step, self.sums = state["step"], state["sums"]
-            if state.get("scaler") is not None and self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-        elif self.config.training.init_from:
-            self._start_from(Path(self.config.training.init_from))
-
-    def _check_data(self, fingerprint: str | None) -> None:
-        """A run goes on with the data that it began with. Of image files, dates are all that is compared."""
-        data = self.run.train_data
-        if fingerprint == data.fingerprint:
-            return
-        if fingerprint is None or isinstance(data, FileSplit):
-            logger.warning("the training data are not, or not known to be, those of %s", self.run.workdir)
-            return
-        raise ValueError(
-            f"data.path={self.config.data.path!r}: other training data than those of --workdir={self.run.workdir}; to "
-            "go on with these take a new workdir and training.init_from"
+def _check_version(state: dict, source: object) -> None:
+    record = state["record"]
+    if not isinstance(record, dict) or record.get("version") != CHECKPOINT_VERSION:
+        raise CheckpointError(
+            f"{source}: a checkpoint of another version, or of another program; version {CHECKPOINT_VERSION} is read"
         )
 
-    def _start_from(self, path: Path) -> None:
-        """Weights, averages, optimiser and step of another run, as the paper starts QC from U."""
-        if path.is_dir():
-            state = CheckpointStore(path / "checkpoints", keep=1, milestone_every=0).load_latest()
-            if state is None:
-                raise CheckpointError(f"training.init_from={path}: no checkpoint in {path / 'checkpoints'}")
-        else:
-            state = read_checkpoint(path)
-        if "sums" in state:
-            check_whole(state, path)
-        else:  # not one of ours
-            refuse_public_conservative(self.config, path)
-            state = convert_public_checkpoint(path, self.run.score_model, self.optimizer)
-        self.run.restore_weights(state, path)
-        if state["optimizer"] is None:
-            logger.warning("training.init_from=%s has no optimiser state: Adam's moments start from zero", path)
-        else:
-            self._load_optimizer(state["optimizer"])
-        self.step = state["step"]
-        if self.step >= self.config.training.n_iters:
-            raise ValueError(
-                f"training.n_iters={self.config.training.n_iters}: training.init_from={path} has done "
-                f"{self.step} steps already"
-            )
 
-    def _load_optimizer(self, state: dict) -> None:
-        try:
-            self.optimizer.load_state_dict(state)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise CheckpointError(f"the optimiser state of the checkpoint does not fit: {error}") from None
-        # The fused Adam walks through memory without regard to strides: another format would pair wrong numbers.
-        for parameter, moments in self.optimizer.state.items():
-            for name, moment in moments.items():
-                if moment.shape == parameter.shape:
-                    moments[name] = torch.empty_like(parameter).copy_(moment)
-
-    def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            state = {
-                "step": self.step,
-                "model": self.accelerator.unwrap_model(self.objective).score_model.state_dict(),
-                "ema": self.run.ema.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "sums": self.sums,
-                "data": self.run.train_data.fingerprint,
-                "config": self.config.to_json(),
-                "code_version": code_version(),
-            }
-            self.run.store.save(state, self.step)
-        self.accelerator.wait_for_everyone()
-
-    # -- data
-
-    def positions(self) -> range:
-        """Where this process's share lies in the batch of all processes."""
-        share = self.config.training.batch_size // self.accelerator.num_processes
-        return range(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images, pixel levels uint8 (b, C, H, W), and labels (b,): this process's share of a step's batch."""
-        indices = sets.batch_indices(
-            self.config.seed,
-            step,
-            self.config.training.batch_size,
-            len(self.run.train_data),
+def _refuse_public_conservative(config: ConfigDict, source: object) -> None:
+    if config.model.parameterization == "conservative":
+        raise CheckpointError(
+            f"{source} is in the public format, whose conservative models are ∇(−‖h/σ‖²/(2σ)) and not Eq. 10: "
+            "model.parameterization must be unconstrained"
         )
-        return self.run.train_data.batch(indices[list(self.positions())])
-
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels of this and all later steps; files are decoded one step ahead in a thread."""
-        steps = range(self.step, self.config.training.n_iters)
-        if isinstance(self.run.train_data, TensorSplit):
-            # Already in memory: a thread would bring OpenMP workers of its own, which cost more than they save.
-            yield from map(self.batch, steps)
-            return
-        with ThreadPoolExecutor(1) as reader:
-            upcoming = reader.submit(self.batch, steps[0])
-            for step in steps:
-                batch = upcoming.result()
-                if step < steps[-1]:
-                    upcoming = reader.submit(self.batch, step + 1)
-                yield batch
-
-    def streams(self, positions: Sequence[int]) -> SampleGenerators:
-        """All random numbers of this step, for samples at ``positions`` in the batch of all processes."""
-        return SampleGenerators((self.config.seed, "train", self.step), positions)
-
-    def inputs(self, images: Tensor, generator: SampleGenerators) -> Tensor:
-        """Pixel levels (b, C, H, W) as the model sees them, on its device."""
-        x0 = self.run.to_model(images, generator, dequantize=self.config.data.uniform_dequantization)
-        if self.config.data.random_flip:
-            x0 = random_flip(x0, generator)
-        return x0.to(self.run.device)
-
-    # -- the loop
-
-    def loop(self) -> None:
-        config, accelerator = self.config, self.accelerator
-        n_iters = config.training.n_iters
-        self.run.report_progress(self.step)
-        if self.step >= n_iters:
-            logger.info("%s: trained for %d steps already", self.run.workdir, self.step)
-            return
-        self.run.write_config()
-        log = MetricsLog(self.run.workdir, self.step) if accelerator.is_main_process else None
-        started = time.monotonic()
-        last_row = (started, self.step)
-        bar = self.run.progress(total=n_iters, initial=self.step, unit="step", desc=f"train {self.run.workdir.name}")
-        with self._signals(), bar, log or contextlib.nullcontext():
-            for batch in self._batches():
-                self.train_step(batch)
-                bar.update()
-                self.run.report_progress(1)
-                stopping = self._should_stop()
-                every = config.training
-                at_end = self.step == n_iters
-                if self.step % every.log_freq == 0 or at_end:
-                    row = self._means()
-                    now = time.monotonic()
-                    row["seconds"] = round(now - started, 3)
-                    row["images_per_second"] = every.batch_size * (self.step - last_row[1]) / (now - last_row[0])
-                    last_row = (now, self.step)
-                    bar.set_postfix(loss=f"{row['loss']:.4g}")
-                    if log is not None:
-                        log.write(self.step, row)
-                if self.step % every.eval_freq == 0 or at_end:
-                    value = self._test_loss()
-                    if log is not None:
-                        log.write(self.step, {"eval_loss": value})
-                snapshot = bool(every.snapshot_freq) and self.step % every.snapshot_freq == 0
-                if snapshot or at_end or stopping or self.step % every.snapshot_freq_for_preemption == 0:
-                    self._average_sums()
-                    self._save()
-                if stopping:
-                    raise Interrupted(stopping)
-                if (snapshot or at_end) and every.snapshot_sampling:
-                    self._sample_grid()
-            if self.signals is not None:
-                self.signals.finish()
-
-    def train_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        config, accelerator = self.config, self.accelerator
-        self.objective.train()
-        # step + 1: the source's step/warmup makes the first step one of size zero.
-        warmup = min((self.step + 1) / config.optim.warmup, 1.0) if config.optim.warmup else 1.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.optim.lr * warmup
-        micro_batches = zip(
-            *(part.chunk(self.run.runtime.accumulation_steps) for part in batch),
-            np.array_split(np.array(self.positions()), self.run.runtime.accumulation_steps),
-            strict=True,
-        )
-        for images, labels, positions in micro_batches:
-            with accelerator.accumulate(self.objective):
-                generator = self.streams(positions)
-                x0 = self.inputs(images, generator)
-                labels = self._class_labels(labels, generator)
-                terms = self.objective(x0, generator, step=self.step, class_labels=labels)
-                accelerator.backward(terms["loss"])
-                if accelerator.sync_gradients:
-                    limit = config.optim.grad_clip if config.optim.grad_clip >= 0 else math.inf
-                    terms["grad_norm"] = accelerator.clip_grad_norm_(self.objective.parameters(), limit)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            for name, value in terms.items():
-                total, count = self.sums.get(name, (0.0, 0))
-                self.sums[name] = [total + value.detach(), count + 1]
-        self.run.ema.update(accelerator.unwrap_model(self.objective).score_model)
-        self.step += 1
-
-    def _class_labels(self, labels: Tensor, generator: SampleGenerators | None) -> Tensor | None:
-        """What a network that knows classes is told of them (b,): with a generator, now and then, none."""
-        num_classes, dropout = self.run.num_classes, self.config.training.label_dropout
-        if not num_classes:
-            return None
-        if dropout and generator is not None:
-            labels = torch.where(uniform((len(labels),), generator) < dropout, num_classes, labels)
-        return labels.to(self.run.device)
-
-    def _average_sums(self) -> None:
-        """Let all processes hold the same sums, their mean: what a checkpoint keeps, and a resumed run goes on from,
-        with however many processes.
-
-        Raises:
-            FloatingPointError: in all of them, a loss or gradient was not finite in any step since the last row.
-        """
-        names = sorted(self.sums)
-        totals = torch.tensor([float(self.sums[name][0]) for name in names], dtype=torch.float32)
-        totals = self.accelerator.reduce(totals.to(self.run.device), reduction="mean").tolist()
-        self.sums = {name: [total, self.sums[name][1]] for name, total in zip(names, totals, strict=True)}
-        # With a gradient scaler (fp16) infinite gradients are part of the search for the scale, and skipped.
-        checked = ("loss",) if self.accelerator.scaler is not None else ("loss", "grad_norm")
-        for name in checked:
-            if name in self.sums and not math.isfinite(self.sums[name][0]):
-                raise FloatingPointError(
-                    f"{name} is not finite at or before step {self.step}; the last checkpoint in "
-                    f"{self.run.store.directory} is good. Try a smaller optim.lr or training.qc_weight, or "
-                    "--precision=fp32"
-                )
-
-    def _means(self) -> dict[str, float]:
-        """The mean over processes and over the steps since the last row of every logged quantity."""
-        self._average_sums()
-        row = {name: total / count for name, (total, count) in self.sums.items()}
-        self.sums = {}
-        row["lr"] = self.optimizer.param_groups[0]["lr"]
-        return row
-
-    @torch.no_grad()
-    def _test_loss(self) -> float:
-        """The score-matching loss of the moving average on (up to eval.batch_size) test images, always with the
-        same times and noise."""
-        count = min(self.config.eval.batch_size, len(self.run.test_data))
-        generator = SampleGenerators((self.config.seed, "test loss"), range(count))
-        images, labels = self.run.test_data.batch(spread(torch.arange(count), count, len(self.run.test_data)))
-        x0 = self.run.to_model(images, generator, dequantize=self.config.data.uniform_dequantization)
-        labels = self._class_labels(labels, None)
-        return float(self.test_objective(x0.to(self.run.device), generator, class_labels=labels)["dsm"])
-
-    def _sample_grid(self) -> None:
-        accelerator = self.accelerator
-        shares = sets.epoch_batches(GRID_IMAGES, GRID_IMAGES, accelerator.process_index, accelerator.num_processes)
-        images = [draw(self.run, share.tolist(), progress=self.run.shows_progress)[0] for share in shares]
-        images = gather_object(images)
-        if accelerator.is_main_process:
-            path = self.run.workdir / "samples" / f"step_{self.step:08d}.png"
-            save_image_grid(path, np.concatenate(images), self.run.train_data.num_levels)
-        accelerator.wait_for_everyone()
-
-    # -- signals
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM are remembered and acted on at the end of a step; a second one acts at once."""
-
-        def remember(number: int, frame: object) -> None:
-            self.signal_number = number
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
-
-        previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        except RuntimeError as error:
-            if self.run.runtime.compile and self.signal_number:  # Ctrl-C is meant for the compiler, too, and ends it
-                raise Interrupted(self.signal_number) from error
-            raise
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _should_stop(self) -> int:
-        """The signal that any process has received, or 0; all processes agree."""
-        return self.signal_number if self.signals is None else self.signals.exchange(self.signal_number)
 
 
-class _SharedMaximum:
-    """A number that all processes agree on, the maximum of what each of them said at the call before.
+def _write_config(config: ConfigDict, workdir: Path, runtime: Runtime) -> None:
+    if runtime.is_main:
+        write_text(workdir / "config.json", config.to_json(indent=1, sort_keys=True) + "\n")
 
-    One call late, so that none waits for another, nor for its accelerator: the exchange is between CPUs.
-    """
 
-    def __init__(self) -> None:
-        self.group = distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-        self.value = torch.zeros(1, dtype=torch.int64)
-        self.work: distributed.Work | None = None
+def weights_key(module: torch.nn.Module) -> str:
+    """A digest of all weights and buffers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
-    def exchange(self, value: int) -> int:
-        agreed = self.finish()
-        self.value = torch.tensor([value])
-        self.work = distributed.all_reduce(self.value, distributed.ReduceOp.MAX, group=self.group, async_op=True)
-        return agreed
 
-    def finish(self) -> int:
-        """What was agreed on, once all processes have said their number."""
-        if self.work is not None:
-            self.work.wait()
-        return int(self.value)
+def evenly_spaced(positions: Sequence[int], count: int, size: int) -> list[int]:
+    """Indices of items number ``positions`` of ``count`` that are evenly spaced over ``size``: data sets are often
+    sorted by class."""
+    return [position * size // count for position in positions]
+
+
+def save_image_grid(path: Path, levels: np.ndarray, images: ImageFormat) -> None:
+    """Write up to 64 images, uint8 levels (N, H, W, C), as one PNG in rows of eight."""
+    from PIL import Image
+
+    from experiment.files import write_atomically
+
+    pixels = levels[:GRID_IMAGES].astype(np.float32) * (255 / (images.num_levels - 1))
+    columns = min(8, len(pixels))
+    rows = math.ceil(len(pixels) / columns)
+    _, height, width, channels = pixels.shape
+    gap = 1
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255.0, np.float32)
+    for i, image in enumerate(pixels):
+        top, left = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    picture = Image.fromarray(canvas.round().astype(np.uint8).squeeze())
+    enlarge = max(1, 64 // height)  # tiny images would be unreadable pixel for pixel
+    picture = picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
+    write_atomically(path, lambda file: picture.save(file, format="png"))

@@ -14,23 +14,26 @@ Files in W: ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 
-from checkpoints import CheckpointError, CheckpointStore, load_state_dict_strictly
-from experiment.metrics_log import MetricsLog
+from checkpoints import CheckpointError, CheckpointStore, check_whole, load_state_dict_strictly
 from experiment.runtime import COLLECTIVE_TIMEOUT, Interrupted, Runtime
 from models import EMA
 
-__all__ = ["Hook", "Trainer", "fit"]
+__all__ = ["Hook", "MetricsLog", "Trainer", "fit"]
 
 Loss = Callable[[nn.Module, int, range], Mapping[str, Tensor]]
 """(module, step, positions) → scalars: ``loss`` to minimise, and others to be logged. ``positions`` are those that the
@@ -63,7 +66,7 @@ class Trainer:
         save_freq: steps between checkpoints.
         milestone_freq: checkpoints at multiples of this are kept for ever; 0 keeps none.
         keep: how many of the newest checkpoints are kept.
-        begin: a state to start from: ``step``, ``model`` and, perhaps, ``ema`` and ``optimizer``.
+        begin: gives a state to start from where there is no checkpoint: ``step``, ``model``, ``ema``, ``optimizer``.
         record: what every checkpoint says about the run besides; plain values.
         check_record: told the record of a checkpoint that the run resumes from; raises a ValueError to refuse it.
         observe: further quantities of the present weights, logged with every row, and at step 0 before the first.
@@ -96,7 +99,7 @@ class Trainer:
         save_freq: int = 500,
         milestone_freq: int = 0,
         keep: int = 1,
-        begin: Mapping | None = None,
+        begin: Callable[[], Mapping | None] | None = None,
         record: Mapping[str, object] | None = None,
         check_record: Callable[[Mapping], None] | None = None,
         observe: Callable[[], Mapping[str, float]] | None = None,
@@ -143,17 +146,20 @@ class Trainer:
 
     # -- checkpoints
 
-    def _restore(self, begin: Mapping | None, check_record: Callable[[Mapping], None] | None) -> None:
+    def _restore(
+        self, begin: Callable[[], Mapping | None] | None, check_record: Callable[[Mapping], None] | None
+    ) -> None:
         state = self.store.load_latest()
         if state is None:
-            if begin is None:
+            state = None if begin is None else begin()
+            if state is None:
                 return
-            self._load(begin, "the state to begin with")
+            self._load(state, "the checkpoint to begin with")
             if self.step >= self.n_iters:
                 raise ValueError(f"training.n_iters={self.n_iters}: {self.step} steps have been done already")
             return
         source = self.store.path(state.get("step", 0))
-        _check_whole(state, source)
+        check_whole(state, source)
         if check_record is not None:
             check_record(state["record"])
         self._load(state, source)
@@ -346,13 +352,42 @@ def fit(*arguments, **options) -> None:
     Trainer(*arguments, **options).run()
 
 
-def _check_whole(state: dict, source: object) -> None:
-    """Raise a CheckpointError unless ``state`` has what ``Trainer`` saves."""
-    kinds = {"step": int, "model": dict, "optimizer": dict, "sums": dict, "log_size": int, "record": dict}
-    wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
-    wrong += [name for name in ("ema", "scaler", "hooks_done") if name not in state]
-    if wrong or state["step"] < 0:
-        raise CheckpointError(f"{source}: not a whole checkpoint; missing or wrong: {', '.join(wrong or ['step'])}")
+class MetricsLog:
+    """Writes rows of a run to ``DIRECTORY/metrics.jsonl`` and ``DIRECTORY/tensorboard/``.
+
+    Args:
+        directory: of the run.
+        step: where the run resumes; TensorBoard drops what it has of later steps.
+        size: bytes of ``metrics.jsonl`` at that moment (``sync``); the rest, which is computed again, is cut off.
+    """
+
+    def __init__(self, directory: Path, step: int = 0, size: int = 0) -> None:
+        # TensorBoard imports TensorFlow where it is installed (seconds, and pages of warnings), unless it finds this.
+        sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
+        from torch.utils.tensorboard import SummaryWriter
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self.file = open(directory / "metrics.jsonl", "a+b")  # noqa: SIM115
+        self.file.truncate(min(size, self.file.seek(0, os.SEEK_END)))
+        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if size else 0)
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        self.file.write((json.dumps({"step": step, **row}) + "\n").encode())
+        self.file.flush()
+        for name, value in row.items():
+            self.board.add_scalar(name, value, step)
+
+    def sync(self) -> int:
+        """Bring every row to the disk; the size of the file, which a checkpoint remembers."""
+        os.fsync(self.file.fileno())
+        return self.file.seek(0, os.SEEK_END)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.file.close()
+        self.board.close()
 
 
 class _SharedMaximum:

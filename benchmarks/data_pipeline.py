@@ -20,6 +20,7 @@ import torch
 from absl import app, flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
+from run_setup import FREE_IN_TRAINING, InvalidRun, Run, Runtime, checked
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from tqdm import trange
@@ -29,7 +30,6 @@ from data import Split
 from data.pixels import scale, to_unit_interval
 from experiment.command_line import parse_flags
 from run_lib import Training
-from run_setup import FREE_IN_TRAINING, InvalidRun, Run, Runtime, checked
 
 PAPER = "paper: a loader, image by image"
 OURS = "ours: a batch at a time"

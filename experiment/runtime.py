@@ -187,6 +187,10 @@ class Runtime:
         if error := next((e for e in gather_object([error]) if e), None):
             raise ValueError(error)
 
+    def gather(self, items: list) -> list:
+        """The items of all processes, one after the other."""
+        return gather_object(items)
+
     def batches(self, size: int, batch_size: int) -> list[range]:
         """Items of a whole set for this process, in order: a contiguous share, cut into batches of which the last may
         be smaller. The shares of all processes, one after the other, are 0, …, size − 1; they differ by one item at

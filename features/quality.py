@@ -1,8 +1,8 @@
 """FID and its relatives of samples against the training set: which features, which reference, which backend.
 
-    W/eval/sample_features.npz     features of the samples
-    CACHE/features-….npz           those of the training images, shared by all models of a set
-    CACHE/classifier-…/            the small classifier, if its features are asked for
+W/eval/sample_features.npz     features of the samples
+CACHE/features-….npz           those of the training images, shared by all models of a set
+CACHE/classifier-…/            the small classifier, if its features are asked for
 """
 
 from __future__ import annotations
@@ -140,11 +140,11 @@ def _check(settings: Mapping, train_data: Split) -> None:
     if settings["num_samples"] < 4:
         raise ValueError(f"eval.num_samples={settings['num_samples']}: FID and its relatives need at least 4")
     if not settings["stats_path"] and len(train_data) < 4:
-        raise ValueError(f"{train_data.name}: {len(train_data)} training image(s); FID and its relatives need at least 4")
-    if settings["tfhub_inception"] and settings["backend"] != "tfgan":
         raise ValueError(
-            f"eval.tfhub_inception={settings['tfhub_inception']}: needs --config.eval.backend=tfgan"
+            f"{train_data.name}: {len(train_data)} training image(s); FID and its relatives need at least 4"
         )
+    if settings["tfhub_inception"] and settings["backend"] != "tfgan":
+        raise ValueError(f"eval.tfhub_inception={settings['tfhub_inception']}: needs --config.eval.backend=tfgan")
     if 0 < settings["num_reference"] < 4:
         raise ValueError(
             f"eval.num_reference={settings['num_reference']}: FID and its relatives need at least 4, or 0 for all"

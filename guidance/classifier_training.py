@@ -74,7 +74,7 @@ class ClassifierTraining:
             raise ValueError(f"--mode=train_classifier: {train_data.name} has no labels")
         self.sde, self.images, self.flip, self.seed = sde, images, flip, seed
         self.device = runtime.torch_device
-        self.batches = TrainingBatches(train_data, seed, settings["batch_size"])
+        self.batches = TrainingBatches(train_data, seed=seed, batch_size=settings["batch_size"])
         count = min(test_images, len(test_data))
         self.test_levels, self.test_labels = test_data.batch([i * len(test_data) // count for i in range(count)])
         self.classifier = _build(sde, images, settings, seed).to(self.device)

@@ -80,9 +80,7 @@ class MeasuredImages:
         score, each = self.score, self.sampling.samples_per_image
         name = f"samples-{folder.name}"
         arrays = score.stage(name, len(self.images) * each, {**settings, **self.identity()}, self._compute)
-        per_image = {
-            name: values.reshape(len(self.images), each, *values.shape[1:]) for name, values in arrays.items()
-        }
+        per_image = {name: values.reshape(len(self.images), each, *values.shape[1:]) for name, values in arrays.items()}
         if not score.runtime.is_main:
             return
         metrics, num_levels = self._metrics(per_image), score.images.num_levels
@@ -149,7 +147,7 @@ class MeasuredImages:
 
     def _to_model(self, levels: Tensor) -> Tensor:
         """Grey levels (B, C, H, W) as model values; those of dequantised data in the middle of their cell."""
-        return self.score.images.to_model(levels, dequantization=torch.full(levels.shape, 0.5))
+        return self.score.images.to_model(levels)
 
     def _data_variance(self, data: Split) -> float:
         """Of a training image's pixels about the mean image, averaged over pixels."""

@@ -20,18 +20,18 @@ from statistics import fmean, stdev
 
 import torch
 from accelerate.utils import gather_object
+from experiment.metrics_log import MetricsLog
 from ml_collections import ConfigDict
+from run_setup import Runtime
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoints import CheckpointError, CheckpointStore, load_state_dict_strictly
 from data import TensorSplit
-from experiment.metrics_log import MetricsLog
 from experiment.randomness import seed_from
 from experiment.workdir import check_at_least, claim
 from models import EMA, create_network
 from models.mlp import TimeConditionalMLP
-from run_setup import Runtime
 from sde_lib import expand
 
 from .marginals import ImageMarginal, Key, Marginal, get_marginals, moments

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -51,20 +50,23 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def forget_accelerator() -> Callable[[], None]:
-    """accelerate keeps its settings for the life of the process; every test starts afresh, and again where it calls
-    this."""
+@pytest.fixture
+def forget_accelerator() -> Iterator[Callable[[], None]]:
+    """accelerate keeps its settings for the life of the process: it forgets them where a test calls this, and has them
+    again after the test."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    states = (PartialState, AcceleratorState, GradientState)
+    before = [dict(state._shared_state) for state in states]
 
     def forget() -> None:
-        if "accelerate.state" in sys.modules:  # which the tests of mathematics need not wait for
-            from accelerate.state import AcceleratorState, GradientState, PartialState
+        for state in states:
+            state._shared_state.clear()
 
-            for state in (AcceleratorState, GradientState, PartialState):
-                state._reset_state()
-
-    forget()
-    return forget
+    yield forget
+    for state, settings in zip(states, before, strict=True):
+        state._shared_state.clear()
+        state._shared_state.update(settings)
 
 
 @pytest.fixture(scope="session")

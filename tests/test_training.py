@@ -1,4 +1,4 @@
-"""The small training loop: closed-form descents, resumption bit for bit, losses that are not finite."""
+"""The training loop: closed-form descents, resumption bit for bit, hooks, losses that are not finite."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from checkpoints import CheckpointError, CheckpointStore
-from experiment.metrics_log import MetricsLog
-from training import fit
+from experiment.runtime import Runtime
+from models import EMA
+from training import Hook, fit
 
 
 class Killed(Exception):
@@ -26,35 +27,42 @@ class Regression:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def fit(self, *, kill_in_loss: int = -1, nan_in_loss: int = -1, **options) -> nn.Module:
+    def fit(self, *, kill_in_loss: int = -1, nan_in_loss: int = -1, kill_in_hook: int = -1, **options) -> nn.Module:
         """One attempt, from the checkpoint in the folder; ``updates`` are those of the progress bar."""
         self.module = nn.Linear(3, 1)
         with torch.no_grad():
             for parameter in self.module.parameters():
                 parameter.fill_(0.5)
+        self.average = EMA(self.module, 0.9)
         self.steps, self.updates = [], []
 
-        def loss(step: int) -> dict[str, torch.Tensor]:
+        def loss(module: nn.Module, step: int, positions: range) -> dict[str, torch.Tensor]:
             if step == kill_in_loss:
                 raise Killed
             self.steps.append(step)
             x = torch.randn(16, 3, generator=torch.Generator().manual_seed(step))
-            error = ((self.module(x) - x.sum(1, keepdim=True)) ** 2).mean()
-            size = (self.module.weight**2).sum()
+            error = ((module(x) - x.sum(1, keepdim=True)) ** 2).mean()
+            size = (module.weight**2).sum()
             return {"loss": error * (float("nan") if step == nan_in_loss else 1), "size": size}
 
-        settings = dict(n_iters=50, grad_clip=1.0, log_freq=7, save_freq=10, update=self.updates.append)
-        settings |= dict(observe=self.observe)
-        fit(
-            self.module, loss, torch.optim.Adam(self.module.parameters(), lr=0.05), self.directory, **settings | options
-        )
+        def hook(step: int) -> dict[str, float]:
+            if step == kill_in_hook:
+                raise Killed
+            return {"hook": self.module.weight.sum().item()}
+
+        settings = dict(n_iters=50, grad_clip=1.0, log_freq=7, save_freq=10, observe=self.observe, ema=self.average)
+        settings |= dict(hooks=[Hook(15, hook)], runtime=Runtime("cpu", on_progress=self.updates.append))
+        optimizer = torch.optim.Adam(self.module.parameters(), lr=0.05)
+        fit(self.module, optimizer, loss, self.directory, **settings | options)
         return self.module
 
     def observe(self) -> dict[str, float]:
         return {"weight": self.module.weight[0, 0].item()}
 
-    def log(self) -> str:
-        return (self.directory / "metrics.jsonl").read_text()
+    def log(self) -> list[dict]:
+        """Without what depends on the clock."""
+        rows = [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if k not in ("seconds", "steps_per_second")} for row in rows]
 
     def checkpoint(self) -> dict:
         return CheckpointStore(self.directory / "checkpoints", keep=1, milestone_every=0).load_latest()
@@ -71,7 +79,8 @@ def assert_same(run: Regression, other: Regression) -> None:
     for (name, value), expected in zip(run.module.named_parameters(), other.module.parameters(), strict=True):
         assert torch.equal(value, expected), name
     assert run.log() == other.log()
-    assert str(run.checkpoint()) == str(other.checkpoint())
+    one, two = ({k: v for k, v in r.checkpoint().items() if k != "log_size"} for r in (run, other))
+    assert str(one) == str(two)
 
 
 # 0, 4: before any checkpoint; 10: just after one; 23: rows of the log after it; 29, 49: the step before one.
@@ -86,6 +95,17 @@ def test_killed_and_resumed_it_ends_at_the_same_weights_and_log(tmp_path, uninte
     assert run.steps == list(range(resumed_from, 50))
     assert run.updates == ([resumed_from] if resumed_from else []) + [1] * (50 - resumed_from)
     assert_same(run, uninterrupted)
+
+
+@pytest.mark.parametrize("kill", [15, 30, 45, 50])
+def test_killed_in_a_hook(tmp_path, uninterrupted, kill):
+    """Its row is written once: by a run that goes on from the checkpoint of that step, or from one before."""
+    run = Regression(tmp_path)
+    with pytest.raises(Killed):
+        run.fit(kill_in_hook=kill)
+    run.fit()
+    assert_same(run, uninterrupted)
+    assert [row["step"] for row in run.log() if "hook" in row] == [15, 30, 45, 50]
 
 
 def test_killed_between_log_and_checkpoint(tmp_path, uninterrupted, monkeypatch):
@@ -103,7 +123,7 @@ def test_killed_between_log_and_checkpoint(tmp_path, uninterrupted, monkeypatch)
         patched.setattr(CheckpointStore, "save", lambda *given: killed() if given[2] == 50 else save(*given))
         with pytest.raises(Killed):
             run.fit()
-    assert json.loads(run.log().splitlines()[-1])["step"] == 50  # written, and to be written again
+    assert run.log()[-1]["step"] == 50  # written, and to be written again
     run.fit()
     assert_same(run, uninterrupted)
 
@@ -112,7 +132,8 @@ def test_killed_while_it_wrote_a_row(tmp_path, uninterrupted):
     run = Regression(tmp_path)
     with pytest.raises(Killed):
         run.fit(kill_in_loss=23)
-    (tmp_path / "metrics.jsonl").write_text(run.log()[:-9])
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:-9] + b"\xff\xfe")
     run.fit()
     assert_same(run, uninterrupted)
 
@@ -142,15 +163,17 @@ def test_log_holds_means_since_the_row_before_and_present_weights(tmp_path):
     terms = {"loss": lambda: 0.5 * weight**2, "weight": lambda: weight * 1}
     fit(
         module,
-        lambda step: {name: term() for name, term in terms.items()},
-        torch.optim.SGD([weight], lr=0.1),
+        torch.optim.SGD([weight], lr=1.0),
+        lambda module, step, positions: {name: term() for name, term in terms.items()},
         tmp_path,
+        learning_rate=lambda step: 0.1,
         n_iters=11,
         log_freq=4,
         save_freq=3,
         observe=lambda: {"now": weight.item()},
     )
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {row.get("lr") for row in rows} == {None, 0.1}
     expected = [2 * 0.9**k for k in range(12)]
     assert [row["step"] for row in rows] == [0, 4, 8, 11]
     assert rows[0] == {"step": 0, "now": 2.0}
@@ -166,8 +189,8 @@ def test_gradient_norm_is_clipped(tmp_path):
     weight = nn.Parameter(torch.tensor([6.0, 8.0], dtype=torch.float64))
     fit(
         nn.ParameterList([weight]),
-        lambda step: {"loss": 5 * (weight**2).sum()},
         torch.optim.SGD([weight], lr=0.1),
+        lambda module, step, positions: {"loss": 5 * (weight**2).sum()},
         tmp_path,
         n_iters=5,
         grad_clip=1.0,
@@ -184,9 +207,8 @@ def test_loss_that_is_not_finite(tmp_path, step):
     state = run.checkpoint()
     assert state["step"] == (10 if step == 19 else 20)
     assert all(weight.isfinite().all() for weight in state["model"].values())
-    rows = [json.loads(line) for line in run.log().splitlines()]
-    assert max(row["step"] for row in rows) <= step
-    assert all(value == value for row in rows for value in row.values())
+    assert max(row["step"] for row in run.log()) <= step
+    assert all(value == value for row in run.log() for value in row.values())
     # With the cause removed it goes on from there.
     run.fit()
     assert run.steps[0] == state["step"]
@@ -197,11 +219,11 @@ def test_finite_loss_with_a_gradient_that_is_not(tmp_path):
     weight = nn.Parameter(torch.ones(2, dtype=torch.float64))
     module = nn.ParameterList([weight])
 
-    def loss(step: int) -> dict[str, torch.Tensor]:
+    def loss(module: nn.Module, step: int, positions: range) -> dict[str, torch.Tensor]:
         return {"loss": ((0.0 if step == 3 else 1.0) * weight).sqrt().sum()}
 
     with pytest.raises(FloatingPointError, match="grad_norm is not finite at or before step 4"):
-        fit(module, loss, torch.optim.SGD([weight], lr=0.1), tmp_path, n_iters=6, save_freq=2)
+        fit(module, torch.optim.SGD([weight], lr=0.1), loss, tmp_path, n_iters=6, save_freq=2)
     state = CheckpointStore(tmp_path / "checkpoints", keep=1, milestone_every=0).load_latest()
     assert state["step"] == 2
     assert all(value.isfinite().all() for value in state["model"].values())
@@ -209,27 +231,18 @@ def test_finite_loss_with_a_gradient_that_is_not(tmp_path):
 
 def test_checkpoints_of_another_module_are_refused(tmp_path):
     run = Regression(tmp_path)
-    run.fit(n_iters=5)
+    run.fit(n_iters=5, ema=None)
     module = nn.Linear(4, 1)
     before = module.weight.clone()
     with pytest.raises(CheckpointError, match="another architecture: weight has shape"):
-        fit(module, lambda step: {}, torch.optim.SGD(module.parameters(), lr=1.0), tmp_path, n_iters=9)
+        fit(module, torch.optim.SGD(module.parameters(), lr=1.0), lambda *_: {}, tmp_path, n_iters=9)
     assert torch.equal(module.weight, before)
 
 
 def test_logging_does_not_import_tensorflow(tmp_path):
     """Which TensorBoard does by itself where it is installed."""
-    program = "import sys; from pathlib import Path; from metrics_log import MetricsLog\n"
-    program += "with MetricsLog(Path(sys.argv[1]), 0) as log: log.write(1, {'loss': 1.0})\n"
+    program = "import sys; from pathlib import Path; from training import MetricsLog\n"
+    program += "with MetricsLog(Path(sys.argv[1])) as log: log.write(1, {'loss': 1.0})\n"
     program += "sys.exit('tensorflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=Path(__file__).parents[1])
     assert list((tmp_path / "tensorboard").iterdir())
-
-
-def test_a_log_with_other_bytes_in_it_is_gone_on_with(tmp_path):
-    """What a full disk or a killed process may leave: lines that are no rows go, the others stay."""
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n\xff\xfe\x00\n{"step": 2, "lo')
-    with MetricsLog(tmp_path, 5) as log:
-        log.write(6, {"loss": 1.0})
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert rows == [{"step": 1, "loss": 2.0}, {"step": 6, "loss": 1.0}]
