@@ -15,8 +15,7 @@ from configs.digits import get_config
 from experiment.randomness import SampleGenerators
 from few_step import FEW_STEP_SOLVERS, edm_times
 from sampling import FewStepSampler, ODESampler
-from schedules import CosineBeta, GeometricSigma, LinearBeta, PolynomialSigma
-from sde_lib import SDE, VE, VP, SubVP, expand
+from sde_lib import SDE, VE, VP, CosineBeta, GeometricSigma, LinearBeta, PolynomialSigma, SubVP, expand
 
 SDES = {
     "ve": VE(GeometricSigma(0.01, 50.0)),

@@ -15,9 +15,11 @@ from scipy.integrate import quad, solve_ivp
 
 from configs.defaults import base_config
 from models.score import NoiseLevel
-from schedules import (
+from sde_lib import (
     BETA_SCHEDULES,
     SIGMA_SCHEDULES,
+    VE,
+    VP,
     ConstantBeta,
     ConstantDiffusionSigma,
     CosineBeta,
@@ -27,8 +29,9 @@ from schedules import (
     PolynomialSigma,
     PowerBeta,
     SquareRootDiffusionSigma,
+    SubVP,
+    get_sde,
 )
-from sde_lib import VE, VP, SubVP, get_sde
 
 SIGMAS = {
     "geometric": GeometricSigma(0.02, 7.0),

@@ -17,8 +17,7 @@ from experiment.randomness import uniform
 from langevin import langevin_dynamics
 from losses import Objective, denoising_score_matching
 from sampling import AnnealedLangevinCorrector
-from schedules import GeometricSigma
-from sde_lib import VE, ScoreFunction
+from sde_lib import VE, GeometricSigma, ScoreFunction
 
 from .tutorial_figure import (
     SDES,
