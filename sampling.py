@@ -30,10 +30,22 @@ A condition enters as another score, as a projection that follows every step, or
 
 NFE is counted, not computed: evaluations of the network per sample.
 
-Langevin dynamics at one fixed time, the building block of all correctors, also stands on its own (``langevin``).
+Solvers for a handful of steps follow the same flow in the variables in which it is simplest. With x_t = α x_0 + σ z,
+y = x/α and the noise-to-signal ratio ρ = σ/α every one of our SDEs has the flow
+
+    dy/dρ = ε(x, t) = −σ s(x, t),
+
+because d(x/α)/dt = −½ g² s/α and dρ/dt = g²/(2σα). With the denoised D = (x + σ² s)/α = y − ρ ε and λ = −log ρ the same
+flow is d(y/ρ)/dλ = D/ρ, which DPM-Solver++ solves exactly but for D, and D is extrapolated from two steps.
+The reverse SDE is as simple, d(y/ρ²)/dλ = 2 D/ρ² + noise; with the D of one step it would be ancestral sampling.
+
+The grid is that of EDM: ρ^{1/7} in equal steps from its value at t = 1 to that at eps, so that most steps go where
+there is little noise. EDM's own last step, an Euler step to ρ = 0, is ``noise_removal``.
 
 Sources: Song et al. (ICLR 2021), Appendices E to G; Ho et al. (NeurIPS 2020), Algorithm 2; Song and Ermon
-(NeurIPS 2019), Algorithm 1; Gao, Nguyen, Zhu (JMLR 2025), for the exponential integrator.
+(NeurIPS 2019), Algorithm 1; Gao, Nguyen, Zhu (JMLR 2025), for the exponential integrator; Karras, Aittala, Aila, Laine
+(NeurIPS 2022), Eq. 5 and Algorithm 1; Lu et al., "DPM-Solver++" (2022), Algorithm 2 and, with noise, Appendix B;
+Roberts and Tweedie (Bernoulli, 1996), for the adjustment of Langevin dynamics.
 """
 
 from __future__ import annotations
@@ -41,7 +53,7 @@ from __future__ import annotations
 import abc
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, NamedTuple, Protocol
@@ -50,30 +62,38 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from experiment.randomness import Generator, normal_like
-from few_step import FEW_STEP_SOLVERS, edm_times
+from experiment.randomness import Generator, normal_like, uniform
 from ode import check_solver, integrate
 from sde_lib import SDE, ScoreFunction, expand
 
 __all__ = [
     "CORRECTORS",
+    "FEW_STEP_SOLVERS",
     "PREDICTORS",
     "AncestralPredictor",
     "AnnealedLangevinCorrector",
     "ConditionalScore",
     "CountedScore",
+    "DPMSolverPlusPlus2M",
+    "EDMHeun",
     "EulerMaruyamaPredictor",
     "ExponentialIntegratorPredictor",
     "FewStepSampler",
+    "FewStepSolver",
     "LangevinCorrector",
+    "LangevinTrajectory",
+    "LogDensity",
     "ODESampler",
     "PCSampler",
     "ProbabilityFlowPredictor",
     "Projection",
     "ReverseDiffusionPredictor",
+    "SDEDPMSolverPlusPlus2M",
     "Samples",
     "denoise",
+    "edm_times",
     "get_sampler",
+    "langevin_dynamics",
 ]
 
 
@@ -276,6 +296,93 @@ CORRECTORS: dict[str, Callable[[SDE, ScoreFunction, float, int], Corrector | Non
     "langevin": lambda sde, score, snr, num_steps: LangevinCorrector(score, snr, num_steps),
     "ald": AnnealedLangevinCorrector,
     "none": lambda sde, score, snr, num_steps: None,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Solvers for a handful of steps
+
+
+_GRID_EXPONENT = 7
+
+
+def edm_times(sde: SDE, num_steps: int) -> Tensor:
+    """The grid (num_steps + 1,), float64, falling from the end time to where sampling stops."""
+    ends = torch.tensor([sde.end_time, sde.sampling_eps], dtype=torch.float64)
+    first, last = (sde.std(ends) / sde.mean_coefficient(ends)) ** (1 / _GRID_EXPONENT)
+    ratio = (first + torch.linspace(0, 1, num_steps + 1, dtype=torch.float64) * (last - first)) ** _GRID_EXPONENT
+    times = sde.time_at_noise_ratio(ratio)
+    times[0], times[-1] = ends  # but for rounding they are
+    return times
+
+
+class FewStepSolver(Protocol):
+    """One trajectory; a solver may remember its last steps."""
+
+    def step(self, x: Tensor, t: Tensor, s: Tensor, generator: Generator) -> Tensor:
+        """From x (B, ...) at the times t (B,) to s < t."""
+
+
+class _Solver:
+    def __init__(self, sde: SDE, score: ScoreFunction) -> None:
+        self.sde, self.score = sde, score
+
+    def coefficients(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """α, σ and ρ, to be multiplied with x."""
+        mean, std = expand(self.sde.mean_coefficient(t), x), expand(self.sde.std(t), x)
+        return mean, std, std / mean
+
+
+class EDMHeun(_Solver):
+    """Heun's method in ρ: order two, two evaluations a step."""
+
+    def step(self, x: Tensor, t: Tensor, s: Tensor, generator: Generator) -> Tensor:
+        mean_t, std_t, ratio_t = self.coefficients(t, x)
+        mean_s, std_s, ratio_s = self.coefficients(s, x)
+        y, size = x / mean_t, ratio_s - ratio_t
+        slope = -std_t * self.score(x, t)
+        slope_after = -std_s * self.score(mean_s * (y + size * slope), s)
+        return mean_s * (y + 0.5 * size * (slope + slope_after))
+
+
+class DPMSolverPlusPlus2M(_Solver):
+    """DPM-Solver++(2M): order two, one evaluation a step. The first step is of order one."""
+
+    def __init__(self, sde: SDE, score: ScoreFunction) -> None:
+        super().__init__(sde, score)
+        self.previous: tuple[Tensor, Tensor] | None = None  # D and λ of the step before
+
+    def step(self, x: Tensor, t: Tensor, s: Tensor, generator: Generator) -> Tensor:
+        mean_t, std_t, ratio_t = self.coefficients(t, x)
+        mean_s, _, ratio_s = self.coefficients(s, x)
+        denoised = (x + std_t**2 * self.score(x, t)) / mean_t
+        extrapolated = denoised
+        if self.previous is not None:
+            before, log_ratio_before = self.previous
+            # Half a step further, in λ, along the line through the last two.
+            slope = (denoised - before) / (log_ratio_before - ratio_t.log())
+            extrapolated = denoised + 0.5 * (ratio_t.log() - ratio_s.log()) * slope
+        self.previous = denoised, ratio_t.log()
+        return mean_s * self.move(x / mean_t, extrapolated, ratio_t, ratio_s, generator)
+
+    def move(self, y: Tensor, denoised: Tensor, ratio_t: Tensor, ratio_s: Tensor, generator: Generator) -> Tensor:
+        """y at ρ_s < ρ_t if the denoised image does not change in between."""
+        shrink = ratio_s / ratio_t
+        return shrink * y + (1 - shrink) * denoised
+
+
+class SDEDPMSolverPlusPlus2M(DPMSolverPlusPlus2M):
+    """SDE-DPM-Solver++(2M), the same for the reverse SDE: one evaluation a step, noise in every step."""
+
+    def move(self, y: Tensor, denoised: Tensor, ratio_t: Tensor, ratio_s: Tensor, generator: Generator) -> Tensor:
+        shrink = (ratio_s / ratio_t) ** 2
+        return shrink * y + (1 - shrink) * denoised + ratio_s * (1 - shrink).sqrt() * normal_like(y, generator)
+
+
+FEW_STEP_SOLVERS: dict[str, type[FewStepSolver]] = {
+    "heun": EDMHeun,
+    "dpmpp_2m": DPMSolverPlusPlus2M,
+    "dpmpp_2m_sde": SDEDPMSolverPlusPlus2M,
 }
 
 
@@ -544,3 +651,96 @@ def get_sampler(config, sde: SDE) -> PCSampler | ODESampler | FewStepSampler:
     if sampling.method == "few_step":
         return FewStepSampler(sde, sampling.solver, num_steps=num_steps, noise_removal=sampling.noise_removal)
     raise ValueError(f"sampling.method={sampling.method!r}: allowed are pc, ode, few_step")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Langevin dynamics at one fixed time
+
+
+LogDensity = Callable[[Tensor, Tensor], Tensor]
+"""log p_t(x) in nats, up to a constant: takes x (B, ...) and t (B,), returns (B,)."""
+
+
+class LangevinTrajectory(NamedTuple):
+    """The N + 1 states (N+1, B, ...), the start first, and whether each of the N moves was made (N, B)."""
+
+    x: Tensor
+    accepted: Tensor
+
+
+@torch.no_grad()
+def langevin_dynamics(
+    score: ScoreFunction,
+    x: Tensor,
+    t: Tensor,
+    step_sizes: Sequence[float],
+    *,
+    noise: bool = True,
+    log_density: LogDensity | None = None,
+    generator: Generator = None,
+) -> LangevinTrajectory:
+    """N steps of x ← x + α_i s(x, t) + √(2α_i) z, with t fixed.
+
+    Three samplers:
+
+    * ``noise=True``: unadjusted Langevin (Song and Ermon, 2019, Algorithm 1, one noise level). As α → 0 its stationary
+      law is that of the score. At finite α it is not: for N(0, σ²) it has the variance 2α/(1 − (1 − α/σ²)²), which is
+      σ²/(1 − α/2σ²).
+    * ``noise=False``: x ← x + α_i s(x, t), gradient ascent where s is a gradient. Without Metropolis adjustment only.
+    * ``log_density`` given: Metropolis-adjusted Langevin (Roberts and Tweedie, 1996). The step above only proposes x';
+      each sample makes the move with probability min(1, p(x') q(x|x') / p(x) q(x'|x)), where
+      q(y|x) = N(y; x + α s(x, t), 2α I), and otherwise stays. Then ``log_density`` is stationary at every α, and
+      whatever s is: a wrong score costs acceptance, not correctness. A move to where p or q is not finite is not made.
+
+    Args:
+        score: s(x, t); N evaluations per sample, N + 1 if adjusted.
+        x, t: start (B, ...) and times (B,).
+        step_sizes: α_0, …, α_{N−1}, in units of x².
+        noise: whether z is drawn or zero.
+        log_density: the target of the Metropolis adjustment, need not be normalised.
+        generator: draws z and then, if adjusted, one uniform number per sample.
+
+    Returns:
+        All states and moves; without adjustment every move is made.
+
+    Raises:
+        ValueError: no step sizes, or one that is not positive and finite; a ``log_density`` without noise, or not
+            finite at the start.
+    """
+    for i, size in enumerate(step_sizes):
+        if not 0 < size < math.inf:
+            raise ValueError(f"step_sizes[{i}]={size}: allowed are positive numbers")
+    if len(step_sizes) == 0:
+        raise ValueError("step_sizes is empty: at least one step is needed")
+    if log_density is not None and not noise:
+        raise ValueError("log_density given with noise=False: a move without noise cannot be Metropolis-adjusted")
+
+    states = x.new_empty(len(step_sizes) + 1, *x.shape)
+    accepted = torch.ones(len(step_sizes), len(x), dtype=torch.bool, device=x.device)
+    states[0] = x
+    if log_density is None:
+        for i, size in enumerate(step_sizes):
+            x = x + size * score(x, t)
+            if noise:
+                x = x + math.sqrt(2 * size) * normal_like(x, generator)
+            states[i + 1] = x
+        return LangevinTrajectory(states, accepted)
+
+    gradient, log_p = score(x, t), log_density(x, t)
+    if not log_p.isfinite().all():
+        raise ValueError(f"log_density is not finite at {int((~log_p.isfinite()).sum())} of {len(x)} starting points")
+    for i, size in enumerate(step_sizes):
+        z = normal_like(x, generator)
+        proposal = x + size * gradient + math.sqrt(2 * size) * z
+        proposed_gradient, proposed_log_p = score(proposal, t), log_density(proposal, t)
+        back = (x - proposal - size * proposed_gradient) / math.sqrt(2 * size)
+        log_q_ratio = 0.5 * (z**2 - back**2).flatten(1).sum(1)  # log q(x|x') − log q(x'|x)
+        threshold = uniform((len(x),), generator, device=x.device, dtype=x.dtype).log()
+        # A comparison with NaN is false: such a move is refused.
+        accepted[i] = (threshold < proposed_log_p - log_p + log_q_ratio) & proposed_log_p.isfinite()
+        move = accepted[i].view(-1, *[1] * (x.ndim - 1))
+        x = torch.where(move, proposal, x)
+        gradient = torch.where(move, proposed_gradient, gradient)
+        log_p = torch.where(accepted[i], proposed_log_p, log_p)
+        states[i + 1] = x
+    return LangevinTrajectory(states, accepted)

@@ -13,8 +13,7 @@ import run_lib
 from benchmarks import sampling as benchmark
 from configs.digits import get_config
 from experiment.randomness import SampleGenerators
-from few_step import FEW_STEP_SOLVERS, edm_times
-from sampling import FewStepSampler, ODESampler
+from sampling import FEW_STEP_SOLVERS, FewStepSampler, ODESampler, edm_times
 from sde_lib import SDE, VE, VP, CosineBeta, GeometricSigma, LinearBeta, PolynomialSigma, SubVP, expand
 
 SDES = {
@@ -138,7 +137,7 @@ def law(sde: SDE, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         """With the unit-th draw of noise 1 in every dimension, the others 0."""
         count = iter(range(draws))
         with pytest.MonkeyPatch.context() as patch:
-            for module in ("few_step", "sde_lib"):
+            for module in ("sampling", "sde_lib"):
                 patch.setattr(f"{module}.normal_like", lambda x, g: torch.full_like(x, float(next(count) == unit)))
             return sampler(exact_score(sde), like).x[0]
 

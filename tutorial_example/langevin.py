@@ -14,9 +14,8 @@ from torch import Tensor
 
 from exact.distributions import GaussianMixture
 from experiment.randomness import uniform
-from langevin import langevin_dynamics
 from losses import Objective, denoising_score_matching
-from sampling import AnnealedLangevinCorrector
+from sampling import AnnealedLangevinCorrector, langevin_dynamics
 from sde_lib import VE, GeometricSigma, ScoreFunction
 
 from .tutorial_figure import (
