@@ -15,9 +15,8 @@ VP        β/2                   β                           α = e^{−B/2}, �
 sub-VP    β/2                   β (1 − e^{−2B})             α = e^{−B/2}, σ = 1 − e^{−B}
 ========  ====================  ==========================  =====================
 
-with B(t) = ∫₀ᵗ β. A schedule is a small frozen object with closed forms: σ(t), d(σ²)/dt and the inverse of σ for VE;
-β(t), B(t) and the inverse of B for VP and sub-VP. A further schedule is one such class and one entry in the dictionary
-of its family (docs/add_your_own_sde.md):
+with B(t) = ∫₀ᵗ β. A schedule is a frozen dataclass with three closed forms: σ(t), d(σ²)/dt and the inverse of σ for
+VE; β(t), B(t) and the inverse of B for VP and sub-VP (docs/add_your_own_sde.md):
 
 ===========  =============================================  ===========  =============================================
 VE           σ(t)                                           VP, sub-VP   β(t)
@@ -27,12 +26,9 @@ constant     σ² linear in t: g constant                     constant     ½ (�
 square_root  σ² linear in t²: g ∝ √t                        power        β^(1/ρ) linear in t
 polynomial   σ^(1/ρ) linear in t                            exponential  β_min (β_max/β_min)^t
                                                             cosine       from α² = cos², at most β_max
-===========  =============================================
 ===========  =============================================  ===========  =============================================
 
-Fields of a schedule are named after the fields of ``config.model`` that they are built from.
-
-Time: VE starts at σ(0) = σ_min, that is, its t = 0 is data already blurred by σ_min, as in the source.
+VE starts at σ(0) = σ_min: its t = 0 is data already blurred by σ_min, as in the source.
 
 Sources: Song, Sohl-Dickstein, Kingma, Kumar, Ermon, Poole, "Score-Based Generative Modeling through Stochastic
 Differential Equations" (ICLR 2021), Sections 3.4, 4.3 and Appendices B to D, also for the geometric and the linear
@@ -45,17 +41,19 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from experiment.randomness import Generator, normal_like
+from experiment.registry import resolve
 
 __all__ = [
     "BETA_SCHEDULES",
+    "FAMILIES",
     "SDE",
     "SIGMA_SCHEDULES",
     "VE",
@@ -78,6 +76,7 @@ __all__ = [
     "SubVP",
     "expand",
     "get_sde",
+    "make_sde",
 ]
 
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
@@ -95,11 +94,7 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SigmaSchedule(abc.ABC):
-    """σ(t), increasing from σ(0) = σ_min to σ(1) = σ_max: a schedule of VE. Times are tensors of any shape.
-
-    Raises:
-        ValueError: unless 0 < σ_min < σ_max.
-    """
+    """σ(t), increasing from σ(0) = σ_min > 0 to σ(1) = σ_max. Times are tensors of any shape."""
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
@@ -178,16 +173,9 @@ class PolynomialSigma(SigmaSchedule):
     """σ(t) = (b + at)^ρ, b = σ_min^(1/ρ), a = σ_max^(1/ρ) − b, so that g ∝ (b + at)^(ρ − ½) (Gao et al., 2025).
 
     With ρ = 7 equal steps of t are the noise levels of Karras, Aittala, Aila, Laine (NeurIPS 2022), Eq. 5.
-
-    Raises:
-        ValueError: unless 0 < σ_min < σ_max and ρ > 0.
     """
 
     rho: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_rho(self.rho)
 
     @property
     def start_and_slope(self) -> tuple[float, float]:
@@ -208,7 +196,7 @@ class PolynomialSigma(SigmaSchedule):
 
 
 class BetaSchedule(abc.ABC):
-    """β(t) ≥ 0 with its integral: a schedule of VP and sub-VP. Times are tensors of any shape."""
+    """β(t) ≥ 0 with its integral. Times are tensors of any shape."""
 
     @abc.abstractmethod
     def beta(self, t: Tensor) -> Tensor:
@@ -225,11 +213,7 @@ class BetaSchedule(abc.ABC):
 
 @dataclass(frozen=True)
 class BetaRange(BetaSchedule):
-    """A schedule between β_min and β_max.
-
-    Raises:
-        ValueError: unless 0 ≤ β_min < β_max, or, where β_min must be ``positive``, 0 < β_min < β_max.
-    """
+    """A schedule of 0 ≤ β_min < β_max; ``positive`` ones need 0 < β_min."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -279,18 +263,10 @@ class ConstantBeta(BetaRange):
 
 @dataclass(frozen=True)
 class PowerBeta(BetaRange):
-    """β(t) = (b + at)^ρ, b = β_min^(1/ρ), a = β_max^(1/ρ) − b (Gao et al., 2025).
-
-    Raises:
-        ValueError: unless 0 < β_min < β_max and ρ > 0.
-    """
+    """β(t) = (b + at)^ρ, b = β_min^(1/ρ), a = β_max^(1/ρ) − b (Gao et al., 2025)."""
 
     rho: float = 2.0
     positive = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_rho(self.rho)
 
     @property
     def relative_slope(self) -> float:
@@ -314,11 +290,7 @@ class PowerBeta(BetaRange):
 
 @dataclass(frozen=True)
 class ExponentialBeta(BetaRange):
-    """β(t) = β_min (β_max/β_min)^t (Gao et al., 2025).
-
-    Raises:
-        ValueError: unless 0 < β_min < β_max.
-    """
+    """β(t) = β_min (β_max/β_min)^t (Gao et al., 2025)."""
 
     positive = True
 
@@ -340,11 +312,8 @@ class ExponentialBeta(BetaRange):
 class CosineBeta(BetaSchedule):
     """α(t) = cos θ/cos θ₀, θ = ½π (t + s)/(1 + s), s = 0.008, θ₀ = θ(0) (Nichol and Dhariwal, 2021, Eq. 17).
 
-    That is β = π/(1 + s) tan θ, which is infinite at t = 1. From the time t_c at which it reaches β_max on, β = β_max,
-    exactly: the source's limit on β_i of 0.999 in N = 1000 steps is β_max = 999.
-
-    Raises:
-        ValueError: unless β(0) = 0.0391 < β_max.
+    That is β = π/(1 + s) tan θ, from 0.0391 at t = 0 to infinity at t = 1. From the time t_c at which it reaches β_max
+    on, β = β_max, exactly: the source's limit on β_i of 0.999 in N = 1000 steps is β_max = 999.
     """
 
     beta_max: float = 999.0
@@ -391,18 +360,12 @@ class CosineBeta(BetaSchedule):
         return 2 / self._rate * (torch.atan2(sine, cosine) - self._start) + (integral - before) / self.beta_max
 
 
-def _check_rho(rho: float) -> None:
-    if not 0 < rho < math.inf:
-        raise ValueError(f"model.rho={rho}: allowed are positive numbers")
-
-
 SIGMA_SCHEDULES: dict[str, type[SigmaSchedule]] = {
     "geometric": GeometricSigma,
     "constant": ConstantDiffusionSigma,
     "square_root": SquareRootDiffusionSigma,
     "polynomial": PolynomialSigma,
 }
-"""The schedules of VE by name, the usual one first."""
 BETA_SCHEDULES: dict[str, type[BetaSchedule]] = {
     "linear": LinearBeta,
     "constant": ConstantBeta,
@@ -410,7 +373,6 @@ BETA_SCHEDULES: dict[str, type[BetaSchedule]] = {
     "exponential": ExponentialBeta,
     "cosine": CosineBeta,
 }
-"""The schedules of VP and sub-VP by name, the usual one first."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -433,9 +395,16 @@ class SDE(abc.ABC):
     """A linear forward SDE on [0, 1]. Times t are tensors (B,), states x are (B, ...); coefficients come as (B,)."""
 
     name: ClassVar[str]
+    schedules: ClassVar[Mapping[str, type]] = {}
+    """By name, the usual one first."""
     sampling_eps: ClassVar[float]
     """Where sampling stops. Song et al. (2021), Appendix C: 1e-5 for VE, 1e-3 for VP and sub-VP."""
     end_time: ClassVar[float] = 1.0
+    prior_std: float
+    """Standard deviation of the Gaussian from which sampling starts."""
+
+    def __init__(self, schedule) -> None:
+        self.schedule = schedule
 
     @abc.abstractmethod
     def drift_rate(self, t: Tensor) -> Tensor:
@@ -469,11 +438,6 @@ class SDE(abc.ABC):
     def time_at_noise_ratio(self, ratio: Tensor) -> Tensor:
         """The t at which σ(t)/α(t) has the given value."""
 
-    @property
-    @abc.abstractmethod
-    def prior_std(self) -> float:
-        """Standard deviation of the Gaussian from which sampling starts."""
-
     @abc.abstractmethod
     def ladder(self, num_scales: int) -> Ladder:
         """The N noise levels of this family's discrete-time model (SMLD or DDPM), float64 on the CPU.
@@ -493,8 +457,8 @@ class SDE(abc.ABC):
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean coefficient a and standard deviation b of the exact kernel x_t | x_s = N(a x_s, b² I), s ≤ t.
 
-        For VE this is the SMLD chain and for VP the DDPM chain with β_i = 1 − e^{−(B(t)−B(s))} (Song et al., 2021,
-        Eqs. 20 and 22), on whatever grid s and t belong to.
+        On any grid of times this is the SMLD chain for VE, and for VP the DDPM chain with β_i = 1 − e^{−(B(t)−B(s))}
+        (Song et al., 2021, Eqs. 20 and 22).
         """
         return self.mean_coefficient(t) / self.mean_coefficient(s), self.transition_variance(s, t).sqrt()
 
@@ -535,10 +499,9 @@ class VE(SDE):
     """Variance exploding: dx = √(dσ²/dt) dw."""
 
     name = "ve"
+    schedules = SIGMA_SCHEDULES
     sampling_eps = 1e-5
-
-    def __init__(self, schedule: SigmaSchedule) -> None:
-        self.schedule = schedule
+    schedule: SigmaSchedule
 
     def drift_rate(self, t: Tensor) -> Tensor:
         return torch.zeros_like(t)
@@ -580,11 +543,10 @@ class VP(SDE):
     """Variance preserving: dx = −½β x dt + √β dw."""
 
     name = "vp"
+    schedules = BETA_SCHEDULES
     sampling_eps = 1e-3
     prior_std = 1.0
-
-    def __init__(self, schedule: BetaSchedule) -> None:
-        self.schedule = schedule
+    schedule: BetaSchedule
 
     def drift_rate(self, t: Tensor) -> Tensor:
         return 0.5 * self.schedule.beta(t)
@@ -659,34 +621,32 @@ class SubVP(VP):
         raise ValueError("training.sde='subvpsde' has no discrete-time model: set training.continuous=True")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# From a config
-
-FAMILIES: dict[str, tuple[type[SDE], dict[str, type]]] = {
-    "vesde": (VE, SIGMA_SCHEDULES),
-    "vpsde": (VP, BETA_SCHEDULES),
-    "subvpsde": (SubVP, BETA_SCHEDULES),
-}
+FAMILIES: dict[str, type[SDE]] = {"vesde": VE, "vpsde": VP, "subvpsde": SubVP}
 
 
-def get_sde(config) -> SDE:
-    """The SDE of the family ``config.training.sde`` and the schedule ``config.model.schedule``.
+def make_sde(family: str, schedule: str, constants: Mapping[str, float]) -> SDE:
+    """The SDE of a family and a schedule, each given by its name or import path.
 
-    A schedule takes its constants from the fields of ``config.model`` that have the names of its own. The usual
-    schedule of the family is meant if ``schedule`` is empty or the config has no such field.
+    Args:
+        family: a key of ``FAMILIES``, or a subclass of SDE that is built from its schedule alone.
+        schedule: a key of the family's ``schedules``, or a dataclass; '': the usual one of the family.
+        constants: where the fields of the schedule are found by name, such as ``config.model``.
 
     Raises:
         ValueError: unknown name, a constant that is missing, or constants that make no schedule.
     """
-    name, model = config.training.sde.lower(), config.model
-    if name not in FAMILIES:
-        raise ValueError(f"training.sde={config.training.sde!r}: allowed are {', '.join(sorted(FAMILIES))}")
-    family, schedules = FAMILIES[name]
-    schedule = model.get("schedule", "") or next(iter(schedules))
-    if schedule not in schedules:
-        raise ValueError(f"model.schedule={schedule!r}: allowed for {name} are {', '.join(schedules)}")
-    constants = [field.name for field in fields(schedules[schedule])]
-    for constant in constants:
-        if constant not in model:
-            raise ValueError(f"model.{constant} is missing: model.schedule={schedule!r} of {name} needs it")
-    return family(schedules[schedule](**{constant: model[constant] for constant in constants}))
+    family_class = resolve(family, FAMILIES, "training.sde")
+    name = schedule or next(iter(family_class.schedules), "")
+    schedule_class = resolve(name, family_class.schedules, "model.schedule")
+    if not is_dataclass(schedule_class):
+        raise ValueError(f"model.schedule={name!r}: must be a dataclass, whose fields are its constants")
+    names = [field.name for field in fields(schedule_class)]
+    for constant in names:
+        if constant not in constants:
+            raise ValueError(f"model.{constant} is missing: model.schedule={name!r} needs it")
+    return family_class(schedule_class(**{constant: constants[constant] for constant in names}))
+
+
+def get_sde(config) -> SDE:
+    """``make_sde`` of a config, for callers that still have one."""
+    return make_sde(config.training.sde, config.model.get("schedule", ""), config.model)
