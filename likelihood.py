@@ -31,8 +31,8 @@ from torch import Tensor
 
 from conservativeness import divergence
 from experiment.randomness import Generator, normal_like, rademacher_like
-from ode import check_solver, integrate
-from sampling import CountedScore, _state_dtype
+from ode import check_solver, integrate, state_dtype
+from sampling import CountedScore
 from sde_lib import SDE, ScoreFunction
 
 __all__ = ["DIVERGENCES", "TIMES", "Likelihood", "LikelihoodEvaluator", "bits_per_dim", "get_likelihood"]
@@ -166,10 +166,7 @@ class LikelihoodEvaluator:
             raise ValueError(f"likelihood.probes={probes}: at least 1")
         if time not in TIMES:
             raise ValueError(f"likelihood.time={time!r}: allowed are {', '.join(TIMES)}")
-        try:
-            check_solver(solver, rtol=rtol, atol=atol, num_steps=num_steps)
-        except ValueError as error:
-            raise ValueError(f"likelihood.{error}") from None
+        check_solver(solver, num_steps, "likelihood.")
         self.sde = sde
         self.divergence = divergence
         self.probes = probes
@@ -191,7 +188,7 @@ class LikelihoodEvaluator:
         counted = CountedScore(score)
         dimension = x[0].numel()
         unit = self.time.unit(dimension)
-        ends = torch.tensor([self.eps, self.sde.end_time], dtype=_state_dtype(x), device=x.device)
+        ends = torch.tensor([self.eps, self.sde.end_time], dtype=state_dtype(x), device=x.device)
         start, end = self.time.at(ends).tolist()
         first_scale, last_scale = self.time.scale(ends).tolist()
 

@@ -1,15 +1,14 @@
 """Solvers of ordinary differential equations dy/dt = v(y, t) for a batch of independent samples.
 
-``rk45`` is the Dormand–Prince 5(4) pair with a step size, an error estimate and a clock of its own for every
-sample: what happens to one sample does not depend on the batch it is in, and samples that have arrived cost
-nothing more. ``scipy`` (RK45, on the host) and ``dopri5`` (torchdiffeq) integrate the whole batch as one system,
-with one step size. ``heun`` and ``adams`` take a fixed number of equal steps, of second order at two evaluations each
-and of fourth order at one.
+``rk45`` is the Dormand–Prince 5(4) pair. Every sample has its own time, step size and error estimate: it does not
+depend on the batch it is in, and costs nothing more once it has arrived. ``scipy`` (RK45, on the host) and ``dopri5``
+(torchdiffeq) integrate the whole batch as one system, with one step size. ``heun`` and ``adams`` take a fixed number of
+equal steps, of second order at two evaluations each and of fourth order at one.
 
-Adams' method weighs all its evaluations alike but for those next to the ends. Where the velocity has a part that
-oscillates faster than the steps, as that of a network with an embedding of high frequencies in time has, such a sum
-averages it out as well as a sum of so many values can; the stages of a Runge–Kutta step, of very different weights, do
-not, and an adaptive step shortens until it resolves the oscillation.
+Adams' method gives nearly all its evaluations the same weight. A part of the velocity that oscillates faster than the
+steps, such as a network with an embedding of high frequencies in time has, is therefore averaged out. The stages of a
+Runge–Kutta step have very different weights and do not average it out, and an adaptive step shortens until it resolves
+the oscillation.
 
 Sources: Dormand and Prince, "A family of embedded Runge-Kutta formulae" (1980); Hairer, Nørsett, Wanner,
 "Solving Ordinary Differential Equations I" (1993), Section II.4, for the control of the step size, and III.1 for Adams'
@@ -19,15 +18,19 @@ formulas.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ["FIXED", "SOLVERS", "Velocity", "integrate"]
+from experiment.registry import resolve
+
+__all__ = ["FIXED", "SOLVERS", "Velocity", "check_solver", "integrate", "state_dtype"]
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """v(y, t, rows): states y (b, D), times t (b,), and which rows of the batch they are (b,) → (b, D)."""
+BatchVelocity = Callable[[Tensor, float], Tensor]
+"""v(y, t): the states (B, D) of the whole batch at one time → (B, D)."""
 
 # Nodes, stage coefficients, and error weights (5th minus 4th order) of Dormand–Prince 5(4). The last stage is
 # evaluated at the new point and serves as the first of the next step.
@@ -103,14 +106,11 @@ def _rk45(velocity: Velocity, y: Tensor, start: float, end: float, *, rtol: floa
     return arrived
 
 
-def _scipy(velocity: Velocity, y: Tensor, start: float, end: float, *, rtol: float, atol: float) -> Tensor:
+def _scipy(velocity: BatchVelocity, y: Tensor, start: float, end: float, *, rtol: float, atol: float, **_) -> Tensor:
     from scipy.integrate import solve_ivp
 
-    rows = torch.arange(len(y), device=y.device)
-
     def flat_velocity(t: float, flat) -> object:
-        state = torch.from_numpy(flat.reshape(y.shape)).to(y)
-        return velocity(state, torch.full_like(y[:, 0], t), rows).cpu().double().numpy().ravel()
+        return velocity(torch.from_numpy(flat.reshape(y.shape)).to(y), t).cpu().double().numpy().ravel()
 
     solution = solve_ivp(flat_velocity, (start, end), y.cpu().double().numpy().ravel(), rtol=rtol, atol=atol)
     if not solution.success:
@@ -118,36 +118,27 @@ def _scipy(velocity: Velocity, y: Tensor, start: float, end: float, *, rtol: flo
     return torch.from_numpy(solution.y[:, -1].reshape(y.shape)).to(y)
 
 
-def _dopri5(velocity: Velocity, y: Tensor, start: float, end: float, *, rtol: float, atol: float) -> Tensor:
+def _dopri5(velocity: BatchVelocity, y: Tensor, start: float, end: float, *, rtol: float, atol: float, **_) -> Tensor:
     from torchdiffeq import odeint
 
-    rows = torch.arange(len(y), device=y.device)
     times = torch.tensor([start, end], dtype=y.dtype, device=y.device)
     # By default the last step overshoots the end and is interpolated; beyond it the velocity may not exist.
-    options = {"step_t": times[-1:], "dtype": y.dtype}
+    settings = dict(method="dopri5", options={"step_t": times[-1:], "dtype": y.dtype})
     try:
-        path = odeint(
-            lambda t, state: velocity(state, t.expand(len(y)), rows),
-            y,
-            times,
-            rtol=rtol,
-            atol=atol,
-            method="dopri5",
-            options=options,
-        )
+        return odeint(lambda t, state: velocity(state, float(t)), y, times, rtol=rtol, atol=atol, **settings)[-1]
     except AssertionError as error:
         raise RuntimeError(f"torchdiffeq's dopri5 stopped: {error}") from error
-    return path[-1]
 
 
-def _heun(velocity: Velocity, y: Tensor, start: float, end: float, *, num_steps: int) -> Tensor:
-    rows = torch.arange(len(y), device=y.device)
-    times = torch.linspace(start, end, num_steps + 1, dtype=torch.float64).tolist()
-    for now, after in itertools.pairwise(times):
+def _steps(start: float, end: float, num_steps: int) -> Iterator[tuple[float, float]]:
+    return itertools.pairwise(torch.linspace(start, end, num_steps + 1, dtype=torch.float64).tolist())
+
+
+def _heun(velocity: BatchVelocity, y: Tensor, start: float, end: float, *, num_steps: int, **_) -> Tensor:
+    for now, after in _steps(start, end, num_steps):
         h = after - now
-        slope = velocity(y, torch.full_like(y[:, 0], now), rows)
-        slope_after = velocity(y + h * slope, torch.full_like(y[:, 0], after), rows)
-        y = y + 0.5 * h * (slope + slope_after)
+        slope = velocity(y, now)
+        y = y + 0.5 * h * (slope + velocity(y + h * slope, after))
     return y
 
 
@@ -156,60 +147,44 @@ _BASHFORTH = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
 _MOULTON = (9 / 24, 19 / 24, -5 / 24, 1 / 24)
 
 
-def _adams(velocity: Velocity, y: Tensor, start: float, end: float, *, num_steps: int) -> Tensor:
+def _adams(velocity: BatchVelocity, y: Tensor, start: float, end: float, *, num_steps: int, **_) -> Tensor:
     """Predict, evaluate, correct: one evaluation a step. The first three steps are those of the classical Runge–Kutta
     method, four evaluations each."""
-    rows = torch.arange(len(y), device=y.device)
-
-    def slope_at(state: Tensor, t: float) -> Tensor:
-        return velocity(state, torch.full_like(y[:, 0], t), rows)
-
-    times = torch.linspace(start, end, num_steps + 1, dtype=torch.float64).tolist()
     h = (end - start) / num_steps
     slopes: list[Tensor] = []  # the newest first
-    for now, after in itertools.pairwise(times):
+    for now, after in _steps(start, end, num_steps):
         if len(slopes) < 3:
-            slopes.insert(0, slope_at(y, now))
+            slopes.insert(0, velocity(y, now))
             middle = 0.5 * (now + after)
-            second = slope_at(y + 0.5 * h * slopes[0], middle)
-            third = slope_at(y + 0.5 * h * second, middle)
-            fourth = slope_at(y + h * third, after)
+            second = velocity(y + 0.5 * h * slopes[0], middle)
+            third = velocity(y + 0.5 * h * second, middle)
+            fourth = velocity(y + h * third, after)
             y = y + h / 6 * (slopes[0] + 2 * second + 2 * third + fourth)
             continue
         if len(slopes) == 3:
-            slopes.insert(0, slope_at(y, now))
-        slopes.insert(0, slope_at(y + h * _combine(_BASHFORTH, slopes), after))
+            slopes.insert(0, velocity(y, now))
+        slopes.insert(0, velocity(y + h * _combine(_BASHFORTH, slopes), after))
         y = y + h * _combine(_MOULTON, slopes[:4])
         slopes.pop()
     return y
 
 
-_ADAPTIVE = {"rk45": _rk45, "scipy": _scipy, "dopri5": _dopri5}
-FIXED = {"heun": _heun, "adams": _adams}
-"""Solvers of a given number of steps, ``num_steps``; the others choose theirs by rtol and atol."""
-SOLVERS = (*_ADAPTIVE, *FIXED)
+SOLVERS = {"rk45": _rk45, "scipy": _scipy, "dopri5": _dopri5, "heun": _heun, "adams": _adams}
+"""An import path can name another ``solver(velocity, y, start, end, *, rtol, atol, num_steps)`` of a BatchVelocity."""
+FIXED = ("heun", "adams")
+"""Those that take ``num_steps`` steps; the others choose their steps by rtol and atol."""
 
 
-def _finite(velocity: Velocity) -> Velocity:
-    """The same velocity, which raises RuntimeError where it is not finite."""
-
-    def checked(y: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-        slope = velocity(y, t, rows)
-        if not bool(torch.isfinite(slope).all()):
-            raise RuntimeError(f"the velocity of the ODE is not finite at t={t[0].item():.6g}")
-        return slope
-
-    return checked
-
-
-def check_solver(solver: str, *, rtol: float, atol: float, num_steps: int) -> None:
-    """Raise ValueError unless ``integrate`` would accept these settings."""
-    if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r}: allowed are {', '.join(SOLVERS)}")
+def check_solver(solver: str, num_steps: int, section: str = "") -> None:
+    """Raise ValueError if there is no such solver, or if it needs a number of steps; ``section`` is of the config."""
+    resolve(solver, SOLVERS, f"{section}solver")
     if solver in FIXED and num_steps < 1:
-        raise ValueError(f"num_steps={num_steps}: at least 1")
-    if not (rtol > 0 and atol > 0):
-        raise ValueError(f"rtol={rtol}, atol={atol}: both must be positive")
+        raise ValueError(f"{section}num_steps={num_steps}: {section}solver={solver!r} needs at least 1")
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """The precision of a solver's state and times: double, where the device of ``x`` has it."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def integrate(
@@ -226,17 +201,26 @@ def integrate(
     """The state (B, D) at time ``end`` of dy/dt = v(y, t) from y (B, D) at ``start``; either may be the larger.
 
     Args:
-        velocity: see ``Velocity``; called with the rows of the batch that are still on their way.
-        y: states at ``start``. Double precision keeps the accumulated rounding below any sensible tolerance.
-        solver: 'rk45', 'scipy' or 'dopri5', controlled by rtol and atol; or 'heun' or 'adams' with ``num_steps`` steps.
+        velocity: see ``Velocity``; called with the rows of the batch that have not arrived yet.
+        y: states at ``start``. In double precision the accumulated rounding is below any sensible tolerance.
+        solver: a key of ``SOLVERS`` or an import path.
+        rtol, atol: tolerances of the adaptive solvers.
+        num_steps: of 'heun' and 'adams'.
 
     Raises:
-        ValueError: unknown solver, non-positive tolerance, or no steps.
+        ValueError: unknown solver, or no steps.
         RuntimeError: the solver cannot meet the tolerance, or the velocity is not finite.
     """
-    check_solver(solver, rtol=rtol, atol=atol, num_steps=num_steps)
-    if solver != "rk45":  # which shortens its step instead; scipy would shorten it for ever
-        velocity = _finite(velocity)
-    if solver in FIXED:
-        return FIXED[solver](velocity, y, start, end, num_steps=num_steps)
-    return _ADAPTIVE[solver](velocity, y, start, end, rtol=rtol, atol=atol)
+    check_solver(solver, num_steps)
+    if solver == "rk45":  # it shortens its step where the velocity is not finite
+        return _rk45(velocity, y, start, end, rtol=rtol, atol=atol)
+    rows = torch.arange(len(y), device=y.device)
+
+    def batch_velocity(state: Tensor, t: float) -> Tensor:
+        slope = velocity(state, torch.full_like(y[:, 0], t), rows)
+        if not bool(torch.isfinite(slope).all()):
+            raise RuntimeError(f"the velocity of the ODE is not finite at t={t:.6g}")
+        return slope
+
+    solve = resolve(solver, SOLVERS, "solver")
+    return solve(batch_velocity, y, start, end, rtol=rtol, atol=atol, num_steps=num_steps)

@@ -15,38 +15,68 @@ VP        β/2                   β                           α = e^{−B/2}, �
 sub-VP    β/2                   β (1 − e^{−2B})             α = e^{−B/2}, σ = 1 − e^{−B}
 ========  ====================  ==========================  =====================
 
-with B(t) = ∫₀ᵗ β. The schedules, σ(t) of VE and β(t) of VP and sub-VP, are in ``schedules``.
+with B(t) = ∫₀ᵗ β. A schedule is a frozen dataclass with three closed forms: σ(t), d(σ²)/dt and the inverse of σ for
+VE; β(t), B(t) and the inverse of B for VP and sub-VP (docs/add_your_own_sde.md):
 
-Time: VE starts at σ(0) = σ_min, that is, its t = 0 is data already blurred by σ_min, as in the source.
+===========  =============================================  ===========  =============================================
+VE           σ(t)                                           VP, sub-VP   β(t)
+===========  =============================================  ===========  =============================================
+geometric    σ_min (σ_max/σ_min)^t                          linear       β_min + t (β_max − β_min)
+constant     σ² linear in t: g constant                     constant     ½ (β_min + β_max)
+square_root  σ² linear in t²: g ∝ √t                        power        β^(1/ρ) linear in t
+polynomial   σ^(1/ρ) linear in t                            exponential  β_min (β_max/β_min)^t
+                                                            cosine       from α² = cos², at most β_max
+===========  =============================================  ===========  =============================================
 
-Source: Song, Sohl-Dickstein, Kingma, Kumar, Ermon, Poole, "Score-Based Generative Modeling through Stochastic
-Differential Equations" (ICLR 2021), Sections 3.4, 4.3 and Appendices B to D.
+VE starts at σ(0) = σ_min: its t = 0 is data already blurred by σ_min, as in the source.
+
+Sources: Song, Sohl-Dickstein, Kingma, Kumar, Ermon, Poole, "Score-Based Generative Modeling through Stochastic
+Differential Equations" (ICLR 2021), Sections 3.4, 4.3 and Appendices B to D, also for the geometric and the linear
+schedule; cosine: Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (ICML 2021); the other
+schedules: Gao, Nguyen, Zhu, "Wasserstein Convergence Guarantees for a General Class of Score-Based Generative Models"
+(JMLR 2025).
 """
 
 from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from experiment.randomness import Generator, normal_like
-from schedules import BETA_SCHEDULES, SIGMA_SCHEDULES, BetaSchedule, SigmaSchedule
+from experiment.registry import resolve
 
 __all__ = [
+    "BETA_SCHEDULES",
+    "FAMILIES",
     "SDE",
+    "SIGMA_SCHEDULES",
     "VE",
     "VP",
+    "BetaRange",
+    "BetaSchedule",
+    "ConstantBeta",
+    "ConstantDiffusionSigma",
+    "CosineBeta",
+    "ExponentialBeta",
+    "GeometricSigma",
     "Ladder",
+    "LinearBeta",
+    "PolynomialSigma",
+    "PowerBeta",
     "ReverseSDE",
     "ScoreFunction",
+    "SigmaSchedule",
+    "SquareRootDiffusionSigma",
     "SubVP",
     "expand",
     "get_sde",
+    "make_sde",
 ]
 
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
@@ -56,6 +86,293 @@ ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     """One coefficient per sample, (B,), shaped (B, 1, ..., 1) to multiply ``x`` of shape (B, ...)."""
     return coefficient.reshape(-1, *(1 for _ in x.shape[1:])).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Schedules
+
+
+@dataclass(frozen=True)
+class SigmaSchedule(abc.ABC):
+    """σ(t), increasing from σ(0) = σ_min > 0 to σ(1) = σ_max. Times are tensors of any shape."""
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(
+                f"model.sigma_min={self.sigma_min}, model.sigma_max={self.sigma_max}: need 0 < sigma_min < sigma_max"
+            )
+
+    @abc.abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """σ(t)."""
+
+    @abc.abstractmethod
+    def variance_rate(self, t: Tensor) -> Tensor:
+        """d(σ²)/dt."""
+
+    @abc.abstractmethod
+    def time(self, sigma: Tensor) -> Tensor:
+        """The t at which σ(t) has the given value."""
+
+
+@dataclass(frozen=True)
+class GeometricSigma(SigmaSchedule):
+    """σ(t) = σ_min (σ_max/σ_min)^t, the VE schedule of Song et al. (2021), Eq. 30."""
+
+    @property
+    def log_ratio(self) -> float:
+        return math.log(self.sigma_max / self.sigma_min)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.sigma_min * torch.exp(t * self.log_ratio)
+
+    def variance_rate(self, t: Tensor) -> Tensor:
+        return 2 * self.log_ratio * self.sigma(t) ** 2
+
+    def time(self, sigma: Tensor) -> Tensor:
+        return torch.log(sigma / self.sigma_min) / self.log_ratio
+
+
+@dataclass(frozen=True)
+class ConstantDiffusionSigma(SigmaSchedule):
+    """σ² = σ_min² + t (σ_max² − σ_min²): the diffusion g is constant (Gao et al., 2025, f = 0, g = a)."""
+
+    @property
+    def variance_range(self) -> float:
+        return self.sigma_max**2 - self.sigma_min**2
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sqrt(self.sigma_min**2 + t * self.variance_range)
+
+    def variance_rate(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, self.variance_range)
+
+    def time(self, sigma: Tensor) -> Tensor:
+        return (sigma - self.sigma_min) * (sigma + self.sigma_min) / self.variance_range
+
+
+@dataclass(frozen=True)
+class SquareRootDiffusionSigma(ConstantDiffusionSigma):
+    """σ² = σ_min² + t² (σ_max² − σ_min²): the diffusion is g = √(2ct) (Gao et al., 2025)."""
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return super().sigma(t**2)
+
+    def variance_rate(self, t: Tensor) -> Tensor:
+        return 2 * t * self.variance_range
+
+    def time(self, sigma: Tensor) -> Tensor:
+        return super().time(sigma).clamp(min=0).sqrt()  # σ rounded to just below σ_min
+
+
+@dataclass(frozen=True)
+class PolynomialSigma(SigmaSchedule):
+    """σ(t) = (b + at)^ρ, b = σ_min^(1/ρ), a = σ_max^(1/ρ) − b, so that g ∝ (b + at)^(ρ − ½) (Gao et al., 2025).
+
+    With ρ = 7 equal steps of t are the noise levels of Karras, Aittala, Aila, Laine (NeurIPS 2022), Eq. 5.
+    """
+
+    rho: float = 2.0
+
+    @property
+    def start_and_slope(self) -> tuple[float, float]:
+        start = self.sigma_min ** (1 / self.rho)
+        return start, self.sigma_max ** (1 / self.rho) - start
+
+    def sigma(self, t: Tensor) -> Tensor:
+        b, a = self.start_and_slope
+        return (b + a * t) ** self.rho
+
+    def variance_rate(self, t: Tensor) -> Tensor:
+        b, a = self.start_and_slope
+        return 2 * self.rho * a * (b + a * t) ** (2 * self.rho - 1)
+
+    def time(self, sigma: Tensor) -> Tensor:
+        b, a = self.start_and_slope
+        return (sigma ** (1 / self.rho) - b) / a
+
+
+class BetaSchedule(abc.ABC):
+    """β(t) ≥ 0 with its integral. Times are tensors of any shape."""
+
+    @abc.abstractmethod
+    def beta(self, t: Tensor) -> Tensor:
+        """β(t)."""
+
+    @abc.abstractmethod
+    def integral(self, t: Tensor) -> Tensor:
+        """B(t) = ∫₀ᵗ β."""
+
+    @abc.abstractmethod
+    def time(self, integral: Tensor) -> Tensor:
+        """The t at which B(t) has the given value."""
+
+
+@dataclass(frozen=True)
+class BetaRange(BetaSchedule):
+    """A schedule of 0 ≤ β_min < β_max; ``positive`` ones need 0 < β_min."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    positive: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta_min < self.beta_max < math.inf or (self.positive and self.beta_min == 0):
+            raise ValueError(
+                f"model.beta_min={self.beta_min}, model.beta_max={self.beta_max}: need "
+                f"0 {'<' if self.positive else '<='} beta_min < beta_max"
+            )
+
+
+@dataclass(frozen=True)
+class LinearBeta(BetaRange):
+    """β(t) = β_min + t (β_max − β_min), the VP schedule of Song et al. (2021), Eq. 32."""
+
+    def beta(self, t: Tensor) -> Tensor:
+        return self.beta_min + t * (self.beta_max - self.beta_min)
+
+    def integral(self, t: Tensor) -> Tensor:
+        return t * (self.beta_min + 0.5 * t * (self.beta_max - self.beta_min))
+
+    def time(self, integral: Tensor) -> Tensor:
+        # The positive root of a quadratic, in its stable form.
+        slope = self.beta_max - self.beta_min
+        return 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
+
+
+@dataclass(frozen=True)
+class ConstantBeta(BetaRange):
+    """β = ½ (β_min + β_max), the mean of the linear schedule: an Ornstein–Uhlenbeck process (Gao et al., 2025)."""
+
+    @property
+    def mean(self) -> float:
+        return 0.5 * (self.beta_min + self.beta_max)
+
+    def beta(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, self.mean)
+
+    def integral(self, t: Tensor) -> Tensor:
+        return self.mean * t
+
+    def time(self, integral: Tensor) -> Tensor:
+        return integral / self.mean
+
+
+@dataclass(frozen=True)
+class PowerBeta(BetaRange):
+    """β(t) = (b + at)^ρ, b = β_min^(1/ρ), a = β_max^(1/ρ) − b (Gao et al., 2025)."""
+
+    rho: float = 2.0
+    positive = True
+
+    @property
+    def relative_slope(self) -> float:
+        """a/b."""
+        return (self.beta_max / self.beta_min) ** (1 / self.rho) - 1
+
+    @property
+    def scale(self) -> float:
+        """b^(ρ+1)/(a (ρ+1))."""
+        return self.beta_min / (self.relative_slope * (self.rho + 1))
+
+    def beta(self, t: Tensor) -> Tensor:
+        return self.beta_min * (1 + self.relative_slope * t) ** self.rho
+
+    def integral(self, t: Tensor) -> Tensor:
+        return self.scale * torch.expm1((self.rho + 1) * torch.log1p(self.relative_slope * t))
+
+    def time(self, integral: Tensor) -> Tensor:
+        return torch.expm1(torch.log1p(integral / self.scale) / (self.rho + 1)) / self.relative_slope
+
+
+@dataclass(frozen=True)
+class ExponentialBeta(BetaRange):
+    """β(t) = β_min (β_max/β_min)^t (Gao et al., 2025)."""
+
+    positive = True
+
+    @property
+    def log_ratio(self) -> float:
+        return math.log(self.beta_max / self.beta_min)
+
+    def beta(self, t: Tensor) -> Tensor:
+        return self.beta_min * torch.exp(self.log_ratio * t)
+
+    def integral(self, t: Tensor) -> Tensor:
+        return self.beta_min / self.log_ratio * torch.expm1(self.log_ratio * t)
+
+    def time(self, integral: Tensor) -> Tensor:
+        return torch.log1p(self.log_ratio / self.beta_min * integral) / self.log_ratio
+
+
+@dataclass(frozen=True)
+class CosineBeta(BetaSchedule):
+    """α(t) = cos θ/cos θ₀, θ = ½π (t + s)/(1 + s), s = 0.008, θ₀ = θ(0) (Nichol and Dhariwal, 2021, Eq. 17).
+
+    That is β = π/(1 + s) tan θ, from 0.0391 at t = 0 to infinity at t = 1. From the time t_c at which it reaches β_max
+    on, β = β_max, exactly: the source's limit on β_i of 0.999 in N = 1000 steps is β_max = 999.
+    """
+
+    beta_max: float = 999.0
+    shift: ClassVar[float] = 0.008
+
+    def __post_init__(self) -> None:
+        if not self._rate * math.tan(self._start) < self.beta_max < math.inf:
+            raise ValueError(
+                f"model.beta_max={self.beta_max}: the cosine schedule needs beta_max > "
+                f"{self._rate * math.tan(self._start):.3g}, its value at t = 0"
+            )
+
+    @property
+    def _rate(self) -> float:
+        """2 dθ/dt."""
+        return math.pi / (1 + self.shift)
+
+    @property
+    def _start(self) -> float:
+        """θ₀."""
+        return 0.5 * self._rate * self.shift
+
+    @property
+    def clipping_time(self) -> float:
+        """t_c."""
+        return 2 / self._rate * math.atan(self.beta_max / self._rate) - self.shift
+
+    def beta(self, t: Tensor) -> Tensor:
+        angle = self._start + 0.5 * self._rate * t.clamp(max=self.clipping_time)
+        return torch.where(t < self.clipping_time, self._rate * torch.tan(angle), self.beta_max)
+
+    def integral(self, t: Tensor) -> Tensor:
+        return self._unclipped(t.clamp(max=self.clipping_time)) + self.beta_max * (t - self.clipping_time).clamp(min=0)
+
+    def _unclipped(self, t: Tensor) -> Tensor:
+        # −2 log(cos θ/cos θ₀), in terms of δ = θ − θ₀ as that is small at first.
+        delta = 0.5 * self._rate * t
+        return -2 * torch.log1p(-2 * torch.sin(0.5 * delta) ** 2 - math.tan(self._start) * torch.sin(delta))
+
+    def time(self, integral: Tensor) -> Tensor:
+        before = integral.clamp(max=self._unclipped(torch.tensor(self.clipping_time, dtype=torch.float64)).item())
+        cosine = math.cos(self._start) * torch.exp(-0.5 * before)
+        sine = torch.sqrt(math.sin(self._start) ** 2 - math.cos(self._start) ** 2 * torch.expm1(-before))
+        return 2 / self._rate * (torch.atan2(sine, cosine) - self._start) + (integral - before) / self.beta_max
+
+
+SIGMA_SCHEDULES: dict[str, type[SigmaSchedule]] = {
+    "geometric": GeometricSigma,
+    "constant": ConstantDiffusionSigma,
+    "square_root": SquareRootDiffusionSigma,
+    "polynomial": PolynomialSigma,
+}
+BETA_SCHEDULES: dict[str, type[BetaSchedule]] = {
+    "linear": LinearBeta,
+    "constant": ConstantBeta,
+    "power": PowerBeta,
+    "exponential": ExponentialBeta,
+    "cosine": CosineBeta,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -78,9 +395,16 @@ class SDE(abc.ABC):
     """A linear forward SDE on [0, 1]. Times t are tensors (B,), states x are (B, ...); coefficients come as (B,)."""
 
     name: ClassVar[str]
+    schedules: ClassVar[Mapping[str, type]] = {}
+    """By name, the usual one first."""
     sampling_eps: ClassVar[float]
     """Where sampling stops. Song et al. (2021), Appendix C: 1e-5 for VE, 1e-3 for VP and sub-VP."""
     end_time: ClassVar[float] = 1.0
+    prior_std: float
+    """Standard deviation of the Gaussian from which sampling starts."""
+
+    def __init__(self, schedule) -> None:
+        self.schedule = schedule
 
     @abc.abstractmethod
     def drift_rate(self, t: Tensor) -> Tensor:
@@ -114,11 +438,6 @@ class SDE(abc.ABC):
     def time_at_noise_ratio(self, ratio: Tensor) -> Tensor:
         """The t at which σ(t)/α(t) has the given value."""
 
-    @property
-    @abc.abstractmethod
-    def prior_std(self) -> float:
-        """Standard deviation of the Gaussian from which sampling starts."""
-
     @abc.abstractmethod
     def ladder(self, num_scales: int) -> Ladder:
         """The N noise levels of this family's discrete-time model (SMLD or DDPM), float64 on the CPU.
@@ -138,8 +457,8 @@ class SDE(abc.ABC):
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean coefficient a and standard deviation b of the exact kernel x_t | x_s = N(a x_s, b² I), s ≤ t.
 
-        For VE this is the SMLD chain and for VP the DDPM chain with β_i = 1 − e^{−(B(t)−B(s))} (Song et al., 2021,
-        Eqs. 20 and 22), on whatever grid s and t belong to.
+        On any grid of times this is the SMLD chain for VE, and for VP the DDPM chain with β_i = 1 − e^{−(B(t)−B(s))}
+        (Song et al., 2021, Eqs. 20 and 22).
         """
         return self.mean_coefficient(t) / self.mean_coefficient(s), self.transition_variance(s, t).sqrt()
 
@@ -180,10 +499,9 @@ class VE(SDE):
     """Variance exploding: dx = √(dσ²/dt) dw."""
 
     name = "ve"
+    schedules = SIGMA_SCHEDULES
     sampling_eps = 1e-5
-
-    def __init__(self, schedule: SigmaSchedule) -> None:
-        self.schedule = schedule
+    schedule: SigmaSchedule
 
     def drift_rate(self, t: Tensor) -> Tensor:
         return torch.zeros_like(t)
@@ -225,11 +543,10 @@ class VP(SDE):
     """Variance preserving: dx = −½β x dt + √β dw."""
 
     name = "vp"
+    schedules = BETA_SCHEDULES
     sampling_eps = 1e-3
     prior_std = 1.0
-
-    def __init__(self, schedule: BetaSchedule) -> None:
-        self.schedule = schedule
+    schedule: BetaSchedule
 
     def drift_rate(self, t: Tensor) -> Tensor:
         return 0.5 * self.schedule.beta(t)
@@ -304,34 +621,32 @@ class SubVP(VP):
         raise ValueError("training.sde='subvpsde' has no discrete-time model: set training.continuous=True")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# From a config
-
-FAMILIES: dict[str, tuple[type[SDE], dict[str, type]]] = {
-    "vesde": (VE, SIGMA_SCHEDULES),
-    "vpsde": (VP, BETA_SCHEDULES),
-    "subvpsde": (SubVP, BETA_SCHEDULES),
-}
+FAMILIES: dict[str, type[SDE]] = {"vesde": VE, "vpsde": VP, "subvpsde": SubVP}
 
 
-def get_sde(config) -> SDE:
-    """The SDE of the family ``config.training.sde`` and the schedule ``config.model.schedule``.
+def make_sde(family: str, schedule: str, constants: Mapping[str, float]) -> SDE:
+    """The SDE of a family and a schedule, each given by its name or import path.
 
-    A schedule takes its constants from the fields of ``config.model`` that have the names of its own. The usual
-    schedule of the family is meant if ``schedule`` is empty or the config has no such field.
+    Args:
+        family: a key of ``FAMILIES``, or a subclass of SDE that is built from its schedule alone.
+        schedule: a key of the family's ``schedules``, or a dataclass; '': the usual one of the family.
+        constants: where the fields of the schedule are found by name, such as ``config.model``.
 
     Raises:
         ValueError: unknown name, a constant that is missing, or constants that make no schedule.
     """
-    name, model = config.training.sde.lower(), config.model
-    if name not in FAMILIES:
-        raise ValueError(f"training.sde={config.training.sde!r}: allowed are {', '.join(sorted(FAMILIES))}")
-    family, schedules = FAMILIES[name]
-    schedule = model.get("schedule", "") or next(iter(schedules))
-    if schedule not in schedules:
-        raise ValueError(f"model.schedule={schedule!r}: allowed for {name} are {', '.join(schedules)}")
-    constants = [field.name for field in fields(schedules[schedule])]
-    for constant in constants:
-        if constant not in model:
-            raise ValueError(f"model.{constant} is missing: model.schedule={schedule!r} of {name} needs it")
-    return family(schedules[schedule](**{constant: model[constant] for constant in constants}))
+    family_class = resolve(family, FAMILIES, "training.sde")
+    name = schedule or next(iter(family_class.schedules), "")
+    schedule_class = resolve(name, family_class.schedules, "model.schedule")
+    if not is_dataclass(schedule_class):
+        raise ValueError(f"model.schedule={name!r}: must be a dataclass, whose fields are its constants")
+    names = [field.name for field in fields(schedule_class)]
+    for constant in names:
+        if constant not in constants:
+            raise ValueError(f"model.{constant} is missing: model.schedule={name!r} needs it")
+    return family_class(schedule_class(**{constant: constants[constant] for constant in names}))
+
+
+def get_sde(config) -> SDE:
+    """``make_sde`` of a config, for callers that still have one."""
+    return make_sde(config.training.sde, config.model.get("schedule", ""), config.model)

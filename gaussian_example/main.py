@@ -42,7 +42,7 @@ from experiment.command_line import parse_flags
 from experiment.files import write_atomically
 from experiment.randomness import normal_like, seed_from
 from experiment.workdir import claim
-from langevin import langevin_dynamics
+from sampling import langevin_dynamics
 from sde_lib import ScoreFunction
 
 EXPERIMENT = "gaussian_example"

@@ -12,8 +12,7 @@ import sampling
 import sde_lib
 from exact.distributions import Gaussian, GaussianMixture
 from guidance import conditions
-from schedules import GeometricSigma, LinearBeta
-from sde_lib import SDE, VE, VP, SubVP
+from sde_lib import SDE, VE, VP, GeometricSigma, LinearBeta, SubVP
 
 SDES: dict[str, SDE] = {
     "ve": VE(GeometricSigma(0.02, 20.0)),

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
+from oracles import affine_law
 
-import run_lib
-from benchmarks import sampling as benchmark
-from configs.digits import get_config
 from experiment.randomness import SampleGenerators
-from few_step import FEW_STEP_SOLVERS, edm_times
-from sampling import FewStepSampler, ODESampler
-from schedules import CosineBeta, GeometricSigma, LinearBeta, PolynomialSigma
-from sde_lib import SDE, VE, VP, SubVP, expand
+from sampling import FEW_STEP_SOLVERS, FewStepSampler, ODESampler, edm_times
+from sde_lib import SDE, VE, VP, CosineBeta, GeometricSigma, LinearBeta, PolynomialSigma, SubVP, expand
 
 SDES = {
     "ve": VE(GeometricSigma(0.01, 50.0)),
@@ -130,32 +125,16 @@ def test_second_step_of_dpm_solver_is_the_published_formula():
     assert torch.allclose(result.x, x2, rtol=1e-10)
 
 
-def law(sde: SDE, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of dpmpp_2m_sde's samples in each dimension, exactly: it is affine in state and noise."""
-    sampler = FewStepSampler(sde, "dpmpp_2m_sde", steps, noise_removal=False)
-    like, draws = torch.zeros(1, 4, dtype=torch.float64), steps + 1
-
-    def run(unit: int | None) -> torch.Tensor:
-        """With the unit-th draw of noise 1 in every dimension, the others 0."""
-        count = iter(range(draws))
-        with pytest.MonkeyPatch.context() as patch:
-            for module in ("few_step", "sde_lib"):
-                patch.setattr(f"{module}.normal_like", lambda x, g: torch.full_like(x, float(next(count) == unit)))
-            return sampler(exact_score(sde), like).x[0]
-
-    mean = run(None)
-    return mean, sum((run(i) - mean) ** 2 for i in range(draws))
-
-
 @pytest.mark.parametrize("name", ["ve", "vp", "subvp"])
-def test_law_of_samples_with_noise_converges_with_order_one_at_least(name):
+def test_law_of_samples_with_noise_converges_with_order_one_at_least(name, monkeypatch):
     sde = SDES[name]
     end = torch.tensor([sde.sampling_eps], dtype=torch.float64)
     variance, mean = marginal_variance(sde, end)[0], sde.mean_coefficient(end) * MEAN
     distances = []
     for steps in (40, 80, 160):
-        found_mean, found_variance = law(sde, steps)
-        squared = (found_mean - mean) ** 2 + (found_variance.sqrt() - variance.sqrt()) ** 2
+        sampler = FewStepSampler(sde, "dpmpp_2m_sde", steps, noise_removal=False)
+        found_mean, covariance = affine_law(lambda x, run=sampler: run(exact_score(sde), x).x, 4, monkeypatch)
+        squared = (found_mean - mean) ** 2 + (covariance.diagonal().sqrt() - variance.sqrt()) ** 2
         distances.append(float(squared.sum().sqrt()))  # W₂ of Gaussians with diagonal covariance
     assert distances[-1] < 0.02 and (-np.diff(np.log2(distances)) > 0.9).all(), distances
 
@@ -178,37 +157,3 @@ def test_noise_removal_is_one_more_evaluation(solver):
     assert removed.nfe == kept.nfe + 1
     t = torch.full((3,), sde.sampling_eps, dtype=torch.float64)
     assert torch.allclose(removed.x, kept.x + sde.std(t)[:, None] ** 2 * exact_score(sde)(kept.x, t), rtol=1e-12)
-
-
-def test_bad_settings():
-    with pytest.raises(ValueError, match=r"sampling\.num_steps=0: at least 1"):
-        FewStepSampler(SDES["ve"], "heun", 0)
-    with pytest.raises(ValueError, match=r"sampling\.solver='rk45': allowed with method='few_step' are heun, dpmpp_2m"):
-        FewStepSampler(SDES["ve"], "rk45", 5)
-
-
-def test_benchmark_compares_samplers(tmp_path, monkeypatch):
-    config, runtime = get_config("u"), run_lib.Runtime(device="cpu")
-    config.model.update(nf=8, num_res_blocks=1)
-    config.training.update(n_iters=2, batch_size=4, snapshot_sampling=False)
-    run_lib.train(config, tmp_path, runtime)
-    monkeypatch.setattr(benchmark, "VARIANTS", dict(list(benchmark.VARIANTS.items())[-3:]))
-    with pytest.raises(run_lib.InvalidRun, match="--num_samples=39: at least 40"):
-        benchmark.compare(config, str(tmp_path), runtime, 39)
-    measured = config.copy_and_resolve_references()
-    measured.sampling.condition = "inpaint"
-    with pytest.raises(run_lib.InvalidRun, match=r"sampling\.condition='inpaint': only for main\.py --mode=sample"):
-        benchmark.compare(measured, str(tmp_path), runtime, 40)
-    # Compiled is said, and done: of the same network.
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
-    with_compiler = dataclasses.replace(runtime, compile=True)
-    sizes, draw = [], benchmark.draw
-    monkeypatch.setattr(benchmark, "draw", lambda run, indices: sizes.append(len(indices)) or draw(run, indices))
-    assert ", cpu, fp32, compiled, " in benchmark.compare(config, str(tmp_path), with_compiler, 40)
-    assert [type(module).__name__ for module in compiled].count("UNet") == 2  # the network and its average
-    assert sizes == [2, 40] + 3 * [2, 40]  # every size of batch once before any is timed
-    monkeypatch.setattr(benchmark, "draw", draw)
-    *_, first, second, third = benchmark.compare(config, str(tmp_path), runtime, 40).splitlines()
-    assert [row.split("|")[2].strip() for row in (first, second, third)] == ["20", "13", "10"]
-    assert first.rstrip(" |").endswith("+0.0") and first.split("|")[4].strip() == "1.0"

@@ -10,8 +10,7 @@ from oracles import assert_moments_match
 from torch import Tensor
 
 from experiment.randomness import SampleGenerators
-from langevin import langevin_dynamics
-from sampling import CountedScore
+from sampling import CountedScore, langevin_dynamics
 
 LANGEVIN_STD = 0.7
 MEAN = torch.tensor([0.5, -1.0], dtype=torch.float64)

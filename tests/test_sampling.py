@@ -11,7 +11,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from ml_collections import ConfigDict
 from oracles import SDES, Gaussian, affine_law, assert_moments_match, gaussian_2d, gaussian_16d
 from torch import Tensor
 
@@ -19,17 +18,17 @@ import sampling
 from experiment.randomness import SampleGenerators, normal_like
 from models.score import NoiseLevel
 from sampling import (
-    CORRECTORS,
     PREDICTORS,
     AncestralPredictor,
     AnnealedLangevinCorrector,
     EulerMaruyamaPredictor,
+    FewStepSampler,
     LangevinCorrector,
     ODESampler,
     PCSampler,
     ReverseDiffusionPredictor,
     denoise,
-    get_sampler,
+    make_sampler,
 )
 
 every_family = pytest.mark.parametrize("family", SDES)
@@ -67,7 +66,7 @@ def test_pc_sampler_reproduces_a_gaussian(family, predictor, corrector, exact_la
     gaussian = gaussian_2d(sde)
 
     # 3000 samples of 20 steps have exactly the moments that such steps give.
-    coarse = PCSampler(sde, predictor, corrector, num_steps=20, snr=0.3, corrector_steps=2, noise_removal=False)
+    coarse = PCSampler(sde, predictor, corrector, num_steps=20, snr=0.3, n_steps_each=2, noise_removal=False)
     samples = coarse(gaussian.score, torch.zeros(3000, 2, dtype=torch.float64), torch.Generator().manual_seed(0))
     assert_moments_match(samples.x, *exact_law(coarse, gaussian))
 
@@ -75,7 +74,7 @@ def test_pc_sampler_reproduces_a_gaussian(family, predictor, corrector, exact_la
     # 600 of the probability flow, where no noise corrects earlier errors; the prior, off by 1e-3; for Langevin steps
     # alone, what sizes of (0.5 σ)² still miss where σ is far below the data's own width, as it is sooner for sub-VP.
     if predictor == "none":
-        fine = PCSampler(sde, predictor, corrector, num_steps=50, snr=0.5, corrector_steps=20, noise_removal=False)
+        fine = PCSampler(sde, predictor, corrector, num_steps=50, snr=0.5, n_steps_each=20, noise_removal=False)
         allowance = 0.14 if family == "subvp" else 0.03
     else:
         steps = 600 if predictor == "probability_flow" else 200
@@ -93,7 +92,7 @@ def test_langevin_corrector_reproduces_a_gaussian(family, predictor):
     sde = SDES[family]
     gaussian = gaussian_16d(sde)
     if predictor == "none":
-        sampler = PCSampler(sde, "none", "langevin", num_steps=60, snr=0.2, corrector_steps=10, noise_removal=False)
+        sampler = PCSampler(sde, "none", "langevin", num_steps=60, snr=0.2, n_steps_each=10, noise_removal=False)
     else:
         sampler = PCSampler(sde, predictor, "langevin", num_steps=100, snr=0.16, noise_removal=False)
     x = sampler(gaussian.score, torch.zeros(1000, 16, dtype=torch.float64), torch.Generator().manual_seed(0)).x
@@ -112,7 +111,7 @@ def test_langevin_corrector_at_a_fixed_time():
     # A step size ε(x) proportional to ‖s‖⁻² makes p/ε ∝ p‖s‖² the stationary density in the limit of small steps.
     # For N(0, I) that has E‖x‖² = D + 2; steps of ε = 2 snr² widen this by 1/(1 − ε/2).
     dimension, snr = 16, 0.15
-    corrector = LangevinCorrector(lambda x, t: -x, snr, num_steps=150)
+    corrector = LangevinCorrector(SDES["vp"], lambda x, t: -x, snr, num_steps=150)
     x = torch.randn(3000, dimension, dtype=torch.float64)
     x, _ = corrector.step(x, torch.ones(3000), torch.Generator().manual_seed(0))
     expected = (1 + 2 / dimension) / (1 - snr**2)
@@ -191,7 +190,7 @@ def test_corrector_step_sizes(family):
 
     s = score(x, t)
     for corrector, size in (
-        (LangevinCorrector(score, snr), 2 * snr**2 * dimension / (s**2).sum((1, 2, 3))),
+        (LangevinCorrector(sde, score, snr), 2 * snr**2 * dimension / (s**2).sum((1, 2, 3))),
         (AnnealedLangevinCorrector(sde, score, snr), 2 * snr**2 * sde.std(t) ** 2),
     ):
         size = size[:, None, None, None]
@@ -209,7 +208,7 @@ def test_corrector_step_sizes(family):
 
 
 def test_langevin_corrector_needs_dimensions():
-    corrector = LangevinCorrector(lambda x, t: -x, 0.1)
+    corrector = LangevinCorrector(SDES["vp"], lambda x, t: -x, 0.1)
     with pytest.raises(ValueError, match=r"sampling\.corrector='langevin' on samples of 15 .* 16; use 'ald'"):
         corrector.step(torch.zeros(2, 15), torch.ones(2), None)
     corrector.step(torch.ones(2, 16), torch.ones(2), None)
@@ -259,7 +258,7 @@ def test_corrector_only_sampling_removes_its_noise(exact_law):
     # VE, 10 times: the last has σ(eps) = σ_min = 0.02. The denoised mean of a narrow Gaussian is narrower still.
     sde = SDES["ve"]
     gaussian = Gaussian(sde, torch.tensor([0.3]), torch.tensor([[0.03**2]]))
-    settings = dict(predictor="none", corrector="ald", num_steps=10, snr=0.3, corrector_steps=100)
+    settings = dict(predictor="none", corrector="ald", num_steps=10, snr=0.3, n_steps_each=100)
     _, noisy = exact_law(PCSampler(sde, noise_removal=False, **settings), gaussian)
     _, clean = exact_law(PCSampler(sde, noise_removal=True, **settings), gaussian)
     last = sde.std(torch.tensor(sde.sampling_eps, dtype=torch.float64)).item() ** 2
@@ -314,7 +313,7 @@ def test_annealed_langevin_dynamics_of_a_discrete_ve_model():
     sde, levels = SDES["ve"], 10
     gaussian = gaussian_2d(sde)
     score = Recorded(gaussian, levels)
-    sampler = PCSampler(sde, "none", "ald", num_steps=levels, snr=0.316, corrector_steps=3, num_scales=levels)
+    sampler = PCSampler(sde, "none", "ald", num_steps=levels, snr=0.316, n_steps_each=3, num_scales=levels)
     like, generator = torch.zeros(3, 2, dtype=torch.float64), torch.Generator().manual_seed(0)
     x, nfe = sampler(score, like, torch.Generator().manual_seed(0))
     assert score.labels == [i for i in range(levels) for _ in range(3)] + [levels - 1] and nfe == 3 * levels + 1
@@ -395,7 +394,7 @@ def test_ode_samples_have_the_moments_of_the_data():
         (dict(predictor="reverse_diffusion", corrector="none"), 12),
         (dict(predictor="none", corrector="ald"), 12),
         (dict(predictor="ancestral_sampling", corrector="langevin"), 24),
-        (dict(predictor="euler_maruyama", corrector="ald", corrector_steps=3), 48),
+        (dict(predictor="euler_maruyama", corrector="ald", n_steps_each=3), 48),
     ],
 )
 @pytest.mark.parametrize("noise_removal", [False, True])
@@ -428,17 +427,15 @@ def test_progress_bars(capfd):
     for sampler in (PCSampler(sde, "none", "ald", num_steps=3), ODESampler(sde)):
         sampler(score, like, progress=False)
         assert capfd.readouterr().err == ""
-    PCSampler(sde, "none", "ald", num_steps=3)(score, like, progress=True)
-    assert "3" in capfd.readouterr().err
-    ODESampler(sde)(score, like, progress=True)
-    assert "evaluation" in capfd.readouterr().err
+        sampler(score, like, progress=True)
+        assert "evaluation" in capfd.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- independence of the batch
 
 SAMPLERS = {
     "pc_langevin": lambda sde: PCSampler(sde, "reverse_diffusion", "langevin", num_steps=15, snr=0.16),
-    "pc_ald": lambda sde: PCSampler(sde, "ancestral_sampling", "ald", num_steps=15, corrector_steps=2),
+    "pc_ald": lambda sde: PCSampler(sde, "ancestral_sampling", "ald", num_steps=15, n_steps_each=2),
     "euler_maruyama": lambda sde: PCSampler(sde, "euler_maruyama", "none", num_steps=15),
     "rk45": lambda sde: ODESampler(sde, "rk45", rtol=1e-4, atol=1e-4, noise_removal=True),
     "heun": lambda sde: ODESampler(sde, "heun", num_steps=10),
@@ -495,50 +492,94 @@ def test_samples_keep_shape_and_precision(name, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------- configs
 
 
-def sampling_config(**fields) -> ConfigDict:
-    defaults = dict(
-        method="pc",
-        predictor="euler_maruyama",
-        corrector="ald",
-        num_steps=7,
-        snr=0.3,
-        n_steps_each=2,
-        noise_removal=False,
-        solver="heun",
-        rtol=1e-2,
-        atol=1e-4,
-    )
-    return ConfigDict(dict(sampling=defaults | fields, model=dict(num_scales=50), training=dict(continuous=True)))
+OPTIONS = dict(
+    **dict(method="pc", predictor="euler_maruyama", corrector="ald", num_steps=7, snr=0.3, n_steps_each=2),
+    **dict(noise_removal=False, solver="heun", rtol=1e-2, atol=1e-4, condition=""),
+)
 
 
-def test_samplers_from_a_config():
+def made(continuous: bool = True, num_scales: int = 50, **fields):
+    return make_sampler(SDES["vp"], OPTIONS | fields, num_scales=num_scales, continuous=continuous)
+
+
+def test_samplers_from_options():
     sde = SDES["vp"]
-    assert get_sampler(sampling_config(), sde) == PCSampler(sde, "euler_maruyama", "ald", 7, 0.3, 2, False)
-    assert get_sampler(sampling_config(num_steps=0, noise_removal=True), sde).num_steps == 50
-    discrete = sampling_config(num_steps=0)
-    discrete.training.continuous = False
-    assert get_sampler(discrete, sde) == PCSampler(sde, "euler_maruyama", "ald", 50, 0.3, 2, False, num_scales=50)
-    assert get_sampler(sampling_config(method="ode"), sde) == ODESampler(sde, "heun", 1e-2, 1e-4, 7, False)
-    assert get_sampler(sampling_config(method="ode", noise_removal=True), sde).noise_removal
+    assert made() == PCSampler(sde, "euler_maruyama", "ald", 7, 0.3, 2, False)
+    assert made(num_steps=0, noise_removal=True).num_steps == 50
+    discrete = made(continuous=False, num_steps=0)
+    assert discrete == PCSampler(sde, "euler_maruyama", "ald", 50, 0.3, 2, False, num_scales=50)
+    assert made(method="ode") == ODESampler(sde, "heun", 1e-2, 1e-4, 7, False)
+    assert made(method="few_step", noise_removal=True) == FewStepSampler(sde, "heun", 7, True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "slug"),
+    [
+        (
+            {},
+            "PC, euler_maruyama + ald (snr 0.3, 2 per step), 7 steps, not denoised",
+            "pc-euler_maruyama-ald-7",
+        ),
+        (
+            dict(corrector="none", noise_removal=True),
+            "PC, euler_maruyama + none, 7 steps",
+            "pc-euler_maruyama-none-7",
+        ),
+        (
+            dict(method="few_step", num_steps=0, noise_removal=True),
+            "few steps, heun on the EDM grid, 50 steps",
+            "few_step-heun-50",
+        ),
+        (dict(method="ode"), "ODE, heun, 7 steps", "ode-heun-7"),
+        (dict(method="ode", solver="rk45"), "ODE, rk45, rtol 0.01, atol 0.0001", "ode-rk45"),
+        (
+            dict(predictor="user_classes:Predictor", n_steps_each=1),
+            "PC, user_classes:Predictor + ald (snr 0.3), 7 steps, not denoised",
+            "pc-user_classes.Predictor-ald-7",
+        ),
+    ],
+)
+def test_a_sampler_describes_itself(fields, name, slug):
+    assert (str(made(**fields)), made(**fields).slug) == (name, slug)
+
+
+@pytest.mark.parametrize(
+    ("fields", "as_path"),
+    [
+        ({}, dict(predictor="user_classes:Predictor")),
+        ({}, dict(corrector="user_classes:Corrector")),
+        (dict(method="few_step", solver="dpmpp_2m"), dict(solver="sampling:DPMSolverPlusPlus2M")),
+        (dict(method="ode"), dict(solver="ode:_heun")),
+        ({}, dict(method="sampling:PCSampler")),
+    ],
+)
+def test_import_paths(fields, as_path):
+    """An import path stands for the class of a name: the samples are the same."""
+
+    def draw(**options) -> Tensor:
+        like, generator = torch.zeros(3, 2, dtype=torch.float64), torch.Generator().manual_seed(0)
+        return made(**fields | options)(gaussian_2d(SDES["vp"]).score, like, generator).x
+
+    assert torch.equal(draw(), draw(**as_path))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(method="sde"), "sampling.method='sde': allowed are pc, ode, few_step"),
-        (dict(predictor="euler"), f"sampling.predictor='euler': allowed are {', '.join(PREDICTORS)}"),
-        (dict(corrector="mala"), f"sampling.corrector='mala': allowed are {', '.join(CORRECTORS)}"),
+        (dict(method="sde"), "sampling.method='sde': allowed are pc, ode, few_step, or module:attribute"),
+        (dict(predictor="euler"), "sampling.predictor='euler': allowed are euler_maruyama, "),
+        (dict(corrector="mala"), "sampling.corrector='mala': allowed are langevin, ald, none, or module:attribute"),
+        (dict(corrector="user_classes:Mala"), "sampling.corrector='user_classes:Mala': module 'user_classes' has no"),
         (dict(predictor="none", corrector="none"), "at least one must be given"),
-        (dict(num_steps=-1), "sampling.num_steps=-1"),
-        (dict(n_steps_each=0), "sampling.n_steps_each=0"),
-        (dict(snr=0.0), "sampling.snr=0.0"),
-        (dict(snr=float("nan")), "sampling.snr=nan"),
         (dict(method="ode", solver="rk4"), "sampling.solver='rk4': allowed are rk45, scipy, dopri5, heun, adams"),
-        (dict(method="ode", solver="rk45", rtol=0.0), "sampling.rtol=0.0"),
-        (dict(method="ode", num_steps=-3), "sampling.num_steps=-3: at least 1"),
+        (
+            dict(method="few_step", solver="rk45"),
+            "sampling.method='few_step', sampling.solver='rk45': allowed are ",
+        ),
+        (dict(method="ode", num_steps=-3), "sampling.num_steps=-3: sampling.solver='heun' needs at least 1"),
     ],
 )
 def test_settings_that_make_no_sense(fields, message):
     with pytest.raises(ValueError) as error:
-        get_sampler(sampling_config(**fields), SDES["vp"])
+        made(**fields)
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ml_collections import ConfigDict
 from oracles import SDES, gaussian_2d
 from scipy.integrate import quad, solve_ivp
+from user_classes import Family, HarmonicSigma
 
 from configs.defaults import base_config
 from models.score import NoiseLevel
-from schedules import (
+from sde_lib import (
     BETA_SCHEDULES,
     SIGMA_SCHEDULES,
+    VE,
+    VP,
     ConstantBeta,
     ConstantDiffusionSigma,
     CosineBeta,
@@ -27,8 +29,9 @@ from schedules import (
     PolynomialSigma,
     PowerBeta,
     SquareRootDiffusionSigma,
+    SubVP,
+    make_sde,
 )
-from sde_lib import VE, VP, SubVP, get_sde
 
 SIGMAS = {
     "geometric": GeometricSigma(0.02, 7.0),
@@ -66,9 +69,8 @@ GRID = torch.linspace(0, 1, 41, dtype=torch.float64)
 every_sde = pytest.mark.parametrize("sde", EVERY_SDE.values(), ids=EVERY_SDE)
 
 
-def config(sde: str, **fields) -> ConfigDict:
-    model = dict(sigma_min=0.02, sigma_max=7.0, beta_min=0.3, beta_max=9.0) | fields
-    return ConfigDict(dict(model=model, training=dict(sde=sde)))
+def made(family: str, schedule: str = "", **constants):
+    return make_sde(family, schedule, dict(sigma_min=0.02, sigma_max=7.0, beta_min=0.3, beta_max=9.0) | constants)
 
 
 def moments_by_integration(sde, start: float, variance: float, times: np.ndarray) -> np.ndarray:
@@ -371,83 +373,66 @@ def test_reversal_of_a_gaussian(name):
     assert torch.equal(reverse.diffusion(times), sde.diffusion(times))
 
 
-def test_sde_from_a_config():
-    for name, family in (("vesde", "ve"), ("vpsde", "vp"), ("subvpsde", "subvp"), ("VESDE", "ve")):
-        assert get_sde(config(sde=name)).name == family
+def test_families_by_name():
+    for name, family in (("vesde", VE), ("vpsde", VP), ("subvpsde", SubVP), ("user_classes:Family", Family)):
+        assert type(made(name)) is family
     one = torch.ones(1, dtype=torch.float64)
-    assert get_sde(config(sde="vesde")).std(one).item() == pytest.approx(7.0)
-    assert get_sde(config(sde="vesde")).std(0 * one).item() == pytest.approx(0.02)
+    assert made("vesde").std(one).item() == pytest.approx(7.0)
+    assert made("vesde").std(0 * one).item() == pytest.approx(0.02)
     for name in ("vpsde", "subvpsde"):
-        rate = get_sde(config(sde=name)).drift_rate(torch.tensor([0.0, 1.0]).double())
+        rate = made(name).drift_rate(torch.tensor([0.0, 1.0]).double())
         torch.testing.assert_close(rate, torch.tensor([0.15, 4.5]).double())
-    with pytest.raises(ValueError, match=r"training\.sde='vpsd': allowed are subvpsde, vesde, vpsde"):
-        get_sde(config(sde="vpsd"))
 
 
-@pytest.mark.parametrize(("sde", "schedules"), [("vesde", SIGMA_SCHEDULES), ("vpsde", BETA_SCHEDULES)])
-def test_schedule_by_name(sde, schedules):
-    """Every name, through the fields of every preset; the empty name and a config without the field are the usual."""
-    config_ = base_config()
-    config_.training.sde = sde
-    default = get_sde(config_)
+@pytest.mark.parametrize(("family", "schedules"), [("vesde", SIGMA_SCHEDULES), ("subvpsde", BETA_SCHEDULES)])
+def test_schedule_by_name(family, schedules):
+    """Every name, through the fields of every preset; the empty name is the usual one."""
+    model = base_config().model
     for name, schedule in schedules.items():
-        config_.model.schedule = name
-        chosen = get_sde(config_)
-        assert type(chosen) is type(default) and type(chosen.schedule) is schedule
+        chosen = make_sde(family, name, model).schedule
+        assert type(chosen) is schedule
         for field in ("sigma_min", "sigma_max", "beta_min", "beta_max", "rho"):
-            if hasattr(chosen.schedule, field):
-                assert getattr(chosen.schedule, field) == config_.model[field]
-    first = next(iter(schedules.values()))
-    assert type(default.schedule) is first and type(get_sde(config(sde=sde)).schedule) is first
-    config_.model.update(schedule="power" if sde == "vpsde" else "polynomial", rho=5.0)
-    assert get_sde(config_).schedule.rho == 5.0
-    config_.training.sde = "subvpsde"
-    config_.model.schedule = "cosine"
-    assert get_sde(config_).name == "subvp" and isinstance(get_sde(config_).schedule, CosineBeta)
+            if hasattr(chosen, field):
+                assert getattr(chosen, field) == model[field]
+    assert type(make_sde(family, "", model).schedule) is next(iter(schedules.values()))
+    harmonic = made("vesde", "user_classes:HarmonicSigma").schedule
+    assert harmonic == HarmonicSigma(0.02, 7.0)
+    test_sigma_schedules(harmonic)
+    test_marginals_solve_the_moment_equations(VE(harmonic))
 
 
-def test_recipe(monkeypatch):
-    """The code of docs/add_your_own_sde.md runs, and what it registers fulfils what is asked of every schedule."""
+def test_recipe(tmp_path, monkeypatch):
+    """The code of docs/add_your_own_sde.md runs, and its schedule fulfils what is asked of every schedule."""
     text = (Path(__file__).parents[1] / "docs" / "add_your_own_sde.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 2
-    monkeypatch.setitem(SIGMA_SCHEDULES, "harmonic", None)  # taken out again after the test
-    namespace: dict = {}
-    for block in blocks:
-        exec(block, namespace)
-    schedule = SIGMA_SCHEDULES["harmonic"](0.02, 7.0)
+    module, program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "my_schedules.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    exec(program, {})
+    schedule = made("vesde", "my_schedules:HarmonicSigma").schedule
     test_sigma_schedules(schedule)
-    test_marginals_solve_the_moment_equations(VE(schedule))
     assert 1 / schedule.sigma(double(0.5)).item() == pytest.approx((1 / 0.02 + 1 / 7.0) / 2)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(sde="vesde", sigma_min=0.0), "model.sigma_min=0.0"),
-        (dict(sde="vesde", sigma_min=8.0), "sigma_min < sigma_max"),
-        (dict(sde="vesde", sigma_max=math.inf), "model.sigma_max=inf"),
-        (dict(sde="vesde", sigma_min=math.nan), "model.sigma_min=nan"),
-        (dict(sde="vpsde", beta_min=-0.1), "model.beta_min=-0.1"),
-        (dict(sde="subvpsde", beta_max=0.3), "beta_min < beta_max"),
-        (dict(sde="vpsde", beta_max=math.nan), "model.beta_max=nan"),
-        (dict(sde="vesde", schedule="geometrc"), "model.schedule='geometrc': allowed for vesde are geometric,"),
-        (dict(sde="vesde", schedule="linear"), "model.schedule='linear': allowed for vesde are"),
-        (dict(sde="subvpsde", schedule="geometric"), "model.schedule='geometric': allowed for subvpsde are linear"),
-        (dict(sde="vesde", schedule="polynomial"), "model.rho is missing: model.schedule='polynomial' of vesde needs"),
-        (dict(sde="vesde", schedule="constant", sigma_min=7.0), "model.sigma_min=7.0"),
-        (dict(sde="vesde", schedule="square_root", sigma_min=-1.0), "model.sigma_min=-1.0"),
-        (dict(sde="vesde", schedule="polynomial", rho=0.0), "model.rho=0.0: allowed are positive numbers"),
-        (dict(sde="vesde", schedule="polynomial", rho=2.0, sigma_max=0.01), "sigma_min < sigma_max"),
-        (dict(sde="vpsde", schedule="power", rho=-1.0), "model.rho=-1.0: allowed are positive numbers"),
-        (dict(sde="vpsde", schedule="power", rho=math.nan), "model.rho=nan: allowed are positive numbers"),
-        (dict(sde="vpsde", schedule="power", rho=2.0, beta_min=0.0), "0 < beta_min < beta_max"),
-        (dict(sde="vpsde", schedule="exponential", beta_min=0.0), "0 < beta_min < beta_max"),
-        (dict(sde="vpsde", schedule="constant", beta_min=-0.1), "model.beta_min=-0.1"),
-        (dict(sde="vpsde", schedule="cosine", beta_max=0.03), "model.beta_max=0.03: the cosine schedule needs"),
+        (dict(family="vpsd"), "training.sde='vpsd': allowed are vesde, vpsde, subvpsde, or module:attribute"),
+        (dict(family="vesde", sigma_min=0.0), "model.sigma_min=0.0"),
+        (dict(family="vesde", sigma_min=8.0), "sigma_min < sigma_max"),
+        (dict(family="vesde", sigma_max=math.inf), "model.sigma_max=inf"),
+        (dict(family="vesde", sigma_min=math.nan), "model.sigma_min=nan"),
+        (dict(family="vpsde", beta_min=-0.1), "model.beta_min=-0.1"),
+        (dict(family="subvpsde", beta_max=0.3), "beta_min < beta_max"),
+        (dict(family="vpsde", beta_max=math.nan), "model.beta_max=nan"),
+        (dict(family="vesde", schedule="linear"), "model.schedule='linear': allowed are geometric, constant, square_"),
+        (dict(family="subvpsde", schedule="geometric"), "model.schedule='geometric': allowed are linear, constant, p"),
+        (dict(family="vesde", schedule="math:exp"), "model.schedule='math:exp': must be a dataclass"),
+        (dict(family="vesde", schedule="polynomial"), "model.rho is missing: model.schedule='polynomial' needs it"),
+        (dict(family="vpsde", schedule="power", rho=2.0, beta_min=0.0), "0 < beta_min < beta_max"),
+        (dict(family="vpsde", schedule="cosine", beta_max=0.03), "model.beta_max=0.03: the cosine schedule needs"),
     ],
 )
 def test_schedules_that_make_no_sense(fields, message):
     with pytest.raises(ValueError) as error:
-        get_sde(config(**fields))
+        made(**fields)
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from exact.distributions import GaussianMixture
 from experiment.randomness import uniform
-from langevin import langevin_dynamics
 from losses import Objective, denoising_score_matching
-from sampling import AnnealedLangevinCorrector
-from schedules import GeometricSigma
-from sde_lib import VE, ScoreFunction
+from sampling import AnnealedLangevinCorrector, langevin_dynamics
+from sde_lib import VE, GeometricSigma, ScoreFunction
 
 from .tutorial_figure import (
     SDES,

@@ -146,7 +146,7 @@ class Posterior(TutorialFigure):
             condition, corrector = self.methods[method]
             score, projection = condition(data, operator, y.repeat_interleave(self.samples, 0), noise)
             sampler = PCSampler(
-                data.sde, "euler_maruyama", corrector, num_steps=self.num_steps, snr=0.3, corrector_steps=2
+                data.sde, "euler_maruyama", corrector, num_steps=self.num_steps, snr=0.3, n_steps_each=2
             )
             like = torch.empty(self.measurements * self.samples, self.dimension, dtype=torch.float64)
             x = sampler(reporting(score, update), like, generator(self.name, "samples"), projection=projection).x.view(

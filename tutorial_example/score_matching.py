@@ -24,8 +24,7 @@ from losses import (
     implicit_score_matching,
     sliced_score_matching,
 )
-from schedules import GeometricSigma
-from sde_lib import SDE, VE, ScoreFunction, expand
+from sde_lib import SDE, VE, GeometricSigma, ScoreFunction, expand
 
 from .tutorial_figure import (
     SDES,

@@ -27,8 +27,7 @@ from experiment.files import write_atomically
 from experiment.randomness import seed_from
 from models.mlp import TimeConditionalMLP
 from models.score import NoiseLevel, UnconstrainedScore
-from schedules import GeometricSigma, LinearBeta
-from sde_lib import SDE, VE, VP, ScoreFunction, SubVP
+from sde_lib import SDE, VE, VP, GeometricSigma, LinearBeta, ScoreFunction, SubVP
 from training import fit
 
 __all__ = [

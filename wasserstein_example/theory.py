@@ -21,7 +21,10 @@ import torch
 from tqdm import tqdm
 
 from exact.gaussian_law import DETERMINISTIC, STEPS, Law, limit_law, sampler_law, wasserstein
-from schedules import (
+from sde_lib import (
+    SDE,
+    VE,
+    VP,
     ConstantBeta,
     ConstantDiffusionSigma,
     CosineBeta,
@@ -32,7 +35,6 @@ from schedules import (
     PowerBeta,
     SquareRootDiffusionSigma,
 )
-from sde_lib import SDE, VE, VP
 
 
 class Process(NamedTuple):

@@ -13,8 +13,7 @@ from scipy import stats
 from scipy.spatial.distance import cdist
 
 from models.mlp import NoiseConditionalMLP
-from schedules import GeometricSigma
-from sde_lib import VE
+from sde_lib import VE, GeometricSigma
 
 configs = importlib.import_module("2d_examples.configs")
 experiment = importlib.import_module("2d_examples.experiment")

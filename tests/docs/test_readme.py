@@ -47,7 +47,7 @@ RUN_ELSEWHERE = {
     "schrodinger_bridge.compare": "test_bridge_training.py::test_comparison_of_algorithms",
     "tutorial_example.main": "test_tutorial_example.py::test_every_figure_in_small",
     "benchmarks.qc_memory": "test_recompute.py::test_many_probes_take_the_memory_of_one",
-    "benchmarks.sampling": "test_few_step.py::test_benchmark_compares_samplers",
+    "benchmarks.sampling": "test_sampling.py::test_benchmark_compares_samplers",
     "benchmarks.likelihood": "test_benchmarks.py::test_benchmark_of_likelihood",
     "benchmarks.qc_variance": "test_benchmarks.py::test_benchmark_of_the_variance",
     "benchmarks.data_pipeline": "test_benchmarks.py::test_benchmark_of_the_input",

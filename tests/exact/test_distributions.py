@@ -31,8 +31,7 @@ from exact.distributions import (
     spiral_2,
 )
 from experiment.randomness import SampleGenerators
-from schedules import GeometricSigma, LinearBeta
-from sde_lib import SDE, VE, VP
+from sde_lib import SDE, VE, VP, GeometricSigma, LinearBeta
 
 PAPER = VE(GeometricSigma(0.1, 3.0))
 """The SDE of the paper's two-dimensional examples."""

@@ -22,8 +22,7 @@ from guidance.conditions import (
 from guidance.measurements import BlockMean, ChannelMean, LinearOperator, Mask, MatrixOperator, radon_transform
 from likelihood import LikelihoodEvaluator
 from sampling import CountedScore, ODESampler, PCSampler
-from schedules import GeometricSigma
-from sde_lib import SDE, VE, expand
+from sde_lib import SDE, VE, GeometricSigma, expand
 
 every_family = pytest.mark.parametrize("family", SDES)
 D = 8

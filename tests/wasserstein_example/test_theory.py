@@ -22,8 +22,7 @@ import sde_lib
 from evaluation import frechet_distance
 from exact.gaussian_law import DETERMINISTIC, STEPS, Law, diagonalise, limit_law, sampler_law, score_of, wasserstein
 from sampling import ODESampler, PCSampler
-from schedules import BetaRange, GeometricSigma, LinearBeta
-from sde_lib import VE, VP
+from sde_lib import VE, VP, BetaRange, GeometricSigma, LinearBeta
 from wasserstein_example import main as example
 from wasserstein_example import theory
 
