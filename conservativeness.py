@@ -16,8 +16,8 @@ Jacobian-vector and one vector-Jacobian product each, both taken from a single e
 * ``antisymmetric``:  ½‖Jv − Jᵀv‖² = ½‖(J − Jᵀ)v‖². Never negative, exactly 0 for a conservative field; its
   standard deviation falls with ‖J − Jᵀ‖² rather than with ‖J‖·‖J − Jᵀ‖.
 
-A field on a grid of the plane can also be taken apart, into the gradient that fits it best and a rotational rest
-(Helmholtz–Hodge decomposition).
+A field on a grid of the plane can also be decomposed into the gradient that fits it best and a rotational rest
+(Helmholtz–Hodge).
 
 Source: Chao, Sun, Cheng, Lee, "On Investigating the Conservative Property of Score-Based Generative Models"
 (ICML 2023), Sections 2.3 and 4.2. Where the paper writes ‖J − Jᵀ‖²_F for Asym, its code computes the trace form
@@ -62,7 +62,7 @@ Products = Callable[[Tensor, Tensor, Iterable[Tensor]], tuple[Tensor, Iterable[t
 
 
 class HelmholtzHodge(NamedTuple):
-    """A field on a grid, taken apart: potential (H, W), its gradient (H, W, 2) and the rotational rest (H, W, 2)."""
+    """Of a field on a grid: potential (H, W), its gradient (H, W, 2) and the rotational rest (H, W, 2)."""
 
     potential: Tensor
     gradient: Tensor
@@ -109,7 +109,7 @@ def _score_and_products(
     score: ScoreFunction, create_graph: bool, x: Tensor, t: Tensor, directions: Iterable[Tensor]
 ) -> tuple[Tensor, Iterable[tuple[Tensor, Tensor]]]:
     value = score(x, t)
-    # One after the other: without a graph of its own each is done with before the next.
+    # One after the other: where no graph is kept, each is released before the next.
     return value, (jvp_and_vjp(value, x, v, create_graph=create_graph) for v in directions)
 
 
@@ -165,8 +165,7 @@ def asymmetry(
         estimator: 'antisymmetric' or 'trace'; 'exact' ignores ``probes``.
         generator: where the probes come from.
         create_graph: make the results differentiable, for training.
-        products: evaluates the score and its products for probes, in place of ``score``, of which it must be
-            (``models.second_order.compiled``).
+        products: evaluates the same score and its products for probes, e.g. ``models.second_order.compiled``.
 
     Raises:
         ValueError: unknown estimator; K < 1; or neither probes nor at most 256 dimensions.
@@ -213,7 +212,7 @@ def circulation(
     radius: float,
     num_points: int = 64,
 ) -> Tensor:
-    """∮ s·dx once around a circle about each sample; zero for every circle exactly if s is conservative.
+    """∮ s·dx (B,), in nats, once around a circle about each sample; s is conservative if all such integrals are zero.
 
     The circle is x + r (u cos φ + w sin φ). The trapezoidal rule in φ converges faster than any power of the
     number of points where s is smooth. For small r the value is πr² (wᵀJu − uᵀJw) + O(r⁴).
@@ -224,9 +223,6 @@ def circulation(
         directions: u and w, each (B, ...), orthonormal per sample.
         radius: r, in the units of x.
         num_points: evaluations of the score.
-
-    Returns:
-        (B,), score units times data units, which is nats.
 
     Raises:
         ValueError: radius ≤ 0 or fewer than 3 points.
@@ -246,24 +242,21 @@ def circulation(
 def helmholtz_hodge(field: Tensor, spacing: float) -> HelmholtzHodge:
     """The field on a rectangle as a gradient plus a rotational part, s = ∇φ + r, with φ minimising ∫‖∇φ − s‖² dx.
 
-    In the continuum r is free of divergence and, this being the natural condition of the minimum, tangential at the
-    border. Here the integral is the trapezoidal rule, ⟨a, b⟩ = Σ w_i w_j a_ij·b_ij h² with weights ½ at the border, and
-    ∇_h takes central differences, at the border the one-sided three-point differences of second order.
+    In the continuum r is free of divergence and tangential at the border, the natural condition of the minimum. Here
+    the integral is the trapezoidal rule, ⟨a, b⟩ = Σ w_i w_j a_ij·b_ij h² with weights ½ at the border, and ∇_h takes
+    central differences, at the border the one-sided three-point differences of second order.
 
-    Exact up to rounding: gradient + rotational = field; the two are orthogonal in ⟨·,·⟩; each is left as it is by
-    another decomposition; the gradient of any quadratic polynomial has no rotational part. ∇_h vanishes for constants
-    alone (the border formula excludes the checkerboard that central differences do not see), and φ is given with mean
-    zero. Of second order in h: both parts of a smooth field.
+    Exact up to rounding: gradient + rotational = field; the two are orthogonal in ⟨·,·⟩; decomposing either again does
+    not change it; the gradient of a quadratic polynomial has no rotational part. ∇_h vanishes only for constants (the
+    border formula excludes the checkerboard that central differences do not see), and φ has mean zero. Both parts of a
+    smooth field are of second order in h.
 
     The normal equations are (K ⊗ W + W ⊗ K) φ = ∇_hᵀ s, with K = DᵀWD of one axis: they are solved by diagonalising
-    the K of each axis with respect to its W, which takes O(H³ + W³) operations.
+    the K of each axis with respect to its W, in O(H³ + W³) operations, in double precision on the CPU.
 
     Args:
         field: (H, W, 2); component k points along axis k of the grid.
         spacing: h, the same along both axes.
-
-    Returns:
-        Double precision, on the CPU.
 
     Raises:
         ValueError: a field of another shape, of fewer than 3×3 points or with values that are not finite; spacing ≤ 0.

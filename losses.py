@@ -10,17 +10,15 @@ Eq. 7, and Song, Durkan, Murray, Ermon (NeurIPS 2021). Discrete-time training (S
 times of the family's ladder of noise levels.
 
 A quasi-conservative model adds λ_QC·L_QC: the asymmetry Asym of the score's Jacobian at the same perturbed
-sample, weighted and reduced like L_SM (Chao, Sun, Cheng, Lee, ICML 2023, Eqs. 8 and 9). It can be had for less, without
-bias: evaluated every k-th step with weight kλ_QC, or as the mean over every k-th sample of the batch.
+sample, weighted and reduced like L_SM (Chao, Sun, Cheng, Lee, ICML 2023, Eqs. 8 and 9). Two unbiased ways make it
+cheaper: every k-th step with weight kλ_QC, or the mean over every k-th sample of the batch.
 
-Every probe leaves behind a graph several times as large as that of the score. Probes are therefore taken in chunks,
-of which all but the last are differentiated for the parameters and released within the forward pass; backward adds
-the gradients found then. Memory is that of one chunk, whatever the number of probes, and there is still one forward
-and one backward pass for whoever calls.
+The graph of a probe is several times as large as that of the score. Probes are therefore taken in chunks: all but the
+last are differentiated for the parameters and released within the forward pass, and backward adds their gradients.
+Memory is that of one chunk, whatever the number of probes, and a caller still sees one forward and one backward pass.
 
-At one time t there are other ways to match a score to that of a density p_t. They are here as functions of one sample
-each, for a batch x ~ p_t; averaged, they differ from the Fisher divergence J by constants, so that all their expected
-gradients are those of J:
+At one time t there are other ways to match a score to that of a density p_t. For x ~ p_t the means of their losses
+differ from the Fisher divergence J by constants, so that their expected gradients are those of J:
 
 ==========  ================================================  =======================================================
 explicit    ½‖s − ∇log p_t‖²                                  its mean is J
@@ -35,14 +33,15 @@ Sources: Hyvärinen (JMLR 2005), Theorem 1; Song, Garg, Shi, Ermon (UAI 2019), E
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from conservativeness import ESTIMATORS, asymmetry, divergence
+from conservativeness import asymmetry, divergence
 from experiment.randomness import Generator, SampleGenerators, normal_like, rademacher_like, random_bits, uniform
 from models.dropout import Dropout, set_dropout_keys
 from models.score import ScoreModel
@@ -55,6 +54,7 @@ __all__ = [
     "explicit_score_matching",
     "get_objective",
     "implicit_score_matching",
+    "make_objective",
     "sliced_score_matching",
 ]
 
@@ -63,8 +63,8 @@ TRAINING_EPS = 1e-5
 
 
 class Objective(nn.Module):
-    """All terms of the loss in one forward pass, so that wrappers for several processes, mixed precision and
-    gradient accumulation see one forward and one backward.
+    """All terms of the loss in one forward pass, as wrappers for several processes, mixed precision and gradient
+    accumulation need it. The keyword arguments are fields of ``config.training``.
 
     Args:
         score_model: the model being trained. Times are uniform on [1e-5, 1], or on the ladder of noise levels of a
@@ -76,11 +76,11 @@ class Objective(nn.Module):
         qc_estimator: 'antisymmetric', 'trace' or 'exact'.
         qc_interval: evaluate the term every k-th step.
         qc_stride: and on every k-th sample of the batch.
-        qc_probe_chunk: probes whose graphs are held at once. Fewer take less memory, and every chunk one more
+        qc_probe_chunk: probes whose graphs are held at once. Fewer take less memory; every chunk takes one more
             evaluation of the score with its backward pass.
 
     Raises:
-        ValueError: a value outside its range, naming the config field.
+        ValueError: likelihood weighting of a discrete-time model.
     """
 
     def __init__(
@@ -97,14 +97,6 @@ class Objective(nn.Module):
         qc_probe_chunk: int = 1,
     ) -> None:
         super().__init__()
-        if not qc_weight >= 0:
-            raise ValueError(f"training.qc_weight={qc_weight}: allowed are values >= 0")
-        counts = dict(qc_probes=qc_probes, qc_interval=qc_interval, qc_stride=qc_stride, qc_probe_chunk=qc_probe_chunk)
-        for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"training.{name}={count}: at least 1")
-        if qc_estimator not in ESTIMATORS:
-            raise ValueError(f"training.qc_estimator={qc_estimator!r}: allowed are {', '.join(ESTIMATORS)}")
         num_scales = score_model.noise_level.num_scales
         if likelihood_weighting and num_scales is not None:
             raise ValueError("training.likelihood_weighting=True: needs training.continuous=True")
@@ -215,11 +207,11 @@ class Objective(nn.Module):
                 if gradients:
                     torch._foreach_add_(gradients, found)
                 else:
-                    gradients = [gradient.clone() for gradient in found]  # their own: two may be one tensor
+                    gradients = [gradient.clone() for gradient in found]  # two of them may be one tensor
                 part = part.detach()
                 del value, asym, norm, found  # the graph, before the next one is built
             total = total + part
-        return value, _attach(total, parameters, gradients) if gradients else total
+        return value, _Attach.apply(total, *parameters, *gradients) if gradients else total
 
     def _noise_level(self, x0: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Random times (B,) with their mean coefficients and standard deviations."""
@@ -234,6 +226,12 @@ class Objective(nn.Module):
     def _reduce(self, per_sample: Tensor, x0: Tensor) -> Tensor:
         """Batch mean of a per-sample sum over dimensions: divided by D, or halved."""
         return per_sample.mean() * (1 / x0[0].numel() if self.reduce_mean else 0.5)
+
+
+def make_objective(score_model: ScoreModel, options: Mapping[str, object]) -> Objective:
+    """The objective whose keyword arguments are those ``options`` of the same names, such as ``config.training``."""
+    names = inspect.signature(Objective).parameters
+    return Objective(score_model, **{name: options[name] for name in names if name in options})
 
 
 class _Attach(torch.autograd.Function):
@@ -252,10 +250,6 @@ class _Attach(torch.autograd.Function):
         return factor, *torch._foreach_mul(gradients, factor), *(None for _ in gradients)
 
 
-def _attach(value: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    return _Attach.apply(value, *tensors, *gradients)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Score matching at given times. The functions return one value per sample, (B,), in units of score², whose mean is
 # the loss; they can be differentiated with respect to the parameters of s unless gradients are disabled.
@@ -269,8 +263,7 @@ def explicit_score_matching(score: ScoreFunction, true_score: ScoreFunction, x: 
 def implicit_score_matching(score: ScoreFunction, x: Tensor, t: Tensor) -> Tensor:
     """tr ∂s/∂x + ½‖s‖² (B,) at x ~ p_t (B, ...), t (B,): the exact trace, by D backward passes."""
     value, position, create_graph = _differentiable(score, x, t)
-    loss = divergence(value, position, create_graph=create_graph) + 0.5 * (value**2).flatten(1).sum(1)
-    return loss
+    return divergence(value, position, create_graph=create_graph) + 0.5 * (value**2).flatten(1).sum(1)
 
 
 def sliced_score_matching(
@@ -300,9 +293,7 @@ def sliced_score_matching(
     loss = 0.0
     for _ in range(probes):
         v = rademacher_like(x, generator)
-        squared = (value**2 if variance_reduction else v * value).flatten(1).sum(1)
-        if not variance_reduction:
-            squared = squared**2
+        squared = (value**2).flatten(1).sum(1) if variance_reduction else (v * value).flatten(1).sum(1) ** 2
         loss = loss + (divergence(value, position, v, create_graph=create_graph) + 0.5 * squared) / probes
     return loss
 
@@ -329,20 +320,5 @@ def _differentiable(score: ScoreFunction, x: Tensor, t: Tensor) -> tuple[Tensor,
 
 
 def get_objective(config, score_model: ScoreModel) -> Objective:
-    """The objective of ``config.training`` for a score model.
-
-    Raises:
-        ValueError: a field outside its range.
-    """
-    training = config.training
-    return Objective(
-        score_model,
-        likelihood_weighting=training.likelihood_weighting,
-        reduce_mean=training.reduce_mean,
-        qc_weight=training.qc_weight,
-        qc_probes=training.qc_probes,
-        qc_estimator=training.qc_estimator,
-        qc_interval=training.qc_interval,
-        qc_stride=training.qc_stride,
-        qc_probe_chunk=training.qc_probe_chunk,
-    )
+    """``make_objective`` of a config, for callers that still have one."""
+    return make_objective(score_model, config.training)

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from ml_collections import ConfigDict
 from oracles import SDES, Gaussian, gaussian_2d, mixture_2d
 from torch import Tensor, nn
 
 import likelihood
+from configs.defaults import base_config
 from experiment.randomness import SampleGenerators
-from likelihood import DIVERGENCES, TIMES, LikelihoodEvaluator, bits_per_dim, get_likelihood
+from likelihood import DIVERGENCES, TIMES, LikelihoodEvaluator, bits_per_dim
 from models.score import NoiseLevel, UnconstrainedScore
 from ode import SOLVERS
 
@@ -316,24 +316,31 @@ def test_single_precision_data_in_double_precision_steps(monkeypatch):
     torch.testing.assert_close(single.log_prob.double(), double.log_prob, rtol=0, atol=2e-3)
 
 
-# ------------------------------------------------------------------------------------------------------------- configs
+# ------------------------------------------------------------------------------------------------------------- options
 
 
-def likelihood_config(**fields) -> ConfigDict:
-    defaults = dict(divergence="gaussian", probes=2, time="log_ratio")
-    defaults |= dict(solver="scipy", rtol=1e-2, atol=1e-4, num_steps=50)
-    return ConfigDict(dict(likelihood=defaults | fields))
+def test_an_evaluator_describes_itself():
+    sde = SDES["vp"]
+    assert str(LikelihoodEvaluator(sde, **base_config().likelihood)) == (
+        "rademacher divergence, adams in ln(σ/α), 160 steps"
+    )
+    several = LikelihoodEvaluator(sde, divergence="gaussian", probes=2, solver="scipy", rtol=1e-2)
+    assert str(several) == "gaussian divergence, 2 probes, scipy, rtol 0.01, atol 1e-05"
+    assert (
+        str(LikelihoodEvaluator(sde, divergence="exact", probes=2)) == "exact divergence, rk45, rtol 0.001, atol 1e-05"
+    )
 
 
-def test_evaluator_from_a_config():
-    built = get_likelihood(likelihood_config(), SDES["vp"])
-    assert built.divergence == "gaussian" and built.sde is SDES["vp"] and built.eps == 1e-5
-    assert built.probes == 2 and isinstance(built.time, TIMES["log_ratio"])
-    older = likelihood_config()
-    del older.likelihood["probes"], older.likelihood["time"]  # a config from before there were these fields
-    built = get_likelihood(older, SDES["vp"])
-    assert built.probes == 1 and isinstance(built.time, TIMES["t"])
-    assert built.settings == dict(solver="scipy", rtol=1e-2, atol=1e-4, num_steps=50)
+def test_import_paths():
+    """An import path stands for what a name stands for."""
+    x = torch.randn(3, 2, dtype=torch.float64)
+    values = [
+        evaluator("vp", divergence, time=time, solver="adams", num_steps=20)(
+            gaussian_2d(SDES["vp"]).score, x, torch.Generator().manual_seed(0)
+        ).log_prob
+        for divergence, time in (("gaussian", "t"), ("experiment.randomness:normal_like", "likelihood:Time"))
+    ]
+    assert torch.equal(*values)
 
 
 @pytest.mark.parametrize(
@@ -341,14 +348,11 @@ def test_evaluator_from_a_config():
     [
         (dict(divergence="hutchinson"), "likelihood.divergence='hutchinson': allowed are rademacher, gaussian, exact"),
         (dict(solver="euler"), "likelihood.solver='euler': allowed are rk45, scipy, dopri5, heun, adams"),
-        (dict(solver="adams", num_steps=0), "likelihood.num_steps=0: at least 1"),
-        (dict(probes=0), "likelihood.probes=0: at least 1"),
+        (dict(solver="adams", num_steps=0), "likelihood.num_steps=0: likelihood.solver='adams' needs at least 1"),
         (dict(time="log_snr"), "likelihood.time='log_snr': allowed are t, log_ratio"),
-        (dict(rtol=-1.0), "likelihood.rtol=-1.0"),
-        (dict(atol=0.0), "atol=0.0: both must be positive"),
     ],
 )
 def test_settings_that_make_no_sense(fields, message):
     with pytest.raises(ValueError) as error:
-        get_likelihood(likelihood_config(**fields), SDES["vp"])
+        LikelihoodEvaluator(SDES["vp"], **fields)
     assert message in str(error.value) and "\n" not in str(error.value)

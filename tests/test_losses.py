@@ -6,15 +6,15 @@ import math
 
 import pytest
 import torch
-from ml_collections import ConfigDict
 from oracles import SDES, Gaussian, gaussian_2d
 from scipy.integrate import quad
 from torch import Tensor, nn
 
 import losses
+from configs.defaults import base_config
 from conservativeness import asymmetry
 from experiment.randomness import SampleGenerators, rademacher_like
-from losses import Objective, get_objective
+from losses import Objective, make_objective
 from models.score import ConservativeScore, NoiseLevel, ScoreModel, UnconstrainedScore
 
 every_family = pytest.mark.parametrize("family", SDES)
@@ -371,22 +371,7 @@ def test_a_conservative_model_has_no_qc_loss(estimator):
     torch.testing.assert_close(terms["loss"], terms["dsm"], rtol=1e-12, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------------------- configs
-
-
-def training_config(**fields) -> ConfigDict:
-    defaults = dict(
-        continuous=True,
-        likelihood_weighting=False,
-        reduce_mean=False,
-        qc_weight=0.0,
-        qc_probes=1,
-        qc_estimator="antisymmetric",
-        qc_interval=1,
-        qc_stride=1,
-        qc_probe_chunk=1,
-    )
-    return ConfigDict(dict(training=defaults | fields))
+# ------------------------------------------------------------------------------------------------------------ options
 
 
 @pytest.mark.parametrize(
@@ -402,38 +387,19 @@ def training_config(**fields) -> ConfigDict:
         dict(qc_stride=2),
     ],
 )
-def test_every_field_of_the_config_is_passed_on(fields):
+def test_every_option_is_passed_on(fields):
     def loss(objective: Objective) -> float:
         return objective(data(), seeded())["loss"].item()
 
-    from_config = loss(get_objective(training_config(**dict(qc_weight=0.5) | fields), model("ve")))
-    assert from_config == loss(Objective(model("ve"), **dict(qc_weight=0.5) | fields))
-    assert from_config != loss(Objective(model("ve"), qc_weight=0.5))
+    options = dict(base_config().training) | dict(qc_weight=0.5)
+    made = loss(make_objective(model("ve"), options | fields))
+    assert made == loss(Objective(model("ve"), **dict(qc_weight=0.5) | fields))
+    assert made != loss(Objective(model("ve"), qc_weight=0.5))
 
 
-def test_discrete_objective_from_a_config():
-    x0 = data()
-    discrete = get_objective(training_config(continuous=False), model("ve", 25))(x0, seeded())
-    assert torch.equal(discrete["loss"], Objective(model("ve", 25))(x0, seeded())["loss"])
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        (dict(qc_weight=-0.1), "training.qc_weight=-0.1: allowed are values >= 0"),
-        (dict(qc_weight=float("nan")), "training.qc_weight=nan"),
-        (dict(qc_probes=0), "training.qc_probes=0: at least 1"),
-        (dict(qc_interval=0), "training.qc_interval=0: at least 1"),
-        (dict(qc_probe_chunk=0), "training.qc_probe_chunk=0: at least 1"),
-        (dict(qc_stride=0), "training.qc_stride=0: at least 1"),
-        (dict(qc_estimator="hutchinson"), "training.qc_estimator='hutchinson': allowed are antisymmetric, trace"),
-        (dict(likelihood_weighting=True, continuous=False), "training.likelihood_weighting=True: needs training.cont"),
-    ],
-)
-def test_settings_that_make_no_sense(fields, message):
-    with pytest.raises(ValueError) as error:
-        get_objective(training_config(**fields), model("ve", 25))
-    assert message in str(error.value) and "\n" not in str(error.value)
+def test_likelihood_weighting_needs_continuous_time():
+    with pytest.raises(ValueError, match=r"training\.likelihood_weighting=True: needs training\.continuous=True"):
+        Objective(model("ve", 25), likelihood_weighting=True)
 
 
 def test_families_without_discrete_losses():
