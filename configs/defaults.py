@@ -1,188 +1,173 @@
-"""What every experiment shares: all fields of a config, with the values that suit most.
+"""The fields of image models.
 
-Presets override these; unknown fields are refused. Field names are score_sde_pytorch's wherever the concept exists
-there. Times are in steps of the optimiser.
+Names are score_sde_pytorch's wherever the concept exists there. Config files override defaults; unknown fields are
+refused. Times are in steps of the optimiser.
 """
+
+from math import inf
 
 from ml_collections import ConfigDict
 
+from configs.fields import Field, Overrides, make_config
+from configs.ranges import Range, at_least, choices, fraction, import_paths, not_negative, positive, positive_integers
 
-def base_config() -> ConfigDict:
-    """All fields. Data and network are NCSN++ on CIFAR-10, the SDE is VE, the objective is denoising score matching."""
-    config = ConfigDict()
-    config.seed = 42
-    config.label = ""  # name of the run in reports; empty: its folder
+IMAGE_SETS = ("digits", "npz", "folder", "MNIST", "CIFAR10", "CIFAR100", "SVHN", "IMAGENET32", "CELEBA")
+NETWORKS = ("ddpm", "ncsn", "ncsnpp", "ncsnv2", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256")
+PREDICTORS = ("euler_maruyama", "reverse_diffusion", "ancestral_sampling", "exponential_integrator")
+PREDICTORS += ("probability_flow", "none")
+ODE_SOLVERS = ("rk45", "scipy", "dopri5", "heun", "adams")
+VE_SCHEDULES = ("geometric", "constant", "square_root", "polynomial")
+VP_SCHEDULES = ("linear", "constant", "power", "exponential", "cosine")
+MEASUREMENTS = ("inpaint", "colorize", "super_resolution", "ct", "linear")
 
-    config.data = ConfigDict()
-    config.data.dataset = "CIFAR10"  # digits, npz, folder, MNIST, CIFAR10, CIFAR100, SVHN, IMAGENET32, CELEBA
-    config.data.path = ""  # the .npz file or image folder of one's own
-    config.data.root = "downloads"  # where published data sets live
-    config.data.download = False  # fetch those of torchvision if they are not there
-    config.data.image_size = 32
-    config.data.num_channels = 3
-    config.data.resize = False  # crop and resize images of another size, instead of refusing them
-    config.data.centered = False  # images in [-1, 1] instead of [0, 1]
-    config.data.random_flip = True
-    config.data.uniform_dequantization = False  # in training; likelihood is always of dequantised data
+_SEEDS = Range("integers of 64 bits", lambda value: -(2**63) <= value < 2**63)
+_GRAD_CLIPS = Range("positive numbers, or -1 for no limit", lambda value: 0 < abs(value) < inf)
+_REFERENCES = Range("at least 4, or 0 for all", lambda value: value == 0 or value >= 4, verb="")
+_SCHEDULES = choices("", *dict.fromkeys(VE_SCHEDULES + VP_SCHEDULES), or_path=True)
+_SOLVERS = choices(*ODE_SOLVERS, "dpmpp_2m", "dpmpp_2m_sde", or_path=True)
 
-    config.training = ConfigDict()
-    config.training.sde = "vesde"  # vesde, vpsde, subvpsde
-    config.training.continuous = True
-    config.training.batch_size = 128  # over all processes
-    config.training.n_iters = 1300001
-    config.training.likelihood_weighting = False
-    config.training.reduce_mean = False
-    config.training.label_dropout = 0.0  # how often a class is withheld from a network with classes
-    config.training.init_from = ""  # checkpoint or run to start from: weights, EMA, optimiser and step
-    config.training.qc_weight = 0.0  # weight of the antisymmetric part of the Jacobian; > 0 makes a QC model
-    config.training.qc_probes = 1
-    config.training.qc_estimator = "antisymmetric"  # antisymmetric, trace, exact
-    config.training.qc_interval = 1  # evaluate the term every so many steps
-    config.training.qc_stride = 1  # and on every so many samples of the batch
-    config.training.qc_probe_chunk = 1  # probes whose graphs are held in memory at once
-    config.training.activation_checkpointing = False  # keep the blocks' inputs alone, and compute the rest twice
-    config.training.log_freq = 50
-    config.training.eval_freq = 1000
-    config.training.snapshot_freq = 50000  # checkpoints at multiples of this are kept for ever; 0 keeps none
-    config.training.snapshot_freq_for_preemption = 10000
-    config.training.keep_checkpoints = 2
-    config.training.snapshot_sampling = True  # a grid of samples at every snapshot
-
-    config.optim = ConfigDict()
-    config.optim.optimizer = "Adam"
-    config.optim.lr = 2e-4
-    config.optim.beta1 = 0.9
-    config.optim.eps = 1e-8
-    config.optim.weight_decay = 0.0
-    config.optim.warmup = 5000
-    config.optim.grad_clip = 1.0  # largest gradient norm; negative: no limit
-
-    config.model = ConfigDict()
-    config.model.name = "ncsnpp"
-    config.model.parameterization = "unconstrained"  # unconstrained, conservative
-    # VE: geometric, constant, square_root, polynomial; VP: linear, constant, power, exponential, cosine; "": the first
-    config.model.schedule = ""
-    config.model.sigma_min = 0.01
-    config.model.sigma_max = 50.0
-    config.model.beta_min = 0.1
-    config.model.beta_max = 20.0  # of cosine: where β is cut off; 999 in the source
-    config.model.rho = 2.0  # exponent of polynomial and power
-    config.model.num_scales = 1000  # noise levels of a discrete model; steps of the samplers
-    config.model.ema_rate = 0.999
-    config.model.nf = 128
-    config.model.ch_mult = (1, 2, 2, 2)
-    config.model.num_res_blocks = 4
-    config.model.attn_resolutions = (16,)
-    config.model.dropout = 0.1
-    config.model.nonlinearity = "swish"
-    config.model.conditional = True
-    config.model.scale_by_sigma = True
-    config.model.embedding_type = "fourier"
-    config.model.fourier_scale = 16.0
-    config.model.resblock_type = "biggan"
-    config.model.resamp_with_conv = True
-    config.model.fir = True
-    config.model.fir_kernel = (1, 3, 3, 1)
-    config.model.skip_rescale = True
-    config.model.progressive = "none"
-    config.model.progressive_input = "residual"
-    config.model.progressive_combine = "sum"
-    config.model.init_scale = 0.0
-    config.model.num_classes = 0  # of the data set, for a network that is given the class; 0: it is not
-
-    config.sampling = ConfigDict()
-    config.sampling.method = "pc"  # pc, ode, few_step
-    config.sampling.num_steps = 0  # 0: model.num_scales
-    config.sampling.noise_removal = True
-    # euler_maruyama, reverse_diffusion, ancestral_sampling, exponential_integrator, probability_flow, none
-    config.sampling.predictor = "reverse_diffusion"
-    config.sampling.corrector = "langevin"
-    config.sampling.n_steps_each = 1
-    config.sampling.snr = 0.16
-    # of ode: rk45, scipy, dopri5, heun, adams; of few_step: heun, dpmpp_2m, dpmpp_2m_sde
-    config.sampling.solver = "rk45"
-    config.sampling.rtol = 1e-5
-    config.sampling.atol = 1e-5
-    # What is given: inpaint, colorize, super_resolution, ct, linear (of the first test images); class, class_free
-    config.sampling.condition = ""
-    config.sampling.conditioning = "projection"  # on a measurement: projection, dps, pigdm
-    config.sampling.guidance_weight = 1.0  # of class, class_free and pigdm; the step size of dps
-    config.sampling.class_label = -1  # -1: every class in turn
-    # Unknown to inpaint: left, right, top, bottom, center; "top,left,height,width"; an image file, white where unknown
-    config.sampling.mask = "bottom"
-    config.sampling.factor = 2  # of super_resolution
-    config.sampling.num_views = 23  # of ct
-    config.sampling.operator = ""  # of linear: a .npy file with a matrix
-    config.sampling.measurement_noise = 0.0  # standard deviation, in the units of the images as the model sees them
-    config.sampling.num_images = 8  # that are measured
-    config.sampling.samples_per_image = 4
-
-    # The classifier of noised images for sampling.condition=class: --mode=train_classifier
-    config.classifier = ConfigDict()
-    config.classifier.nf = 64
-    config.classifier.ch_mult = (1, 2, 2, 2)
-    config.classifier.num_res_blocks = 2
-    config.classifier.dropout = 0.1
-    config.classifier.batch_size = 128
-    config.classifier.n_iters = 50000
-    config.classifier.lr = 3e-4
-    config.classifier.weight_decay = 0.05
-    config.classifier.log_freq = 100
-    config.classifier.save_freq = 2000
-
-    config.likelihood = ConfigDict()
-    config.likelihood.divergence = "rademacher"  # rademacher, gaussian, exact
-    config.likelihood.probes = 1  # of rademacher and gaussian; their variance falls as 1/probes
-    config.likelihood.time = "log_ratio"  # what to integrate over: log_ratio (of noise to signal), t
-    config.likelihood.solver = "adams"  # rk45, scipy, dopri5, heun, adams
-    config.likelihood.num_steps = 160  # of heun and adams
-    config.likelihood.rtol = 1e-3
-    config.likelihood.atol = 1e-5
-
-    config.eval = ConfigDict()
-    config.eval.batch_size = 128
-    config.eval.enable_bpd = True
-    config.eval.enable_asymmetry = True
-    config.eval.enable_sampling = True
-    config.eval.num_samples = 50000
-    # FID and its relatives: inception, or classifier, trained on the set's own labels; such numbers compare only with
-    # each other
-    config.eval.features = "inception"
-    config.eval.inception_path = ""  # torch-fidelity's weights; empty: torch's cache, fetched into there if need be
-    config.eval.inception_sha256 = ""  # of weights other than the published ones
-    config.eval.num_reference = 50000  # training images, evenly spaced, to compare samples with; 0: all
-    config.eval.stats_path = ""  # .npz with pool_3 of the data, instead of computing it
-    config.eval.backend = "torch"  # of FID, KID and IS: torch, tfgan
-    config.eval.tfhub_inception = ""  # with tfgan: the folder of TF-Hub's Inception, to take the features from
-    config.eval.nll_images = 0  # test images for bits/dim, spread over the set; 0: all
-    config.eval.asym_levels = 100  # noise levels t = i/levels
-    config.eval.asym_images = 0  # test images per level; 0: all
-    config.eval.asym_probes = 16  # 0: the exact Jacobian
-    return config
-
-
-def use_vp(config: ConfigDict, sde: str = "vpsde") -> ConfigDict:
-    """DDPM++ on VP or sub-VP: centred data, positional embedding, no input pyramid (Song et al., 2021, Appendix H)."""
-    config.training.sde = sde
-    config.training.reduce_mean = True
-    config.data.centered = True
-    config.model.ema_rate = 0.9999
-    config.model.scale_by_sigma = False
-    config.model.embedding_type = "positional"
-    config.model.fir = False
-    config.model.progressive_input = "none"
-    config.sampling.predictor = "euler_maruyama"
-    config.sampling.corrector = "none"
-    return config
+# Data and network are NCSN++ on CIFAR-10, the SDE is VE, the objective is denoising score matching.
+FIELDS: dict[str, Field] = {
+    "seed": Field(42, "seed of all randomness", _SEEDS),
+    "label": Field("", "name of the run in reports; empty: its folder"),
+    "data.dataset": Field("CIFAR10", "the set of images", choices(*IMAGE_SETS, or_path=True, any_case=True)),
+    "data.path": Field("", "the file of npz, or the folder of folder"),
+    "data.root": Field("downloads", "folder of published data sets"),
+    "data.download": Field(False, "fetch those of torchvision if they are not there"),
+    "data.image_size": Field(32, "height and width in pixels", at_least(1)),
+    "data.num_channels": Field(3, "1 for grey, 3 for colour", choices(1, 3)),
+    "data.resize": Field(False, "crop and resize images of another size, instead of refusing them"),
+    "data.centered": Field(False, "images in [-1, 1] instead of [0, 1]"),
+    "data.random_flip": Field(True, "flip training images at random"),
+    "data.uniform_dequantization": Field(False, "in training; likelihood is always of dequantised data"),
+    "training.sde": Field("vesde", "the forward process", choices("subvpsde", "vesde", "vpsde", or_path=True)),
+    "training.continuous": Field(True, "continuous time, instead of model.num_scales noise levels"),
+    "training.batch_size": Field(128, "images of a step, over all processes", at_least(1)),
+    "training.n_iters": Field(1300001, "steps in all", at_least(1)),
+    "training.likelihood_weighting": Field(False, "weight g² instead of σ² in the loss"),
+    "training.reduce_mean": Field(False, "mean over dimensions in the loss, instead of half the sum"),
+    "training.label_dropout": Field(0.0, "how often a class is withheld from a network with classes", fraction),
+    "training.init_from": Field("", "checkpoint or run to start from: weights, EMA, optimiser and step"),
+    "training.qc_weight": Field(0.0, "weight of the quasi-conservative term; > 0 makes a QC model", not_negative),
+    "training.qc_probes": Field(1, "random directions that the term is estimated with", at_least(1)),
+    "training.qc_estimator": Field("antisymmetric", "of the term", choices("antisymmetric", "trace", "exact")),
+    "training.qc_interval": Field(1, "evaluate the term every so many steps", at_least(1)),
+    "training.qc_stride": Field(1, "and on every so many samples of the batch", at_least(1)),
+    "training.qc_probe_chunk": Field(1, "probes whose graphs are held in memory at once", at_least(1)),
+    "training.activation_checkpointing": Field(False, "keep only the inputs of blocks, and compute the rest twice"),
+    "training.log_freq": Field(50, "steps between rows of the log", at_least(1)),
+    "training.eval_freq": Field(1000, "steps between test losses", at_least(1)),
+    "training.snapshot_freq": Field(50000, "keep checkpoints at multiples of this for ever; 0: none", at_least(0)),
+    "training.snapshot_freq_for_preemption": Field(10000, "steps between checkpoints", at_least(1)),
+    "training.keep_checkpoints": Field(2, "how many of the newest checkpoints to keep", at_least(1)),
+    "training.snapshot_sampling": Field(True, "draw a grid of samples at every snapshot"),
+    "optim.optimizer": Field("Adam", "the optimiser", choices("Adam")),
+    "optim.lr": Field(2e-4, "learning rate", positive),
+    "optim.beta1": Field(0.9, "decay of the mean of the gradients", fraction),
+    "optim.eps": Field(1e-8, "added to the root of the mean square of the gradients", positive),
+    "optim.weight_decay": Field(0.0, "factor of the weights that is added to their gradients", not_negative),
+    "optim.warmup": Field(5000, "steps over which the learning rate rises", at_least(0)),
+    "optim.grad_clip": Field(1.0, "largest norm of the gradient", _GRAD_CLIPS),
+    "model.name": Field("ncsnpp", "the network; ncsnpp is also DDPM++", choices(*NETWORKS, or_path=True)),
+    "model.parameterization": Field("unconstrained", "of the score", choices("unconstrained", "conservative")),
+    "model.schedule": Field("", "noise over time; empty: geometric for VE, linear for VP and sub-VP", _SCHEDULES),
+    "model.sigma_min": Field(0.01, "VE: σ at t = 0", positive),
+    "model.sigma_max": Field(50.0, "VE: σ at t = 1", positive),
+    "model.beta_min": Field(0.1, "VP: β at t = 0", not_negative),
+    "model.beta_max": Field(20.0, "VP: β at t = 1; of cosine: where β is cut off, 999 in the source", positive),
+    "model.rho": Field(2.0, "exponent of polynomial and power", positive),
+    "model.num_scales": Field(1000, "noise levels of a discrete model; steps of the samplers", at_least(1)),
+    "model.ema_rate": Field(0.999, "decay of the moving average of the weights", fraction),
+    "model.nf": Field(128, "base number of channels", at_least(1)),
+    "model.ch_mult": Field((1, 2, 2, 2), "channels of each level, in multiples of nf", positive_integers(least=1)),
+    "model.num_res_blocks": Field(4, "residual blocks per level", at_least(1)),
+    "model.attn_resolutions": Field((16,), "resolutions that get self-attention", positive_integers(least=0)),
+    "model.dropout": Field(0.1, "probability, in every residual block", fraction),
+    "model.nonlinearity": Field("swish", "activation", choices("elu", "relu", "lrelu", "swish", or_path=True)),
+    "model.conditional": Field(True, "give the noise level to the blocks"),
+    "model.scale_by_sigma": Field(True, "VE: divide the network by σ"),
+    "model.embedding_type": Field("fourier", "embedding of the noise level", choices("fourier", "positional")),
+    "model.fourier_scale": Field(16.0, "standard deviation of the Fourier frequencies", positive),
+    "model.resblock_type": Field("biggan", "kind of residual block", choices("ddpm", "biggan")),
+    "model.resamp_with_conv": Field(True, "learned convolution in resampling of the ddpm kind"),
+    "model.fir": Field(True, "blur when resampling"),
+    "model.fir_kernel": Field((1, 3, 3, 1), "taps of the blur", positive_integers(least=1)),
+    "model.skip_rescale": Field(True, "divide sums of branches by √2"),
+    "model.progressive": Field("none", "output pyramid", choices("none", "output_skip", "residual")),
+    "model.progressive_input": Field("residual", "input pyramid", choices("none", "input_skip", "residual")),
+    "model.progressive_combine": Field("sum", "how input_skip is merged", choices("sum", "cat")),
+    "model.init_scale": Field(0.0, "initial scale of the last layer of every branch", not_negative),
+    "model.num_classes": Field(0, "of the data set, for a network that is given the class; 0: it is not", at_least(0)),
+    "sampling.method": Field("pc", "kind of sampler", choices("pc", "ode", "few_step")),
+    "sampling.num_steps": Field(0, "steps; 0: model.num_scales", at_least(0)),
+    "sampling.noise_removal": Field(True, "leave out the noise of the last step"),
+    "sampling.predictor": Field("reverse_diffusion", "of pc", choices(*PREDICTORS, or_path=True)),
+    "sampling.corrector": Field("langevin", "of pc", choices("langevin", "ald", "none", or_path=True)),
+    "sampling.n_steps_each": Field(1, "steps of the corrector at each time", at_least(1)),
+    "sampling.snr": Field(0.16, "signal-to-noise ratio of the corrector's steps", positive),
+    "sampling.solver": Field("rk45", "of ode: rk45 to adams; of few_step: heun, dpmpp_2m, dpmpp_2m_sde", _SOLVERS),
+    "sampling.rtol": Field(1e-5, "relative tolerance of ode", positive),
+    "sampling.atol": Field(1e-5, "absolute tolerance of ode", positive),
+    "sampling.condition": Field(
+        "",
+        "what is given: a measurement of the first test images, or a class",
+        choices("", *MEASUREMENTS, "class", "class_free", or_path=True),
+    ),
+    "sampling.conditioning": Field("projection", "on a measurement", choices("projection", "dps", "pigdm")),
+    "sampling.guidance_weight": Field(1.0, "of class, class_free and pigdm; the step size of dps", not_negative),
+    "sampling.class_label": Field(-1, "the class; -1: every class in turn", at_least(-1)),
+    "sampling.mask": Field(
+        "bottom",
+        "unknown to inpaint: left, right, top, bottom, center; top,left,height,width; an image, white where unknown",
+    ),
+    "sampling.factor": Field(2, "of super_resolution", at_least(2)),
+    "sampling.num_views": Field(23, "of ct", at_least(1)),
+    "sampling.operator": Field("", "of linear: a .npy file with a matrix"),
+    "sampling.measurement_noise": Field(0.0, "standard deviation, in units of the network's images", not_negative),
+    "sampling.num_images": Field(8, "images that are measured", at_least(1)),
+    "sampling.samples_per_image": Field(4, "samples for each of them", at_least(1)),
+    # The classifier of noised images for sampling.condition=class: --mode=train_classifier.
+    "classifier.nf": Field(64, "base number of channels", at_least(1)),
+    "classifier.ch_mult": Field((1, 2, 2, 2), "channels of each level, in multiples of nf", positive_integers(least=1)),
+    "classifier.num_res_blocks": Field(2, "residual blocks per level", at_least(1)),
+    "classifier.dropout": Field(0.1, "probability, in every residual block", fraction),
+    "classifier.batch_size": Field(128, "images of a step", at_least(1)),
+    "classifier.n_iters": Field(50000, "steps in all", at_least(1)),
+    "classifier.lr": Field(3e-4, "learning rate", positive),
+    "classifier.weight_decay": Field(0.05, "of AdamW", not_negative),
+    "classifier.log_freq": Field(100, "steps between rows of the log", at_least(1)),
+    "classifier.save_freq": Field(2000, "steps between checkpoints", at_least(1)),
+    "likelihood.divergence": Field("rademacher", "its probes, or exact", choices("rademacher", "gaussian", "exact")),
+    "likelihood.probes": Field(1, "of rademacher and gaussian; their variance falls as 1/probes", at_least(1)),
+    "likelihood.time": Field("log_ratio", "integrate over log_ratio (noise to signal) or t", choices("t", "log_ratio")),
+    "likelihood.solver": Field("adams", "of the probability-flow ODE", choices(*ODE_SOLVERS, or_path=True)),
+    "likelihood.num_steps": Field(160, "of heun and adams", at_least(0)),
+    "likelihood.rtol": Field(1e-3, "relative tolerance of the other solvers", positive),
+    "likelihood.atol": Field(1e-5, "absolute tolerance of the other solvers", positive),
+    "eval.batch_size": Field(128, "images at once, over all processes", at_least(1)),
+    "eval.enable_bpd": Field(True, "measure bits/dim"),
+    "eval.enable_asymmetry": Field(True, "measure Asym and NAsym"),
+    "eval.enable_sampling": Field(True, "measure the quality of samples"),
+    "eval.num_samples": Field(50000, "samples to draw", at_least(1)),
+    "eval.features": Field(
+        "inception",
+        "of FID and its relatives; classifier is trained on the set's own labels, and compares only with itself",
+        choices("inception", "classifier", or_path=True),
+    ),
+    "eval.inception_path": Field("", "torch-fidelity's weights; empty: torch's cache, fetched into there if need be"),
+    "eval.inception_sha256": Field("", "of weights other than the published ones"),
+    "eval.num_reference": Field(50000, "training images, evenly spaced, to compare samples with; 0: all", _REFERENCES),
+    "eval.stats_path": Field("", ".npz with pool_3 of the data, instead of computing it"),
+    "eval.backend": Field("torch", "what computes FID, KID and IS", choices("torch", "tfgan", or_path=True)),
+    "eval.tfhub_inception": Field("", "with tfgan: the folder of TF-Hub's Inception, to take the features from"),
+    "eval.metrics": Field((), "further metrics of samples, module:attribute each", import_paths),
+    "eval.nll_images": Field(0, "test images for bits/dim, evenly spaced; 0: all", at_least(0)),
+    "eval.asym_levels": Field(100, "noise levels t = i/levels", at_least(1)),
+    "eval.asym_images": Field(0, "test images per level; 0: all", at_least(0)),
+    "eval.asym_probes": Field(16, "random directions; 0: the exact Jacobian", at_least(0)),
+}
 
 
-def choose(config: ConfigDict, name: str, variants: dict[str, dict]) -> ConfigDict:
-    """Apply the overrides of one of a file's variants, the argument after the colon in ``--config=FILE:NAME``.
-
-    Raises:
-        ValueError: there is no such variant.
-    """
-    if name not in variants:
-        raise ValueError(f"config argument {name!r}: allowed are {', '.join(variants)}")
-    config.update_from_flattened_dict(variants[name])
-    return config
+def base_config(*overrides: Overrides) -> ConfigDict:
+    """All fields with their defaults, then ``overrides``, in which None deletes a field."""
+    return make_config(FIELDS, *overrides)

@@ -8,26 +8,23 @@ python main.py --config=configs/digits.py:u --workdir=runs/digits/u --mode=train
 docs/choosing_qc_weight.md. Data are dequantised in training too: of 17 grey levels the bits/dim would suffer.
 """
 
-from configs.defaults import base_config, choose
+from configs.presets import preset
 
+DIGITS = {
+    "data": dict(dataset="digits", image_size=8, num_channels=1, random_flip=False, uniform_dequantization=True),
+    "model": dict(nf=16, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0, sigma_max=10.0),
+    "optim": dict(lr=1e-3, warmup=200),
+    "training": dict(batch_size=128, n_iters=2500, eval_freq=200, snapshot_freq=600, snapshot_freq_for_preemption=200),
+    "classifier": dict(nf=32, ch_mult=(1, 2), num_res_blocks=1, n_iters=1500, lr=1e-3, save_freq=250),
+    "sampling.num_steps": 100,
+    "eval": dict(
+        batch_size=360, num_samples=1000, features="classifier", asym_levels=20, asym_images=24, asym_probes=0
+    ),
+}
 MODELS = {
     "u": {},
     "c": {"model.parameterization": "conservative", "training.n_iters": 800},
     "qc": {"training.qc_weight": 4e-2},
     "conditional": {"model.num_classes": 10, "training.label_dropout": 0.2, "sampling.condition": "class_free"},
 }
-
-
-def get_config(model="u"):
-    config = base_config()
-    config.data.update(dataset="digits", image_size=8, num_channels=1, random_flip=False, uniform_dequantization=True)
-    config.model.update(nf=16, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0, sigma_max=10.0)
-    config.optim.update(lr=1e-3, warmup=200)
-    config.training.update(
-        batch_size=128, n_iters=2500, eval_freq=200, snapshot_freq=600, snapshot_freq_for_preemption=200
-    )
-    config.classifier.update(nf=32, ch_mult=(1, 2), num_res_blocks=1, n_iters=1500, lr=1e-3, save_freq=250)
-    config.sampling.num_steps = 100
-    config.eval.update(batch_size=360, num_samples=1000, features="classifier")
-    config.eval.update(asym_levels=20, asym_images=24, asym_probes=0)
-    return choose(config, model, MODELS)
+get_config = preset(DIGITS, variants=MODELS)

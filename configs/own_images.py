@@ -9,31 +9,25 @@ as in docs/choosing_qc_weight.md: over steps 1251 to 1300, 1e-3 costs 0.1 and 0.
 Images of another size: --config.data.image_size=S with S divisible by 4, the network being of three resolutions.
 """
 
-from configs.defaults import base_config, choose
+from configs.presets import preset
 
+OWN = {
+    "data.dataset": "npz",
+    # The average must forget within the 300 steps of QC where it came from.
+    "model": dict(nf=16, ch_mult=(1, 2, 2), num_res_blocks=1, dropout=0.0, ema_rate=0.99),
+    "optim": dict(lr=1e-3, warmup=200),
+    "training": dict(batch_size=32, n_iters=1500, eval_freq=300, snapshot_freq=300, snapshot_freq_for_preemption=100),
+    "training.snapshot_sampling": False,
+    "sampling.num_steps": 100,
+    "eval": dict(batch_size=50, features="classifier", num_samples=200, nll_images=100, asym_levels=20, asym_images=8),
+}
 IMAGES = {
-    "rgb32": {"data.image_size": 32, "data.num_channels": 3, "model.attn_resolutions": (8,)},
+    "rgb32": {"model.attn_resolutions": (8,)},
     "grey28": {
-        "data.image_size": 28,
-        "data.num_channels": 1,
-        "data.random_flip": False,
-        "model.attn_resolutions": (7,),
-        "model.sigma_max": 20.0,
+        "data": dict(image_size=28, num_channels=1, random_flip=False),
+        "model": dict(attn_resolutions=(7,), sigma_max=20.0),
     },
 }
 QC = {"training.qc_weight": 1e-3, "training.qc_stride": 4}
 MODELS = {f"{name}_{model}": IMAGES[name] | {"u": {}, "qc": QC}[model] for name in IMAGES for model in ("u", "qc")}
-
-
-def get_config(model="rgb32_u"):
-    config = base_config()
-    config.data.dataset = "npz"
-    # The average must forget within the 300 steps of QC where it came from.
-    config.model.update(nf=16, ch_mult=(1, 2, 2), num_res_blocks=1, dropout=0.0, ema_rate=0.99)
-    config.optim.update(lr=1e-3, warmup=200)
-    config.training.update(batch_size=32, n_iters=1500, eval_freq=300, snapshot_sampling=False)
-    config.training.update(snapshot_freq=300, snapshot_freq_for_preemption=100)
-    config.sampling.num_steps = 100
-    config.eval.update(batch_size=50, features="classifier", num_samples=200, nll_images=100)
-    config.eval.update(asym_levels=20, asym_images=8, asym_probes=16)
-    return choose(config, model, MODELS)
+get_config = preset(OWN, variants=MODELS)

@@ -5,11 +5,12 @@ python main.py --config=tutorial_example/configs.py --workdir=W --mode=train
 The README has its bits/dim.
 """
 
-from configs.defaults import base_config, use_vp
+from configs.defaults import base_config
+from configs.presets import VP
 
 
 def get_config():
-    config = use_vp(base_config())
+    config = base_config(VP)
     config.data.update(dataset="digits", image_size=8, num_channels=1, random_flip=False, uniform_dequantization=True)
     config.model.update(nf=16, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0, ema_rate=0.99)
     config.optim.update(lr=1e-3, warmup=100)

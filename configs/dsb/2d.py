@@ -7,17 +7,15 @@ The argument is DATASET (to a Gaussian), DATASET-DATASET, or gaussian, which lin
 numbers are in schrodinger_bridge/README.md.
 """
 
-from configs.dsb.common import bridge_config
-from schrodinger_bridge.point_sets import POINT_SETS
+from configs.dsb.common import COMMON, POINT_SETS, POINTS
+from configs.fields import make_config
 
+# The source has 20 steps of 0.01. The noise that the last step goes without, 2γ per coordinate, is a part of the
+# coupling's cost: with these steps that comes within 5 % of the static bridge's.
+STEPS = {"bridge": dict(num_steps=40, gamma_min=0.005, gamma_max=0.005), "optim.cosine_decay": True}
 # A network that linear algebra can be compared with.
-GAUSSIAN = {
-    "data.dataset": "correlated_gaussian",
-    "model.name": "affine",
-    "optim.lr": 2e-2,
-    "training.batch_size": 2048,
-    "training.n_iters": 400,
-}
+GAUSSIAN = {"data.dataset": "correlated_gaussian", "model.name": "affine", "optim.lr": 2e-2}
+GAUSSIAN |= {"training": dict(batch_size=2048, n_iters=400)}
 
 
 def get_config(pair="scurve"):
@@ -27,14 +25,5 @@ def get_config(pair="scurve"):
             f"config argument {pair!r}: allowed are gaussian, DATASET and DATASET-DATASET with DATASET one of "
             f"{', '.join(POINT_SETS)}"
         )
-    config = bridge_config()
-    config.data = {"dataset": first, "scale": 1.0}
-    config.final = {"dataset": last or "gaussian", "scale": 1.0}
-    config.model = {"name": "time_mlp", "width": 128, "depth": 3, "ema_rate": 0.99}
-    # The source has 20 steps of 0.01. The noise that the last step goes without, 2γ per coordinate, is a part of the
-    # coupling's cost: with these steps that comes within 5 % of the static bridge's.
-    config.bridge.update(num_steps=40, gamma_min=0.005, gamma_max=0.005)
-    config.optim.cosine_decay = True
-    if pair == "gaussian":
-        config.update_from_flattened_dict(GAUSSIAN)
-    return config
+    ends = GAUSSIAN if pair == "gaussian" else {"data.dataset": first, "final.dataset": last or "gaussian"}
+    return make_config(COMMON | POINTS, STEPS, ends)

@@ -8,16 +8,11 @@ Table 2, NLL (bits/dim) / Asym / NAsym:  C 5.10 / 0 / 0;  U 3.96 / 2.05e7 / 7.17
 Table 3, FID / IS / precision / recall by PC sampling of 1000 steps:
   C 28.97 / 8.58 / 0.61 / 0.45;  U 19.82 / 9.89 / 0.60 / 0.52;  QC 19.62 / 9.94 / 0.61 / 0.52.
 
-QC continues the U model of step 600 000, ours or the authors' checkpoint.pth; the tables' models have 700 000 steps.
 (The authors' config for this set has neither dropout nor flips: --config.model.dropout=0.0
 --config.data.random_flip=False.)
-`qc` is Table 2's setting (16 probes, batch 8), `qc_sampling` that of Tables 3 and 4 (1 probe, batch 128).
 """
 
-from configs.presets import QCSBM_MODELS, qcsbm_config
+from configs.presets import QCSBM, QCSBM_MODELS, preset
 
 MODELS = QCSBM_MODELS
-
-
-def get_config(model="u"):
-    return qcsbm_config("IMAGENET32", model)
+get_config = preset(QCSBM, {"data.dataset": "IMAGENET32"}, variants=MODELS)

@@ -6,15 +6,10 @@ python main.py --config=configs/qcsbm/svhn.py:qc --workdir=runs/svhn/qc --mode=t
 
 Table 2, NLL (bits/dim) / Asym / NAsym:  C 5.00 / 0 / 0;  U 2.15 / 3.06e7 / 6.54e-4;  QC 2.01 / 1.69e7 / 4.80e-4.
 
-QC continues the U model of step 600 000, ours or the authors' checkpoint.pth; the tables' models have 700 000 steps.
 (The authors' config for this set counts from 300 000 to 450 000.)
-`qc` is Table 2's setting (16 probes, batch 8), `qc_sampling` that of Tables 3 and 4 (1 probe, batch 128).
 """
 
-from configs.presets import QCSBM_MODELS, qcsbm_config
+from configs.presets import QCSBM, QCSBM_MODELS, preset
 
 MODELS = QCSBM_MODELS
-
-
-def get_config(model="u"):
-    return qcsbm_config("SVHN", model)
+get_config = preset(QCSBM, {"data.dataset": "SVHN"}, variants=MODELS)

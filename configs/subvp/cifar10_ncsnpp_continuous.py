@@ -3,9 +3,6 @@
 python main.py --config=configs/subvp/cifar10_ncsnpp_continuous.py --workdir=runs/subvp_ncsnpp --mode=train
 """
 
-from configs.defaults import base_config, use_vp
-from configs.presets import use_ncsnpp_on_vp
+from configs.presets import NCSNPP_ON_VP, SUB_VP, VP, preset
 
-
-def get_config():
-    return use_ncsnpp_on_vp(use_vp(base_config(), "subvpsde"))
+get_config = preset(VP, SUB_VP, NCSNPP_ON_VP)

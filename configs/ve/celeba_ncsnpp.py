@@ -3,9 +3,6 @@
 python main.py --config=configs/ve/celeba_ncsnpp.py --workdir=runs/celeba_ncsnpp --mode=train
 """
 
-from configs.defaults import base_config
-from configs.presets import use_celeba, use_smld
+from configs.presets import CELEBA, SMLD, preset
 
-
-def get_config():
-    return use_smld(use_celeba(base_config()))
+get_config = preset(CELEBA, SMLD)

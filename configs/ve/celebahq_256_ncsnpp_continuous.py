@@ -1,11 +1,8 @@
 """NCSN++ (cont.) on CelebA-HQ 256×256, VE SDE (Song et al., ICLR 2021; only samples published).
 
-python main.py --config=configs/ve/celebahq_256_ncsnpp_continuous.py --workdir=runs/celebahq_256 --mode=train \
-    --config.data.path=FOLDER_OF_IMAGES
+python main.py --config=configs/ve/celebahq_256_ncsnpp_continuous.py --workdir=W --mode=train --config.data.path=FOLDER
 """
 
-from configs.presets import ncsnpp_256
+from configs.presets import IMAGE_FOLDER, NCSNPP_256, preset
 
-
-def get_config():
-    return ncsnpp_256(sigma_max=348.0)
+get_config = preset(IMAGE_FOLDER, NCSNPP_256, {"model.sigma_max": 348.0})

@@ -1,11 +1,8 @@
 """NCSN++ (cont.) on CelebA-HQ 1024×1024, VE SDE (Song et al., ICLR 2021, Appendix H; only samples published).
 
-python main.py --config=configs/ve/celebahq_ncsnpp_continuous.py --workdir=runs/celebahq --mode=train \
-    --config.data.path=FOLDER_OF_IMAGES
+python main.py --config=configs/ve/celebahq_ncsnpp_continuous.py --workdir=W --mode=train --config.data.path=FOLDER
 """
 
-from configs.presets import ncsnpp_1024
+from configs.presets import IMAGE_FOLDER, NCSNPP_256, NCSNPP_1024, preset
 
-
-def get_config():
-    return ncsnpp_1024()
+get_config = preset(IMAGE_FOLDER, NCSNPP_256, NCSNPP_1024)

@@ -3,9 +3,6 @@
 python main.py --config=configs/ve/cifar10_ddpm.py --workdir=runs/ve_ddpm --mode=train
 """
 
-from configs.defaults import base_config
-from configs.presets import use_ddpm, use_smld
+from configs.presets import DDPM, SMLD, preset
 
-
-def get_config():
-    return use_ddpm(use_smld(base_config()))
+get_config = preset(SMLD, DDPM)

@@ -3,9 +3,6 @@
 python main.py --config=configs/ve/cifar10_ncsnpp.py --workdir=runs/ve_ncsnpp_discrete --mode=train
 """
 
-from configs.defaults import base_config
-from configs.presets import use_smld
+from configs.presets import SMLD, preset
 
-
-def get_config():
-    return use_smld(base_config())
+get_config = preset(SMLD)

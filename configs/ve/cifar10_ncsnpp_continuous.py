@@ -3,8 +3,6 @@
 python main.py --config=configs/ve/cifar10_ncsnpp_continuous.py --workdir=runs/ve_ncsnpp --mode=train
 """
 
-from configs.defaults import base_config
+from configs.presets import preset
 
-
-def get_config():
-    return base_config()
+get_config = preset()

@@ -3,11 +3,6 @@
 python main.py --config=configs/ve/cifar10_ncsnpp_deep_continuous.py --workdir=runs/ve_ncsnpp_deep --mode=train
 """
 
-from configs.defaults import base_config
+from configs.presets import DEEP, preset
 
-
-def get_config():
-    config = base_config()
-    config.training.n_iters = 950001
-    config.model.num_res_blocks = 8
-    return config
+get_config = preset(DEEP)

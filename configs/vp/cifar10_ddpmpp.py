@@ -3,9 +3,6 @@
 python main.py --config=configs/vp/cifar10_ddpmpp.py --workdir=runs/vp_ddpmpp_discrete --mode=train
 """
 
-from configs.defaults import base_config
-from configs.presets import use_discrete_vp
+from configs.presets import DISCRETE_VP, VP, preset
 
-
-def get_config():
-    return use_discrete_vp(base_config())
+get_config = preset(VP, DISCRETE_VP)

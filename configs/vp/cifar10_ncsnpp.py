@@ -3,12 +3,6 @@
 python main.py --config=configs/vp/cifar10_ncsnpp.py --workdir=runs/vp_ncsnpp_discrete --mode=train
 """
 
-from configs.defaults import base_config, use_vp
-from configs.presets import use_ncsnpp_on_vp
+from configs.presets import NCSNPP_ON_VP, VP, preset
 
-
-def get_config():
-    config = use_ncsnpp_on_vp(use_vp(base_config(), "vpsde"))
-    config.training.continuous = False
-    config.sampling.predictor = "reverse_diffusion"
-    return config
+get_config = preset(VP, NCSNPP_ON_VP, {"training.continuous": False, "sampling.predictor": "reverse_diffusion"})

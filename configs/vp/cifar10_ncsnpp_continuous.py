@@ -3,9 +3,6 @@
 python main.py --config=configs/vp/cifar10_ncsnpp_continuous.py --workdir=runs/vp_ncsnpp --mode=train
 """
 
-from configs.defaults import base_config, use_vp
-from configs.presets import use_ncsnpp_on_vp
+from configs.presets import NCSNPP_ON_VP, VP, preset
 
-
-def get_config():
-    return use_ncsnpp_on_vp(use_vp(base_config(), "vpsde"))
+get_config = preset(VP, NCSNPP_ON_VP)

@@ -3,12 +3,6 @@
 python main.py --config=configs/vp/cifar10_ncsnpp_deep_continuous.py --workdir=runs/vp_ncsnpp_deep --mode=train
 """
 
-from configs.defaults import base_config, use_vp
-from configs.presets import use_ncsnpp_on_vp
+from configs.presets import DEEP, NCSNPP_ON_VP, VP, preset
 
-
-def get_config():
-    config = use_ncsnpp_on_vp(use_vp(base_config(), "vpsde"))
-    config.training.n_iters = 950001
-    config.model.num_res_blocks = 8
-    return config
+get_config = preset(VP, NCSNPP_ON_VP, DEEP)

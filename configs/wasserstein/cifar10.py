@@ -8,7 +8,8 @@ The paper's names: ve, vp are the original processes of Song et al.; their varia
 Its code trains v1 to v3 of VE with another g than it should (docs/deviations.md).
 """
 
-from configs.defaults import base_config, choose, use_vp
+from configs.presets import VP as VP_SDE
+from configs.presets import preset
 
 VE = {
     "ve": {"model.schedule": "geometric"},
@@ -24,11 +25,5 @@ VP = {
     "cosine": {"model.schedule": "cosine", "model.beta_max": 999.0},
 }
 MODELS = VE | VP
-
-
-def get_config(model="ve"):
-    config = use_vp(base_config()) if model in VP else base_config()
-    config.model.nf = 32
-    config.training.batch_size = 16
-    config.eval.num_samples = 20_000
-    return choose(config, model, MODELS)
+SMALL = {"model.nf": 32, "training.batch_size": 16, "eval.num_samples": 20_000}
+get_config = preset(SMALL, variants=VE | {name: VP_SDE | schedule for name, schedule in VP.items()})

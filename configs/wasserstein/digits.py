@@ -7,18 +7,20 @@ python main.py --config=configs/wasserstein/digits.py:ve_v1 --workdir=runs/digit
 steps; the expected numbers are in wasserstein_example/README.md.
 """
 
-from configs.defaults import choose, use_vp
+from configs import presets
 from configs.digits import get_config as digits_config
+from configs.fields import apply, choose
 from configs.wasserstein.cifar10 import MODELS, VP
+
+CHANGES = {
+    "model.ema_rate": 0.999,
+    "training": dict(n_iters=1000, eval_freq=500, snapshot_freq=0, snapshot_freq_for_preemption=250),
+    "training.snapshot_sampling": False,
+    # The sampler that the theory analyses; for VE it is reverse diffusion.
+    "sampling": dict(predictor="exponential_integrator", corrector="none"),
+    "eval": dict(batch_size=500, enable_bpd=False, enable_asymmetry=False),
+}
 
 
 def get_config(model="ve"):
-    config = use_vp(digits_config()) if model in VP else digits_config()
-    config.model.ema_rate = 0.999
-    config.training.update(
-        n_iters=1000, eval_freq=500, snapshot_freq=0, snapshot_freq_for_preemption=250, snapshot_sampling=False
-    )
-    # The sampler that the theory analyses; for VE it is reverse diffusion.
-    config.sampling.update(predictor="exponential_integrator", corrector="none")
-    config.eval.update(batch_size=500, enable_bpd=False, enable_asymmetry=False)
-    return choose(config, model, MODELS)
+    return choose(apply(digits_config(), presets.VP if model in VP else {}, CHANGES), model, MODELS)

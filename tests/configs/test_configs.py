@@ -22,7 +22,7 @@ from sampling import get_sampler
 from sde_lib import get_sde
 
 ROOT = Path(__file__).parents[2]
-SHARED = ("__init__.py", "defaults.py", "presets.py")
+SHARED = ("__init__.py", "checks.py", "defaults.py", "fields.py", "presets.py", "ranges.py")
 # Those of bridges have other fields: test_bridge_training.
 FILES = sorted(
     p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.py") if p.name not in SHARED and p.parent.name != "dsb"

@@ -3,8 +3,6 @@
 python main.py --config=configs/ve/ncsn/celeba.py --workdir=runs/celeba_ncsn --mode=train
 """
 
-from configs.presets import NCSN_LEVELS, ncsn_config
+from configs.presets import CELEBA, NCSN, NCSN_LEVELS, preset
 
-
-def get_config():
-    return ncsn_config(NCSN_LEVELS, celeba=True)
+get_config = preset(CELEBA, NCSN, NCSN_LEVELS)

@@ -3,8 +3,6 @@
 python main.py --config=configs/ve/ncsn/celeba_124.py --workdir=runs/celeba_ncsn_124 --mode=train
 """
 
-from configs.presets import CELEBA_LEVELS, ncsn_config
+from configs.presets import CELEBA, CELEBA_LEVELS, NCSN, preset
 
-
-def get_config():
-    return ncsn_config(CELEBA_LEVELS, celeba=True)
+get_config = preset(CELEBA, NCSN, CELEBA_LEVELS)

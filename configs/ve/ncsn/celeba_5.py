@@ -3,8 +3,6 @@
 python main.py --config=configs/ve/ncsn/celeba_5.py --workdir=runs/celeba_ncsn_5 --mode=train
 """
 
-from configs.presets import NCSN_LEVELS, ncsn_config
+from configs.presets import AVERAGED, CELEBA, NCSN, NCSN_LEVELS, preset
 
-
-def get_config():
-    return ncsn_config(NCSN_LEVELS, celeba=True, moving_average=True)
+get_config = preset(CELEBA, NCSN, NCSN_LEVELS, AVERAGED)

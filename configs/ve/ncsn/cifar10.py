@@ -3,8 +3,6 @@
 python main.py --config=configs/ve/ncsn/cifar10.py --workdir=runs/cifar10_ncsn --mode=train
 """
 
-from configs.presets import NCSN_LEVELS, ncsn_config
+from configs.presets import NCSN, NCSN_LEVELS, preset
 
-
-def get_config():
-    return ncsn_config(NCSN_LEVELS)
+get_config = preset(NCSN, NCSN_LEVELS)

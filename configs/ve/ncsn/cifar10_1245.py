@@ -3,8 +3,6 @@
 python main.py --config=configs/ve/ncsn/cifar10_1245.py --workdir=runs/cifar10_ncsn_1245 --mode=train
 """
 
-from configs.presets import CIFAR10_LEVELS, ncsn_config
+from configs.presets import AVERAGED, CIFAR10_LEVELS, NCSN, preset
 
-
-def get_config():
-    return ncsn_config(CIFAR10_LEVELS, moving_average=True)
+get_config = preset(NCSN, CIFAR10_LEVELS, AVERAGED)

@@ -3,8 +3,6 @@
 python main.py --config=configs/ve/ncsn/cifar10_5.py --workdir=runs/cifar10_ncsn_5 --mode=train
 """
 
-from configs.presets import NCSN_LEVELS, ncsn_config
+from configs.presets import AVERAGED, NCSN, NCSN_LEVELS, preset
 
-
-def get_config():
-    return ncsn_config(NCSN_LEVELS, moving_average=True)
+get_config = preset(NCSN, NCSN_LEVELS, AVERAGED)

@@ -3,11 +3,6 @@
 python main.py --config=configs/ve/ncsnv2/celeba.py --workdir=runs/celeba_ncsnv2 --mode=train
 """
 
-from configs.defaults import base_config
-from configs.presets import CELEBA_LEVELS, use_celeba, use_ncsn
+from configs.presets import CELEBA, CELEBA_LEVELS, NCSN, NCSNV2, preset
 
-
-def get_config():
-    config = use_ncsn(use_celeba(base_config()), "ncsnv2_64")
-    config.update_from_flattened_dict(CELEBA_LEVELS)
-    return config
+get_config = preset(CELEBA, NCSN, NCSNV2, CELEBA_LEVELS)

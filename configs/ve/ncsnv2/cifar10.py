@@ -3,11 +3,6 @@
 python main.py --config=configs/ve/ncsnv2/cifar10.py --workdir=runs/cifar10_ncsnv2 --mode=train
 """
 
-from configs.defaults import base_config
-from configs.presets import CIFAR10_LEVELS, use_ncsn
+from configs.presets import CIFAR10_LEVELS, NCSN, NCSNV2, preset
 
-
-def get_config():
-    config = use_ncsn(base_config(), "ncsnv2_64")
-    config.update_from_flattened_dict(CIFAR10_LEVELS)
-    return config
+get_config = preset(NCSN, NCSNV2, CIFAR10_LEVELS)

@@ -1,11 +1,8 @@
 """DDPM on LSUN bedroom 256×256, VP in discrete time (Ho et al., NeurIPS 2020; no public checkpoint in PyTorch).
 
-python main.py --config=configs/vp/ddpm/bedroom.py --workdir=runs/bedroom_ddpm --mode=train \
-    --config.data.path=FOLDER_OF_IMAGES
+python main.py --config=configs/vp/ddpm/bedroom.py --workdir=runs/bedroom_ddpm --mode=train --config.data.path=FOLDER
 """
 
-from configs.presets import ddpm_256
+from configs.presets import DDPM, DDPM_256, DISCRETE_VP, IMAGE_FOLDER, VP, preset
 
-
-def get_config():
-    return ddpm_256()
+get_config = preset(IMAGE_FOLDER, VP, DISCRETE_VP, DDPM, DDPM_256)

@@ -3,11 +3,6 @@
 python main.py --config=configs/vp/ddpm/cifar10_unconditional.py --workdir=runs/vp_ddpm_unconditional --mode=train
 """
 
-from configs.defaults import base_config
-from configs.presets import use_ddpm, use_discrete_vp
+from configs.presets import DDPM, DISCRETE_VP, VP, preset
 
-
-def get_config():
-    config = use_ddpm(use_discrete_vp(base_config()))
-    config.model.conditional = False
-    return config
+get_config = preset(VP, DISCRETE_VP, DDPM, {"model.conditional": False})
