@@ -30,10 +30,11 @@ from checkpoints import (
 )
 from conservativeness import asymmetry
 from data import sets
-from evaluation import OWN_BACKEND, sample_quality
+from evaluation import OWN_BACKEND, Features, sample_quality
+from experiment import runtime as experiment_runtime
 from experiment.randomness import SampleGenerators, normal_like
 from features.classifier import train_classifier
-from features.extraction import FeatureExtractor, Features, key_digest, read_statistics, statistics_file
+from features.extraction import FeatureExtractor, key_digest, read_statistics, statistics_file
 from features.inception import InceptionFeatures, find_weights
 from guidance.conditions import CONDITION_FIELDS, MEASUREMENTS
 from likelihood import bits_per_dim
@@ -495,16 +496,12 @@ def _feature_extractor(run: Run) -> FeatureExtractor:
         from features.tfgan import TFHubFeatures
 
         return TFHubFeatures(settings.tfhub_inception, num_levels=num_levels)
+    if settings.features == "classifier":
+        runtime = experiment_runtime.Runtime(run.runtime.device, run.runtime.precision)
+        return train_classifier(
+            run.train_data, run.test_data, seed=run.config.seed, cache_dir=_cache(run), runtime=runtime
+        )
     with run.main_process_first():
-        if settings.features == "classifier":
-            return train_classifier(
-                run.train_data,
-                run.test_data,
-                seed=run.config.seed,
-                cache_dir=_cache(run),
-                device=run.device,
-                progress=run.shows_progress,
-            )
         weights = find_weights(settings.inception_path)
     return InceptionFeatures(weights, sha256=settings.inception_sha256, num_levels=num_levels, device=run.device)
 

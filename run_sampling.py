@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from data import pixels
+from experiment import runtime as experiment_runtime
 from experiment.files import write_atomically
 from experiment.randomness import SampleGenerators, normal_like
 from features.classifier import train_classifier
@@ -85,11 +86,11 @@ def _sample(run: Run, folder: Path) -> None:
     """Without a measurement."""
     arrays = sample_stage(run)
     metrics = {"nfe_sampling": float(arrays["nfe"].mean()), "num_samples": len(arrays["images"])}
+    extra = {"nfe": metrics["nfe_sampling"]}
+    if run.config.sampling.condition in CLASS_CONDITIONS:
+        extra["labels"] = run.wanted_labels(range(len(arrays["images"]))).cpu().numpy()
+        metrics.update(_classified_as_wanted(run, arrays["images"], extra["labels"]))
     if run.accelerator.is_main_process:
-        extra = {"nfe": metrics["nfe_sampling"]}
-        if run.config.sampling.condition in CLASS_CONDITIONS:
-            extra["labels"] = run.wanted_labels(range(len(arrays["images"]))).cpu().numpy()
-            metrics.update(_classified_as_wanted(run, arrays["images"], extra["labels"]))
         write_arrays(folder / "samples.npz", images=arrays["images"], num_levels=run.train_data.num_levels, **extra)
         save_image_grid(folder / "grid.png", arrays["images"], run.train_data.num_levels)
         write_text(folder / "metrics.json", json.dumps(metrics, indent=1, sort_keys=True) + "\n")
@@ -141,9 +142,8 @@ def _condition(config: ConfigDict) -> str:
 def _classified_as_wanted(run: Run, images: np.ndarray, labels: np.ndarray) -> dict:
     """By the classifier of clean images whose features evaluation uses, which sampling knows nothing of."""
     cache = Path(run.runtime.cache_dir or run.workdir / "eval" / "cache")
-    extractor = train_classifier(
-        run.train_data, run.test_data, seed=run.config.seed, cache_dir=cache, device=run.device
-    )
+    runtime = experiment_runtime.Runtime(run.runtime.device, run.runtime.precision)
+    extractor = train_classifier(run.train_data, run.test_data, seed=run.config.seed, cache_dir=cache, runtime=runtime)
     batches = torch.from_numpy(images).permute(0, 3, 1, 2).split(run.config.eval.batch_size)
     found = torch.cat([extractor(batch)[1].argmax(1).cpu() for batch in batches]).numpy()
     return {
