@@ -1,6 +1,7 @@
 r"""How good are the samples: distances and overlaps between sets of images, measured in a feature space.
 
-Every metric is a pure function, in float64, of features (N, F) and logits (N, K) (see ``features``):
+Every metric is a pure function, in float64, of features (N, F) and logits (N, K), and raises a ValueError if these are
+not finite, the dimensions differ or there are too few rows:
 
 - FID, the squared Fréchet (2-Wasserstein) distance of the Gaussians with the features' means and covariances,
   ‖μ₁ − μ₂‖² + tr C₁ + tr C₂ − 2 tr (C₁^½ C₂ C₁^½)^½                      (Heusel et al. 2017; Dowson and Landau 1982);
@@ -13,9 +14,10 @@ Every metric is a pure function, in float64, of features (N, F) and logits (N, K
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -23,18 +25,20 @@ from scipy.special import log_softmax, logsumexp
 from torch import Tensor
 
 from experiment.randomness import seed_from
-from features.extraction import Features, check_matrix
 
 __all__ = [
     "JACKKNIFE_GROUPS",
     "OWN_BACKEND",
     "Backend",
-    "density_coverage",
+    "Features",
+    "Metric",
+    "check_matrix",
     "fid",
     "fid_with_error",
     "frechet_distance",
     "inception_score",
     "kid",
+    "neighbourhood_metrics",
     "polynomial_mmd2",
     "precision_recall",
     "sample_quality",
@@ -42,6 +46,55 @@ __all__ = [
 
 JACKKNIFE_GROUPS = 20
 """Of ``fid_with_error``, each of which leaves out a twentieth of the samples."""
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Features of N images, stored as float32: of the penultimate layer, ``pool`` (N, F), and unnormalised
+    log-probabilities of the classes, ``logits`` (N, K).
+
+    Raises:
+        ValueError: a shape is not as above, N differs, or a number is not finite.
+    """
+
+    pool: np.ndarray
+    logits: np.ndarray
+
+    def __post_init__(self) -> None:
+        for name in ("pool", "logits"):
+            values = np.asarray(getattr(self, name), dtype=np.float32)
+            check_matrix(name, values)
+            object.__setattr__(self, name, values)
+        if len(self.pool) != len(self.logits):
+            raise ValueError(f"features have {len(self.pool)} rows of pool but {len(self.logits)} of logits")
+
+    def __len__(self) -> int:
+        return len(self.pool)
+
+
+def check_matrix(name: str, values: np.ndarray) -> None:
+    """Raise a ValueError unless ``values`` is a matrix (N, dimension) of finite numbers."""
+    if values.ndim != 2:
+        raise ValueError(f"{name} must have shape (N, dimension), not {values.shape}")
+    if not np.isfinite(values).all():
+        bad = int((~np.isfinite(values).all(axis=1)).sum())
+        raise ValueError(f"{name} must be finite, but {bad} of {len(values)} rows are not")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of what the field computes with tensorflow-gan; ``name`` is for reports."""
+
+    name: str
+    fid: Callable[[np.ndarray, np.ndarray], float]
+    mmd2: Callable[[np.ndarray, np.ndarray], float]
+    """The squared kernel distance, see :func:`polynomial_mmd2`."""
+    inception_score: Callable[[np.ndarray], float]
+    """Of logits (N, K), all of them together."""
+
+
+Metric = Callable[[np.ndarray, Features], float]
+"""Of your own: (features of the data (N, F), features and logits of the samples) → a number."""
 
 
 def sample_quality(
@@ -52,6 +105,7 @@ def sample_quality(
     k: int = 3,
     device: torch.device | str = "cpu",
     backend: Backend | None = None,
+    metrics: Mapping[str, Metric] = MappingProxyType({}),
 ) -> dict[str, float]:
     """All metrics of a generated set against a real one.
 
@@ -63,21 +117,23 @@ def sample_quality(
         real: features of the data, (N, F).
         generated: features and logits of the samples, (M, F) and (M, K).
         seed: chooses the subsets of KID.
-        k: which nearest neighbour sets the radii of precision, recall, density and coverage.
-        device: where distances between features are computed.
+        k, device: see :func:`neighbourhood_metrics`.
         backend: who computes FID, KID and the inception score; None: this module.
+        metrics: further ones by name.
 
     Returns:
-        ``fid, kid, kid_se, inception_score, inception_score_std, precision, recall, density, coverage``.
+        ``fid, kid, kid_se, inception_score, inception_score_std, precision, recall, density, coverage``, and the
+        further ones.
 
     Raises:
-        ValueError: if the feature dimensions differ or either set has fewer than max(k + 1, 4) images.
+        ValueError: the feature dimensions differ or either set has fewer than max(k + 1, 4) images.
     """
     backend = backend or OWN_BACKEND
     kid_mean, kid_se = kid(real, generated.pool, seed=seed, mmd2=backend.mmd2)
     splits = 10 if len(generated) >= 5000 else 1
-    precision, recall, density, coverage = _neighbourhood_overlap(real, generated.pool, k, 512, device)
+    precision, recall, density, coverage = neighbourhood_metrics(real, generated.pool, k=k, device=device)
     return {
+        **{name: float(metric(real, generated)) for name, metric in metrics.items()},
         "fid": backend.fid(real, generated.pool),
         "kid": kid_mean,
         "kid_se": kid_se,
@@ -90,40 +146,14 @@ def sample_quality(
     }
 
 
-@dataclass(frozen=True)
-class Backend:
-    """An implementation of what the field computes with tensorflow-gan.
-
-    Attributes:
-        name: for reports.
-        fid: features (N, F) and (M, F) to the Fréchet distance; see :func:`fid`.
-        mmd2: features (N, F) and (M, F) to the squared kernel distance; see :func:`polynomial_mmd2`.
-        inception_score: logits (N, K) to the score of all of them together; see :func:`inception_score`.
-    """
-
-    name: str
-    fid: Callable[[np.ndarray, np.ndarray], float]
-    mmd2: Callable[[np.ndarray, np.ndarray], float]
-    inception_score: Callable[[np.ndarray], float]
-
-
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
     r"""Squared Fréchet distance of two Gaussians with means (F,) and covariances (F, F), of any rank.
 
     ‖μ₁ − μ₂‖² + tr C₁ + tr C₂ − 2 tr (C₁^½ C₂ C₁^½)^½ (Dowson and Landau 1982). The last trace is the sum of the
     singular values of C₁^½ C₂^½. Unlike the square root of the product C₁C₂, or of eigenvalues that are zero up to
     rounding, this needs no regularisation and loses no digits when the covariances are singular.
-
-    Raises:
-        ValueError: if shapes disagree or a number is not finite.
     """
     mean1, cov1, mean2, cov2 = (np.asarray(a, dtype=np.float64) for a in (mean1, cov1, mean2, cov2))
-    shapes = [a.shape for a in (mean1, cov1, mean2, cov2)]
-    if mean1.ndim != 1 or shapes != [mean1.shape, 2 * mean1.shape] * 2:
-        raise ValueError(f"Fréchet distance needs shapes (F,), (F, F), (F,), (F, F) with one F, not {shapes}")
-    if not all(np.isfinite(a).all() for a in (mean1, cov1, mean2, cov2)):
-        raise ValueError("Fréchet distance needs finite means and covariances")
-
     root_overlap = np.linalg.svd(_symmetric_root(cov1) @ _symmetric_root(cov2), compute_uv=False).sum()
     return _squared_distance(mean1, mean2, np.trace(cov1), np.trace(cov2), root_overlap)
 
@@ -141,9 +171,6 @@ def fid(real: np.ndarray, generated: np.ndarray) -> float:
 
     The covariances are the unbiased ones. The distance itself is biased upwards, by an amount of order 1/N + 1/M, so
     that only values from equal numbers of samples compare.
-
-    Raises:
-        ValueError: if F differs, a set has fewer than 2 rows, or a feature is not finite.
     """
     _check_pools(real, generated, 2, "FID")
     if max(len(real), len(generated)) < real.shape[1]:
@@ -187,9 +214,6 @@ def polynomial_mmd2(x: np.ndarray, y: np.ndarray) -> float:
 
     Kernel (xᵀy/F + 1)³; the estimator is the U-statistic without the diagonal terms (Gretton et al. 2012, Eq. 3),
     which may be negative.
-
-    Raises:
-        ValueError: if F differs, a set has fewer than 2 rows, or a feature is not finite.
     """
     _check_pools(x, y, 2, "MMD")
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
@@ -223,14 +247,10 @@ def kid(
     variance of the mean is estimated as v (n/(N − n) + 1/B), N the smaller set: the delete-d jackknife (Shao and Wu
     1989, d = N − n) and the choice of subsets. It errs on the large side, up to about a factor of two in the standard
     error, when the two distributions are equal or the sets differ much in size.
-
-    Raises:
-        ValueError: if F differs, a set has fewer than 4 rows, a feature is not finite, ``num_subsets`` < 2 or
-            ``subset_size`` < 2.
     """
     _check_pools(real, generated, 4, "KID")
-    if num_subsets < 2 or subset_size < 2:
-        raise ValueError(f"KID needs num_subsets and subset_size of at least 2, not {num_subsets} and {subset_size}")
+    if num_subsets < 2:
+        raise ValueError(f"KID needs at least 2 subsets for its error, not {num_subsets}")
     smaller = min(len(real), len(generated))
     size = min(subset_size, smaller // 2)
     generator = torch.Generator().manual_seed(seed_from(seed, "kid"))
@@ -248,9 +268,6 @@ def inception_score(logits: np.ndarray, splits: int) -> tuple[float, float]:
     al. 2016).
 
     The splits are contiguous, so the rows must not be sorted by class. The score lies between 1 and K.
-
-    Raises:
-        ValueError: if ``splits`` is not between 1 and N, or a logit is not finite.
     """
     logits = np.asarray(logits, dtype=np.float64)
     check_matrix("logits", logits)
@@ -267,51 +284,31 @@ def inception_score(logits: np.ndarray, splits: int) -> tuple[float, float]:
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def precision_recall(
+def precision_recall(real: np.ndarray, generated: np.ndarray, *, k: int = 3) -> tuple[float, float]:
+    """The first two of :func:`neighbourhood_metrics`."""
+    return neighbourhood_metrics(real, generated, k=k)[:2]
+
+
+def neighbourhood_metrics(
     real: np.ndarray,
     generated: np.ndarray,
     *,
     k: int = 3,
     block: int = 512,
     device: torch.device | str = "cpu",
-) -> tuple[float, float]:
-    """Improved precision and recall of features (N, F) and (M, F) (Kynkäänniemi et al. 2019, Eqs. 1 and 2).
-
-    Precision: the fraction of generated features within a real feature's distance to its k-th nearest real neighbour.
-    Recall: the same with the roles exchanged. Distances are computed for ``block`` rows at a time against a whole set.
-    What is held in double precision is both sets and, for the distances of a block, at most three such arrays:
-    8 [(N + M) F + 3 block · max(N, M)] bytes. For 50 000 and 50 000 features of F = 2048 that is 8 (2.05e8 + 7.7e7) =
-    2.3 GB with the default block, where all distances at once would be 20 GB for each of the three pairs of sets.
-
-    Raises:
-        ValueError: if F differs, a set has fewer than k + 1 rows, a feature is not finite, or k < 1.
-    """
-    return _neighbourhood_overlap(real, generated, k, block, device)[:2]
-
-
-def density_coverage(
-    real: np.ndarray,
-    generated: np.ndarray,
-    *,
-    k: int = 3,
-    block: int = 512,
-    device: torch.device | str = "cpu",
-) -> tuple[float, float]:
-    """Density and coverage of features (N, F) and (M, F) (Naeem et al. 2020).
-
-    Density: in how many real balls a generated feature lies, on average, divided by k; equal distributions give 1, and
-    more is possible. Coverage: the fraction of real balls that hold any generated feature; equal distributions with
-    N = M give about 1 − 2^−k. The balls, memory and errors are those of :func:`precision_recall`.
-    """
-    return _neighbourhood_overlap(real, generated, k, block, device)[2:]
-
-
-def _neighbourhood_overlap(
-    real: np.ndarray, generated: np.ndarray, k: int, block: int, device: torch.device | str
 ) -> tuple[float, float, float, float]:
-    """Precision, recall, density and coverage from one pass over the distances between the two sets."""
-    if k < 1:
-        raise ValueError(f"precision and recall: k must be at least 1, not {k}")
+    """Precision, recall, density and coverage of features (N, F) and (M, F).
+
+    Every point has a ball that reaches to its k-th nearest neighbour in its own set. Precision: the fraction of
+    generated points inside any real ball; recall: the same with the roles exchanged (Kynkäänniemi et al. 2019, Eqs. 1
+    and 2). Density: in how many real balls a generated point lies, on average, divided by k; equal distributions give
+    1, and more is possible. Coverage: the fraction of real balls that hold any generated point; equal distributions
+    with N = M give about 1 − 2^−k (Naeem et al. 2020).
+
+    Distances are computed for ``block`` rows at a time against a whole set. Held in double precision are both sets and
+    at most three arrays of such distances: 8 [(N + M) F + 3 block · max(N, M)] bytes. For 50 000 and 50 000 features of
+    F = 2048 that is 2.3 GB, where all distances at once would be 20 GB for each of the three pairs of sets.
+    """
     _check_pools(real, generated, k + 1, f"precision and recall with k = {k}")
     x, y = (torch.from_numpy(a).to(device).to(torch.float64, copy=True) for a in (real, generated))
     centre = x.mean(0)  # distances come from inner products, which cancel less near the origin

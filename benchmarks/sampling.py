@@ -89,7 +89,7 @@ def compare(config: ConfigDict, workdir: str, runtime: Runtime, num_samples: int
                 images.append(torch.from_numpy(levels).permute(0, 3, 1, 2))
                 evaluations += nfe * len(indices)
                 bar.update(len(indices))
-            generated = extract_features(extractor, images, num_samples)
+            generated = extract_features(extractor, torch.cat(images), len(batches[0]))
             rows.append((name, evaluations / num_samples, seconds, *fid_with_error(real.pool, generated.pool)))
     _, _, paper_seconds, paper_fid, paper_error = rows[0]
     lines = [

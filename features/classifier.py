@@ -6,26 +6,28 @@ set with each other; they cannot be compared with published Inception FIDs.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import hashlib
-import json
-import logging
+import itertools
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data import Split
-from experiment.files import write_atomically
 from experiment.randomness import seed_from, uniform
+from experiment.runtime import Runtime
 from features.extraction import canonical, file_stem, key_digest, reproducible_convolutions
+from training import Trainer
 
 __all__ = ["ClassifierFeatures", "train_classifier"]
-
-logger = logging.getLogger(__name__)
 
 # A change to the network or to its training must change this number: it is part of the cache key.
 _CLASSIFIER_VERSION = 1
@@ -116,30 +118,26 @@ class ClassifierFeatures:
 
 
 def train_classifier(
-    train: Split,
-    test: Split,
-    *,
-    seed: int,
-    cache_dir: str | os.PathLike[str],
-    device: torch.device | str,
-    progress: bool = True,
+    train: Split, test: Split, *, seed: int, cache_dir: str | os.PathLike[str], runtime: Runtime
 ) -> ClassifierFeatures:
     """Train a small classifier on a set's own training labels, or read it from ``cache_dir``.
 
     AdamW with a one-cycle learning rate for 10 to 30 epochs (about 100 000 images where that lies between), on images
-    shifted at random by up to an eighth of their size. Training depends on ``seed`` alone and leaves torch's global
-    random state as it was. The weights (``.pt``) and their accuracy (``.json``) are cached under a key that names
-    data, architecture, version of the training settings and seed; a damaged pair is reported and trained anew.
+    shifted at random by up to an eighth of their size. Training depends on ``seed`` alone, leaves torch's global
+    random state as it was, and is in float32 whatever the precision of ``runtime``. It happens in a folder of the cache
+    whose name has a digest of data, architecture, version of the training settings and seed, and goes on there if it
+    was interrupted. Every process of ``runtime`` must call this; another command that wants the same classifier waits.
 
     Args:
         train: split whose labels are learned; ``test``: split whose accuracy is reported.
         seed: of initialisation, order and shifts.
         cache_dir: folder, made if missing.
-        device: where to train and to evaluate.
-        progress: show a progress bar.
+        runtime: where to train and to evaluate.
 
     Raises:
-        ValueError: if the set has no labels, or the two splits differ in image shape, levels or classes.
+        ValueError: the set has no labels, the two splits differ in image shape, levels or classes, or the classifier in
+            the cache is damaged.
+        Interrupted: SIGINT or SIGTERM arrived.
     """
     for split in (train, test):
         if split.num_classes is None:
@@ -150,7 +148,6 @@ def train_classifier(
             f"dataset {train.name!r}: (image shape, levels, classes) is {described[0]} in training but "
             f"{described[1]} in testing"
         )
-
     recipe = {
         "train": train.fingerprint,
         "test": test.fingerprint,
@@ -161,35 +158,22 @@ def train_classifier(
         "version": _CLASSIFIER_VERSION,
         "seed": seed,
     }
-    weights_path = Path(cache_dir) / f"classifier-{file_stem(train.name)}-{key_digest(canonical(recipe))}.pt"
-    record_path = weights_path.with_suffix(".json")
-
-    network = None
-    if weights_path.exists():
-        try:
-            network, record = _read_classifier(weights_path, record_path, recipe)
-        except Exception as error:  # damage shows in torch, zipfile, json or here: the remedy is the same
-            logger.warning("%s cannot be used and is trained anew: %s", weights_path, error)
-    if network is None:
-        network = _initial_classifier(train.image_shape, train.num_classes, seed).to(device)
-        _fit(network, train, seed=seed, device=device, progress=progress)
-        record = {
-            "recipe": recipe,
-            "weights": _weights_digest(network.state_dict()),
-            "test_accuracy": _accuracy(network, test, device),
-        }
-        state = {name: value.cpu() for name, value in network.state_dict().items()}
-        write_atomically(weights_path, lambda file: torch.save(state, file))
-        write_atomically(record_path, lambda file: file.write(json.dumps(record, indent=2).encode()))
-        logger.info("trained %s: test accuracy %.4f", weights_path.stem, record["test_accuracy"])
+    name, digest = f"classifier-{file_stem(train.name)}", key_digest(canonical(recipe))
+    folder = Path(cache_dir) / f"{name}-{digest}"
+    network = _initial_classifier(train.image_shape, train.num_classes, seed).to(runtime.torch_device)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock") if runtime.is_main else contextlib.nullcontext(), reproducible_convolutions():
+        runtime.accelerator.wait_for_everyone()
+        _fit(network, train, folder, seed=seed, runtime=runtime)
+        accuracy = _accuracy(network, test, runtime.torch_device)
     return ClassifierFeatures(
         network,
-        name=f"classifier-{file_stem(train.name)}",
-        key=f"classifier-{key_digest(canonical(recipe))}-{record['weights']}",
-        test_accuracy=record["test_accuracy"],
+        name=name,
+        key=f"classifier-{digest}-{_weights_digest(network.state_dict())}",
+        test_accuracy=accuracy,
         image_shape=train.image_shape,
         num_levels=train.num_levels,
-        device=device,
+        device=runtime.torch_device,
     )
 
 
@@ -201,48 +185,90 @@ def _initial_classifier(image_shape: Sequence[int], num_classes: int, seed: int)
         return _Classifier(image_shape, num_classes)
 
 
-def _read_classifier(weights_path: Path, record_path: Path, recipe: dict) -> tuple[_Classifier, dict]:
-    record = json.loads(record_path.read_text())
-    if record["recipe"] != recipe:
-        raise ValueError(f"it was trained as {record['recipe']}, not as {recipe}")
-    state = torch.load(weights_path, map_location="cpu", weights_only=True)
-    if _weights_digest(state) != record["weights"]:
-        raise ValueError(f"the weights are not those of {record_path.name}")
-    network = _initial_classifier(recipe["image_shape"], recipe["num_classes"], recipe["seed"])
-    network.load_state_dict(state)
-    return network, record
-
-
-def _fit(network: nn.Module, train: Split, *, seed: int, device: torch.device | str, progress: bool) -> None:
+def _fit(network: nn.Module, train: Split, folder: Path, *, seed: int, runtime: Runtime) -> None:
     epochs = min(max(round(_IMAGES_SEEN / len(train)), 10), 30)
     steps = epochs * -(-len(train) // _BATCH)
     optimizer = torch.optim.AdamW(network.parameters(), lr=_PEAK_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=_PEAK_LEARNING_RATE, total_steps=steps)
-    generator = torch.Generator().manual_seed(seed_from(seed, "classifier training"))
-    network.train()
-    with (
-        reproducible_convolutions(),
-        tqdm(total=steps, desc="feature classifier", unit="step", disable=not progress) as bar,
-    ):
-        for _ in range(epochs):
-            for indices in torch.randperm(len(train), generator=generator).split(_BATCH):
-                images, labels = train.batch(indices)
-                x = _shifted(_scaled(images.to(device), train.num_levels), generator)
-                _, logits = network(x)
-                loss = F.cross_entropy(logits, labels.to(device))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                bar.update()
+
+    @functools.lru_cache(maxsize=1)  # every pass of a step takes the same
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        indices, shifts = next(draws)
+        images, labels = train.batch(indices)
+        x = _scaled(images.to(runtime.torch_device), train.num_levels)
+        return _shifted(x, shifts), labels.to(runtime.torch_device)
+
+    def loss(objective: nn.Module, step: int, positions: range) -> dict[str, Tensor]:
+        for group in optimizer.param_groups:
+            group["betas"] = (_one_cycle(step, steps)[1], group["betas"][1])
+        return {"loss": objective(*batch(step))}
+
+    if runtime.on_progress is not None:  # it counts other things
+        runtime = dataclasses.replace(runtime, on_progress=lambda count: None)
+    trainer = Trainer(
+        network,
+        optimizer,
+        loss,
+        folder,
+        n_iters=steps,
+        # Every pass of every process computes the whole of a small batch, the last of which could not be divided.
+        batch_size=runtime.accelerator.num_processes * runtime.accumulation_steps,
+        objective=_CrossEntropy(network),
+        learning_rate=lambda step: _one_cycle(step, steps)[0],
+        save_freq=1000,
+        runtime=runtime,
+        description="feature classifier",
+    )
+    draws = itertools.islice(_draws(len(train), epochs, seed), trainer.step, None)
+    if trainer.step < steps:
+        trainer.run()
     network.eval()
 
 
-def _shifted(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image of (B, C, H, W) moved by its own offset of at most an eighth of its size; edges are repeated."""
+class _CrossEntropy(nn.Module):
+    """The loss, in float32 also where the runtime's precision is another."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.cross_entropy(self.network(x)[1], labels)
+
+
+def _draws(size: int, epochs: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Step by step, which images (B,) and uniform numbers (B, 2) for their shifts."""
+    generator = torch.Generator().manual_seed(seed_from(seed, "classifier training"))
+    for _ in range(epochs):
+        for indices in torch.randperm(size, generator=generator).split(_BATCH):
+            yield indices, uniform((len(indices), 2), generator)
+
+
+def _one_cycle(step: int, steps: int) -> tuple[float, float]:
+    """Learning rate and β₁ of a step: those of torch's OneCycleLR, as functions of the step.
+
+    For 30 % of the steps the rate rises from 1/25 of its peak and β₁ falls from 0.95 to 0.85; then the rate falls to
+    4e-6 of its peak and β₁ rises again; half a period of a cosine each.
+    """
+    top, last = 0.3 * steps - 1, steps - 1
+    rising = step <= top
+    fraction = step / top if rising else (step - top) / (last - top)
+
+    def between(start: float, end: float) -> float:
+        return end + (start - end) / 2.0 * (math.cos(math.pi * fraction) + 1)
+
+    first = _PEAK_LEARNING_RATE / 25
+    if rising:
+        return between(first, _PEAK_LEARNING_RATE), between(0.95, 0.85)
+    return between(_PEAK_LEARNING_RATE, first / 1e4), between(0.85, 0.95)
+
+
+def _shifted(x: Tensor, u: Tensor) -> Tensor:
+    """Each image of (B, C, H, W) moved by its own offset of at most an eighth of its size, which ``u`` (B, 2), uniform
+    on [0, 1), selects; edges are repeated."""
     batch, channels, height, width = x.shape
     reach = min(height, width) // 8
-    offsets = (uniform((batch, 2), generator, device=x.device) * (2 * reach + 1)).long()
+    offsets = (u.to(x.device) * (2 * reach + 1)).long()
     rows = offsets[:, :1] + torch.arange(height, device=x.device)
     columns = offsets[:, 1:] + torch.arange(width, device=x.device)
     sample = torch.arange(batch, device=x.device)[:, None, None, None]
@@ -254,11 +280,10 @@ def _shifted(x: Tensor, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def _accuracy(network: nn.Module, split: Split, device: torch.device | str) -> float:
     correct = 0
-    with reproducible_convolutions():
-        for indices in torch.arange(len(split)).split(512):
-            images, labels = split.batch(indices)
-            _, logits = network(_scaled(images.to(device), split.num_levels))
-            correct += int((logits.argmax(1) == labels.to(device)).sum())
+    for indices in torch.arange(len(split)).split(512):
+        images, labels = split.batch(indices)
+        _, logits = network(_scaled(images.to(device), split.num_levels))
+        correct += int((logits.argmax(1) == labels.to(device)).sum())
     return correct / len(split)
 
 

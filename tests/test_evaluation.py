@@ -14,16 +14,16 @@ from sklearn.metrics.pairwise import polynomial_kernel
 import evaluation
 from evaluation import (
     Backend,
-    density_coverage,
+    Features,
     fid,
     frechet_distance,
     inception_score,
     kid,
+    neighbourhood_metrics,
     polynomial_mmd2,
     precision_recall,
     sample_quality,
 )
-from features.extraction import Features
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -186,12 +186,11 @@ def test_precision_and_recall_of_separated_modes():
     half = np.concatenate([real[:50], real[:50] + 1e-3])
     assert precision_recall(real, half, k=3) == (1.0, 0.5)
     assert precision_recall(half, real, k=3) == (0.5, 1.0)
-    density, coverage = density_coverage(real, half, k=3)
+    _, _, density, coverage = neighbourhood_metrics(real, half)
     assert coverage == 0.5
     assert density > 1
     far = real + 1e4
-    assert precision_recall(real, far) == (0.0, 0.0)
-    assert density_coverage(real, far) == (0.0, 0.0)
+    assert neighbourhood_metrics(real, far) == (0.0, 0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -204,11 +203,10 @@ def test_neighbourhood_metrics_equal_brute_force(k, block):
 
     distances = cdist(real, generated)
     in_real_ball = distances <= radii(real)[:, None]
-    precision, recall = precision_recall(real, generated, k=k, block=block)
+    precision, recall, density, coverage = neighbourhood_metrics(real, generated, k=k, block=block)
     assert precision == pytest.approx(in_real_ball.any(0).mean(), abs=1e-12)
     assert recall == pytest.approx((distances <= radii(generated)).any(1).mean(), abs=1e-12)
     assert 0 < precision < 1 and 0 < recall < 1
-    density, coverage = density_coverage(real, generated, k=k, block=block)
     assert density == pytest.approx(in_real_ball.sum() / (k * len(generated)), abs=1e-12)
     assert coverage == pytest.approx(in_real_ball.any(1).mean(), abs=1e-12)
 
@@ -217,12 +215,11 @@ def test_neighbourhood_metrics_equal_brute_force(k, block):
 def test_copies_of_the_data_lie_exactly_on_its_balls(block):
     # Every real ball holds its centre and k neighbours, the last on its boundary: rounding must not lose that one.
     real = (normal(0, 200, 50) + 1000).astype(np.float32)
-    assert precision_recall(real, real[::-1].copy(), k=4, block=block) == (1.0, 1.0)
-    assert density_coverage(real, real[::-1].copy(), k=4, block=block) == (5 / 4, 1.0)
+    assert neighbourhood_metrics(real, real[::-1].copy(), k=4, block=block) == (1.0, 1.0, 5 / 4, 1.0)
     # Collapsed to one point: balls of radius zero contain that point, and nothing else.
     collapsed = np.repeat(real[:1], 30, axis=0)
-    assert precision_recall(real, collapsed, k=4, block=block) == (1.0, 1 / 200)
-    assert precision_recall(collapsed, collapsed, k=4, block=block) == (1.0, 1.0)
+    assert neighbourhood_metrics(real, collapsed, k=4, block=block)[:2] == (1.0, 1 / 200)
+    assert neighbourhood_metrics(collapsed, collapsed, k=4, block=block)[:2] == (1.0, 1.0)
 
 
 def test_density_and_coverage_of_equal_distributions():
@@ -230,7 +227,7 @@ def test_density_and_coverage_of_equal_distributions():
     # real, so the expected coverage is 1 − (N−1)⋯(N−k) / ((2N−1)⋯(2N−k)); the expected density is 1. The standard
     # errors are those of the repetitions.
     covered = 1 - (299 * 298 * 297) / (599 * 598 * 597)
-    draws = [density_coverage(normal(2 * i, 300, 3), normal(2 * i + 1, 300, 3), k=3) for i in range(10)]
+    draws = [neighbourhood_metrics(normal(2 * i, 300, 3), normal(2 * i + 1, 300, 3))[2:] for i in range(10)]
     means, errors = np.mean(draws, axis=0), np.std(draws, axis=0, ddof=1) / np.sqrt(10)
     assert abs(means[0] - 1) < 4 * errors[0]
     assert abs(means[1] - covered) < 4 * errors[1]
@@ -281,20 +278,14 @@ def test_unusable_features_are_refused():
         fid(good, good[:1])
     with pytest.raises(ValueError, match="at least 4 images in each set, not 3"):
         precision_recall(good, good[:3], k=3)
-    with pytest.raises(ValueError, match="k must be at least 1, not 0"):
-        density_coverage(good, good, k=0)
     with pytest.raises(ValueError, match="at least 4 images in each set, not 3"):
         kid(good[:3], good, seed=0)
-    with pytest.raises(ValueError, match="num_subsets and subset_size of at least 2, not 1 and 5"):
-        kid(good, good, num_subsets=1, subset_size=5, seed=0)
+    with pytest.raises(ValueError, match="at least 2 subsets for its error, not 1"):
+        kid(good, good, num_subsets=1, seed=0)
     with pytest.raises(ValueError, match="splits must be between 1 and the 10 images, not 11"):
         inception_score(good, 11)
     with pytest.raises(ValueError, match=r"shape \(N, dimension\), not \(3,\)"):
         inception_score(good[0], 1)
-    with pytest.raises(ValueError, match="shapes"):
-        frechet_distance(good[0], np.eye(3), good[0], np.eye(2))
-    with pytest.raises(ValueError, match="finite"):
-        frechet_distance(good[0], np.eye(3), good[0], np.full((3, 3), np.inf))
     with pytest.raises(ValueError, match="10 rows of pool but 9 of logits"):
         Features(good, good[:9])
     with pytest.raises(ValueError, match="logits must be finite"):
@@ -311,9 +302,13 @@ def test_sample_quality_collects_the_metrics():
     assert quality["fid"] == fid(real.pool, generated.pool)
     assert (quality["kid"], quality["kid_se"]) == kid(real.pool, generated.pool, seed=4)
     assert (quality["inception_score"], quality["inception_score_std"]) == inception_score(generated.logits, 1)
-    assert (quality["precision"], quality["recall"]) == precision_recall(real.pool, generated.pool, k=2)
-    assert (quality["density"], quality["coverage"]) == density_coverage(real.pool, generated.pool, k=2)
-    assert len(quality) == 9
+    overlap = tuple(quality[name] for name in ("precision", "recall", "density", "coverage"))
+    assert overlap == neighbourhood_metrics(real.pool, generated.pool, k=2)
+    assert overlap[:2] == precision_recall(real.pool, generated.pool, k=2)
+    further = {"mine:distance": lambda data, samples: np.abs(data.mean(0) - samples.pool.mean(0)).max()}
+    more = sample_quality(real.pool, generated, seed=4, k=2, metrics=further)
+    assert more.pop("mine:distance") == np.abs(real.pool.mean(0) - generated.pool.mean(0)).max()
+    assert more == quality and len(quality) == 9
     json.dumps(quality)  # plain numbers
 
 

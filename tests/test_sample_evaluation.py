@@ -18,8 +18,7 @@ import torch
 import run_evaluation
 import run_lib
 from configs.digits import get_config
-from evaluation import inception_score, sample_quality
-from features.extraction import Features
+from evaluation import Features, inception_score, sample_quality
 from report import main
 
 ROOT = Path(__file__).parents[1]

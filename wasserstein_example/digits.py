@@ -44,14 +44,15 @@ from scipy.stats import spearmanr
 import run_lib
 from configs.wasserstein.digits import MODELS, VP, get_config
 from data import sets
-from evaluation import JACKKNIFE_GROUPS, fid_with_error
+from evaluation import JACKKNIFE_GROUPS, Features, fid_with_error
 from exact.gaussian_law import diagonalise, sampler_law, wasserstein
 from experiment.command_line import available_cores, parse_counts, parse_flags
 from experiment.files import write_atomically
 from experiment.jobs import run_all
+from experiment.runtime import Runtime
 from experiment.workdir import claim
 from features.classifier import train_classifier
-from features.extraction import FeatureExtractor, Features, dataset_features, extract_features
+from features.extraction import FeatureExtractor, extract_features
 from run_setup import FREE_IN_TRAINING, Run, checked
 from sde_lib import get_sde
 
@@ -173,17 +174,19 @@ def measure(
     """Sample and compare: FID, its jackknife error, and network evaluations as counted."""
     with np.load(run_lib.sample(config, workdir, runtime) / "samples.npz", allow_pickle=False) as file:
         images, nfe = torch.from_numpy(file["images"]).permute(0, 3, 1, 2), float(file["nfe"])
-    generated = extract_features(extractor, images.split(config.eval.batch_size), len(images))
+    generated = extract_features(extractor, images, config.eval.batch_size)
     distance, error = fid_with_error(real.pool, generated.pool)
     return {"nfe": nfe, "fid": distance, "fid_se": error}
 
 
 def reference_features(config: ConfigDict, cache_dir: str, device: torch.device) -> tuple[FeatureExtractor, Features]:
-    """The feature classifier and the features of the training set; made once, then read from ``cache_dir``."""
+    """The feature classifier, made once, then read from ``cache_dir``, and the features of the training set."""
     train_data, test_data = sets.get_dataset(config)
-    extractor = train_classifier(train_data, test_data, seed=FEATURE_SEED, cache_dir=cache_dir, device=device)
-    batch_size = config.eval.batch_size
-    return extractor, dataset_features(train_data, extractor, cache_dir=cache_dir, batch_size=batch_size)
+    extractor = train_classifier(
+        train_data, test_data, seed=FEATURE_SEED, cache_dir=cache_dir, runtime=Runtime(device.type)
+    )
+    images, _ = train_data.batch(torch.arange(len(train_data)))
+    return extractor, extract_features(extractor, images, config.eval.batch_size)
 
 
 # ----------------------------------------------------------------------------------------------------------- the theory

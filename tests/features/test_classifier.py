@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import shutil
+import signal
+import warnings
 
 import pytest
 import torch
 
+from checkpoints import CheckpointError
 from data import TensorSplit, load_dataset
 from evaluation import sample_quality
-from features import classifier
-from features.classifier import train_classifier
-from features.extraction import Features
+from experiment.runtime import Interrupted, Runtime
+from features import classifier, extract_features, train_classifier
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,19 @@ def small(digits) -> tuple[TensorSplit, TensorSplit]:
     )
 
 
-def train_quietly(splits, folder, seed=0):
-    return train_classifier(*splits, seed=seed, cache_dir=folder, device="cpu", progress=False)
+def train_quietly(splits, folder, seed=0, **runtime):
+    quiet = Runtime("cpu", on_progress=lambda count: pytest.fail("these steps are not of the caller"), **runtime)
+    return train_classifier(*splits, seed=seed, cache_dir=folder, runtime=quiet)
+
+
+def weights(extractor) -> dict[str, torch.Tensor]:
+    return extractor.network.state_dict()
+
+
+def assert_equal(first, second) -> None:
+    assert first.key == second.key and first.test_accuracy == second.test_accuracy
+    for name, value in weights(first).items():
+        assert torch.equal(value, weights(second)[name]), name
 
 
 def test_classifier_recognises_digits(digits, tmp_path):
@@ -45,14 +56,12 @@ def test_classifier_recognises_digits(digits, tmp_path):
     assert (logits.argmax(1) == test.labels).double().mean() == pytest.approx(extractor.test_accuracy)
 
     # The features order sets as the eye does: test digits, noisy digits, noise.
-    def features(images: torch.Tensor) -> Features:
-        return Features(*(values.numpy() for values in extractor(images)))
-
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 17, test.images.shape, generator=generator)
     noisy = (0.6 * test.images + 0.4 * noise).round()
-    real = features(train.images)
-    scores = [sample_quality(real.pool, features(x.to(torch.uint8)), seed=0) for x in (test.images, noisy, noise)]
+    real = extract_features(extractor, train.images)
+    sets = [extract_features(extractor, x.to(torch.uint8)) for x in (test.images, noisy, noise)]
+    scores = [sample_quality(real.pool, features, seed=0) for features in sets]
     assert scores[0]["fid"] < scores[1]["fid"] < scores[2]["fid"]
     assert abs(scores[0]["kid"]) < 5 * scores[0]["kid_se"]
     assert scores[1]["kid"] > 5 * scores[1]["kid_se"]
@@ -74,57 +83,73 @@ def test_training_is_deterministic_and_leaves_the_global_random_state(small, tra
     second = train_quietly(small, tmp_path)
     assert torch.equal(before, torch.get_rng_state())
     other = train_quietly(small, tmp_path, seed=1)
-    for name, value in first.network.state_dict().items():
-        assert torch.equal(value, second.network.state_dict()[name])
-    assert first.key == second.key != other.key
-    assert not torch.equal(first.network.head.weight, other.network.head.weight)
+    assert_equal(first, second)
+    assert first.key != other.key and not torch.equal(first.network.head.weight, other.network.head.weight)
+
+
+def test_neither_precision_nor_passes_change_what_is_trained(small, trained, tmp_path):
+    assert_equal(trained[0], train_quietly(small, tmp_path, precision="bf16", accumulation_steps=2))
+
+
+def test_interrupted_training_goes_on_to_the_same_classifier(small, trained, tmp_path):
+    class Stopping(TensorSplit):
+        """The training half, which asks the process to end with its 25th batch, as a job's time limit does."""
+
+        count = 0
+
+        def batch(self, indices):
+            self.count += 1
+            if self.count == 25:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().batch(indices)
+
+    train, test = small
+    stopping = Stopping(train.name, train.images, train.labels, num_levels=17, num_classes=10)
+    with pytest.raises(Interrupted):
+        train_quietly((stopping, test), tmp_path)
+    (checkpoint,) = tmp_path.glob("classifier-*/checkpoints/*.pt")
+    assert checkpoint.name == "step_00000025.pt"
+    assert_equal(trained[0], train_quietly(small, tmp_path))
+
+
+@pytest.mark.parametrize("steps", [10, 60, 690, 7820])
+def test_learning_rate_and_momentum_are_those_of_torch(steps):
+    """To the last digit, at every step."""
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the optimiser makes no step
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+        for step in range(steps):
+            group = optimizer.param_groups[0]
+            assert classifier._one_cycle(step, steps) == (group["lr"], group["betas"][0])
+            schedule.step()
 
 
 def test_classifier_is_read_from_its_cache(small, trained, monkeypatch):
     first, folder = trained
-    weights, record = sorted(folder.iterdir(), key=lambda p: p.suffix, reverse=True)
-    assert (weights.suffix, record.suffix) == (".pt", ".json")
-    assert json.loads(record.read_text())["test_accuracy"] == first.test_accuracy
 
-    def fail(*args, **kwargs):
+    def fail(*arguments):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(classifier, "_fit", fail)
+    monkeypatch.setattr(classifier.Trainer, "train_step", fail)
     again = train_quietly(small, folder)
-    assert again.key == first.key and again.test_accuracy == first.test_accuracy
+    assert_equal(first, again)
     images = small[1].images
     for a, b in zip(first(images), again(images), strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(AssertionError, match="trained again"):
-        train_quietly(small, folder, seed=5)
-    train = small[0]
+    train, test = small
     relabelled = TensorSplit(train.name, train.images, train.labels.flip(0), num_levels=17, num_classes=10)
-    with pytest.raises(AssertionError, match="trained again"):
-        train_quietly((relabelled, small[1]), folder)
+    for splits, seed in ((small, 5), ((relabelled, test), 0)):
+        with pytest.raises(AssertionError, match="trained again"):
+            train_quietly(splits, folder, seed)
 
 
-@pytest.mark.parametrize("damage", ["truncated weights", "other weights", "no record", "empty record"])
-def test_damaged_classifier_is_trained_anew(damage, small, trained, tmp_path, caplog):
-    first, folder = trained
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    weights = next(tmp_path.glob("*.pt"))
-    record = weights.with_suffix(".json")
-    if damage == "truncated weights":
-        os.truncate(weights, 1000)
-    elif damage == "other weights":
-        torch.save({name: value + 1 for name, value in first.network.state_dict().items()}, weights)
-    elif damage == "no record":
-        record.unlink()
-    else:
-        record.write_text("")
-    with caplog.at_level(logging.WARNING):
-        again = train_quietly(small, tmp_path)
-    assert "trained anew" in caplog.text
-    assert again.key == first.key
-    caplog.clear()
-    train_quietly(small, tmp_path)
-    assert not caplog.records  # the repaired pair is good
-    assert len(list(tmp_path.iterdir())) == 2  # nothing temporary is left
+def test_a_damaged_classifier_is_not_used(small, trained, tmp_path):
+    shutil.copytree(trained[1], tmp_path, dirs_exist_ok=True)
+    (checkpoint,) = tmp_path.glob("classifier-small-train-*/checkpoints/step_00000060.pt")
+    os.truncate(checkpoint, 1000)
+    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .*classifier-small-train-\w+"):
+        train_quietly(small, tmp_path)
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 4, 4), (2, 9, 21)])
@@ -140,7 +165,7 @@ def test_classifier_adapts_to_the_image_size(shape):
 def test_shifts_stay_within_an_eighth():
     image = torch.zeros(1, 1, 16, 16)
     image[..., 8, 8] = 1
-    shifted = classifier._shifted(image.repeat(500, 1, 1, 1), torch.Generator().manual_seed(0))
+    shifted = classifier._shifted(image.repeat(500, 1, 1, 1), torch.rand(500, 2))
     positions = {tuple(p) for p in shifted.nonzero()[:, 2:].tolist()}
     assert positions == {(row, column) for row in range(6, 11) for column in range(6, 11)}
     assert torch.equal(shifted.sum((1, 2, 3)), torch.ones(500))

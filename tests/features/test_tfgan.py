@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation import OWN_BACKEND, kid, sample_quality
-from features import tfgan
-from features.extraction import Features
+import evaluation
+from evaluation import OWN_BACKEND, Features, kid, sample_quality
+from features import make_backend, tfgan
 
 ROOT = Path(__file__).parents[2]
 installed = pytest.mark.skipif(
@@ -29,8 +29,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 import numpy as np, torch
-from evaluation import kid, sample_quality
-from features.extraction import Features
+from evaluation import Features, kid, sample_quality
 from features.tfgan import TFHubFeatures, tfgan_backend
 
 sys.path.insert(0, "tests")
@@ -158,6 +157,14 @@ def test_saved_models_of_another_kind_are_refused(answered):
 @installed
 def test_tensorflow_is_not_loaded_before_it_is_asked_for(answered):
     assert answered[0]["loaded_too_early"] is False
+
+
+def test_backends_by_name_and_by_import_path(monkeypatch):
+    mine = evaluation.Backend("mine", lambda x, y: 1.0, lambda x, y: 2.0, lambda logits: 3.0)
+    monkeypatch.setattr(evaluation, "of_a_test", lambda: mine, raising=False)
+    assert make_backend("torch") is OWN_BACKEND and make_backend("evaluation:of_a_test") is mine
+    with pytest.raises(ValueError, match=r"eval\.backend='jax': allowed are torch, tfgan, or module:attribute"):
+        make_backend("jax")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
