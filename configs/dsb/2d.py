@@ -8,7 +8,7 @@ numbers are in schrodinger_bridge/README.md.
 """
 
 from configs.dsb.common import bridge_config
-from schrodinger_bridge.point_sets import POINT_SETS
+from schrodinger_bridge.marginals import POINT_SETS
 
 # A network that linear algebra can be compared with.
 GAUSSIAN = {
