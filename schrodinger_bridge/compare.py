@@ -1,4 +1,4 @@
-"""IPF and IMF on the same pairs in the plane, beside the static bridge that both are to reach.
+"""IPF and IMF on the same pairs in the plane, next to the static bridge that both are to reach.
 
 python -m schrodinger_bridge.compare --workdir=W [--pairs=scurve,moons-8gaussians] [--jobs=2]
 
@@ -12,164 +12,110 @@ printed) and ``comparison.png``. Stopped at any moment, the same command goes on
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
+import importlib
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
-from absl import app, flags
+from ml_collections import ConfigDict
 
-from experiment.command_line import available_cores, parse_flags
+from experiment.command_line import available_cores, command
+from experiment.jobs import Update, run_all
+from experiment.results import markdown_table, with_error, write_results
+from experiment.runtime import Runtime
+from experiment.workdir import claim
 
-from .main import with_error
+from .figures import draw_comparison
+from .half_bridges import BridgeRun
+from .metrics import entropic_plan
+from .process import BACKWARD, FORWARD
 
 ALGORITHMS = {"ipf": {}, "imf": {"bridge.algorithm": "imf", "bridge.coupling": "independent"}}
 PAIRS = ("scurve", "moons-8gaussians")
+EXPERIMENT = "schrodinger_bridge comparison"
 
 
-class Task(NamedTuple):
-    """A bridge to be learned: its pair, algorithm, folder, and overrides of its config."""
+def run(workdir: str, pairs: tuple[str, ...] = PAIRS, jobs: int = available_cores()) -> str:
+    """Compare both algorithms.
 
-    pair: str
-    algorithm: str
-    directory: str
-    overrides: dict[str, object]
-
-    def __str__(self) -> str:
-        return f"{self.pair}, {self.algorithm}"
-
-    def bridge_run(self):
-        import importlib
-
-        from run_setup import Runtime
-
-        from .training import BridgeRun
-
-        config = importlib.import_module("configs.dsb.2d").get_config(self.pair)
-        config.update_from_flattened_dict({**ALGORITHMS[self.algorithm], **self.overrides})
-        return BridgeRun(config, self.directory, Runtime("cpu"))
+    Args:
+        workdir: Folder for the runs, results.json, table.md and figure.
+        pairs: Arguments of configs/dsb/2d.py.
+        jobs: Processes that share the runs, about 1 GB each.
+    """
+    return table(compare(Path(workdir), pairs, jobs=jobs))
 
 
-def make_tasks(workdir: Path, pairs: Sequence[str], overrides: Mapping[str, object] | None = None) -> list[Task]:
-    """Both algorithms on every pair, all checked.
+def compare(
+    workdir: Path, pairs: Sequence[str], overrides: Mapping[str, object] | None = None, *, jobs: int
+) -> list[dict[str, object]]:
+    """Learn all pairs by both algorithms, write all files to ``workdir``, return the rows; ``overrides`` are of the
+    configs' fields.
 
     Raises:
-        ValueError: an unknown pair, none, or a bad override.
+        ValueError: an unknown pair, none, fewer than one job, or a folder of something else.
     """
     if not pairs:
         raise ValueError("--pairs is empty: give at least one")
-    tasks = [
-        Task(pair, algorithm, str(workdir / "runs" / pair / algorithm), dict(overrides or {}))
-        for pair in dict.fromkeys(pairs)
-        for algorithm in ALGORITHMS
-    ]
-    for task in tasks:
-        try:
-            task.bridge_run()
-        except ValueError as error:
-            raise ValueError(f"--pairs={','.join(pairs)}: {error}") from None
-    return tasks
+    tasks, total, overrides = {}, 0, dict(overrides or {})
+    for pair in dict.fromkeys(pairs):
+        for algorithm, fields in ALGORITHMS.items():
+            config = importlib.import_module("configs.dsb.2d").get_config(pair)
+            config.update_from_flattened_dict({**fields, **overrides})
+            total += 2 * config.bridge.num_ipf * config.training.n_iters
+            tasks[f"{pair}, {algorithm}"] = partial(learn, config, pair, workdir / "runs" / pair / algorithm)
+    claim(workdir, EXPERIMENT, {"pairs": list(dict.fromkeys(pairs)), **overrides})
+    rows = run_all(tasks, jobs=jobs, total=total, unit="step", description="bridges")
+    results = {"experiment": EXPERIMENT, "rows": rows}
+    write_results(workdir, results, table(rows), {"comparison": draw_comparison(rows)})
+    return rows
 
 
-def work(task: Task, update: Callable[[int], None]) -> dict[str, object]:
-    """Learn, or take what an earlier call has learned; a row of the results."""
-    from .metrics import entropic_plan
-
-    run = task.bridge_run()
-    run.claim()
-    run.restore()
-    run.train(update)
-    count = run.config.evaluation.num_samples
-    plans = [
-        entropic_plan(
-            *(m.sample(count, (run.config.seed, "static", i, end), test=True) for end, m in enumerate(run.marginals)),
-            run.reference.brownian_variance,
-        )
-        for i in range(run.config.evaluation.num_sets)
-    ]
+def learn(config: ConfigDict, pair: str, folder: Path, update: Update) -> dict[str, object]:
+    """One bridge, or what an earlier call has learned; a row of the results."""
+    bridge = BridgeRun(config, folder, Runtime("cpu", on_progress=update))
+    bridge.train()
+    count, plans = config.evaluation.num_samples, []
+    for i in range(config.evaluation.num_sets):
+        ends = [m.sample(count, (config.seed, "static", i, k), test=True) for k, m in enumerate(bridge.marginals)]
+        plans.append(entropic_plan(*ends, bridge.reference.brownian_variance))
+    costs, violations = zip(*plans, strict=True)
     return {
-        "pair": task.pair,
-        "algorithm": task.algorithm,
+        "pair": pair,
+        "algorithm": config.bridge.algorithm,
         "num_samples": count,
-        "history": run.history,
-        "sampling_error": run.sampling_errors,
-        "static_cost": fmean(plan.cost for plan in plans),
-        "static_violation": max(plan.violation for plan in plans),
+        "history": bridge.history,
+        "sampling_error": bridge.sampling_errors,
+        "static_cost": fmean(costs),
+        "static_violation": max(violations),
     }
 
 
 def table(rows: Sequence[Mapping]) -> str:
     """In Markdown."""
-    iterations = max(entry["iteration"] for entry in rows[0]["history"])
-    lines = [
+    iterations = rows[0]["history"][-1]["iteration"]
+
+    def cells(row: Mapping, direction: str) -> tuple[str, str]:
+        history = {entry["iteration"]: entry for entry in row["history"] if entry["direction"] == direction}
+        first, last = history[1], history[iterations]
+        first_w2, last_w2 = (with_error(entry["w2"], entry.get("w2_error")) for entry in (first, last))
+        cost = with_error(last["transport_cost"], last.get("transport_cost_error"))
+        difference = 100 * (last["transport_cost"] / row["static_cost"] - 1)
+        return f"{first_w2} → {last_w2} ({row['sampling_error'][direction]:.3f})", f"{cost} ({difference:+.1f} %)"
+
+    lines = []
+    for row in rows:
+        distances, costs = zip(*(cells(row, direction) for direction in (BACKWARD, FORWARD)), strict=True)
+        lines.append([row["pair"], row["algorithm"].upper(), *distances, *costs, f"{row['static_cost']:.3f}"])
+    header = ["pair", "algorithm", "W₂ at x₀", "W₂ at x_N", "cost, backward", "cost, forward", "static bridge"]
+    return (
         f"Exact W₂ of {rows[0]['num_samples']} samples to the true marginal, after the first and after {iterations} "
         "iterations, ± its standard error (in parentheses: two sets of true samples); and the coupling's cost "
-        "E‖x_N − x₀‖² after the last, with its difference from the static bridge's; in units of the data.",
-        "",
-        "| pair | algorithm | W₂ at x₀ | W₂ at x_N | cost, backward | cost, forward | static bridge |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        history = {(entry["iteration"], entry["direction"]): entry for entry in row["history"]}
-        cells = [row["pair"], row["algorithm"].upper()]
-        for direction in ("backward", "forward"):
-            first, last = (with_error(history[iteration, direction], "w2") for iteration in (1, iterations))
-            cells.append(f"{first} → {last} ({row['sampling_error'][direction]:.3f})")
-        for direction in ("backward", "forward"):
-            last = history[iterations, direction]
-            difference = 100 * (last["transport_cost"] / row["static_cost"] - 1)
-            cells.append(f"{with_error(last, 'transport_cost')} ({difference:+.1f} %)")
-        lines.append("| " + " | ".join([*cells, f"{row['static_cost']:.3f}"]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def run(workdir: str | Path, tasks: Sequence[Task], *, jobs: int) -> list[dict[str, object]]:
-    """Learn all, write all files to ``workdir``, return the rows. ``jobs`` processes change no result.
-
-    Raises:
-        ValueError: fewer than one job, or a folder that belongs to something else.
-    """
-    from experiment.files import write_atomically
-    from experiment.jobs import run_all
-    from experiment.workdir import claim
-
-    from .figures import draw_comparison
-
-    if jobs < 1:
-        raise ValueError(f"--jobs={jobs}: at least 1")
-    settings = {"pairs": list(dict.fromkeys(task.pair for task in tasks)), **tasks[0].overrides}
-    folder = claim(workdir, "schrodinger_bridge comparison", settings)
-    config = tasks[0].bridge_run().config
-    total = 2 * config.bridge.num_ipf * config.training.n_iters * len(tasks)
-    rows = run_all(tasks, work, jobs=jobs, total=total, unit="step", description="bridges")
-    text = json.dumps({"experiment": "schrodinger_bridge comparison", "rows": rows}, indent=1) + "\n"
-    write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
-    write_atomically(folder / "table.md", lambda file: file.write(table(rows).encode()))
-    draw_comparison(rows, folder / "comparison.png")
-    return rows
-
-
-def main(argv: list[str]) -> None:
-    options = flags.FLAGS
-    try:
-        tasks = make_tasks(Path(options.workdir), options.pairs)
-        print(table(run(options.workdir, tasks, jobs=options.jobs)))
-    except (ValueError, FloatingPointError, OSError, BrokenProcessPool) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command resumes")
-
-
-def define_flags() -> None:
-    """Not on import: the other programs of this project define flags of the same names."""
-    flags.DEFINE_string("workdir", None, "Folder for the runs, results.json, table.md and figure.", required=True)
-    flags.DEFINE_list("pairs", list(PAIRS), "Arguments of configs/dsb/2d.py.")
-    flags.DEFINE_integer("jobs", available_cores(), "Processes that share the runs, about 1 GB each.")
+        "E‖x_N − x₀‖² after the last, with its difference from the static bridge's; in units of the data.\n\n"
+        + markdown_table(header, lines)
+    )
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main, flags_parser=parse_flags)
+    command(run)

@@ -1,4 +1,4 @@
-"""The bridge between Gaussians in closed form: the oracle of the learned one.
+"""IPF between Gaussians in closed form: the oracle of the learned one.
 
 With affine mean maps all states stay Gaussian, so that every half-bridge is linear algebra. Let the forward chain have
 F_k(x) = A_k x + c_k and x_k ~ N(μ_k, S_k). The regression of IPF (``matching.ipf_regression``) is then solved by
@@ -6,11 +6,7 @@ F_k(x) = A_k x + c_k and x_k ~ N(μ_k, S_k). The regression of IPF (``matching.i
     B_k(x) = (2 − A_k − 2γ_k S_k⁻¹) x − c_k + 2γ_k S_k⁻¹ μ_k
 
 (2 the twofold identity), which is −f + 2γ∇log p in terms of drifts; and in the other direction likewise with the
-moments of the backward chain. As γ → 0 the iterates tend to the bridge. If x_N is joined to x_0 by Brownian motion of
-variance s², its covariance of the ends is (Bunne, Hsieh, Cuturi, Krause, "The Schrödinger Bridge between Gaussian
-Measures has a Closed Form", AISTATS 2023, arXiv 2202.05722)
-
-    C = Cov(x_0, x_N) = ½ (Σ₀^½ D Σ₀^−½ − s² I),      D = (4 Σ₀^½ Σ₁ Σ₀^½ + s⁴ I)^½
+moments of the backward chain.
 """
 
 from __future__ import annotations
@@ -20,9 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .process import FORWARD, opposite
-
-__all__ = ["AffineChain", "Normal", "bridge_covariance", "half_bridge", "wasserstein_gaussian"]
+from .process import BACKWARD, FORWARD, Reference, opposite
 
 
 class Normal(NamedTuple):
@@ -33,14 +27,7 @@ class Normal(NamedTuple):
 
 
 class AffineChain(NamedTuple):
-    """A chain of one direction with mean maps x ↦ A_k x + c_k.
-
-    Attributes:
-        direction: 'forward' or 'backward'.
-        start: law of the state where it begins.
-        matrices, offsets: A_k (N, D, D), c_k (N, D), of edges 1 … N.
-        gammas: (N,).
-    """
+    """A chain of one direction from the law ``start``, with mean maps x ↦ A_k x + c_k: A_k (N, D, D), c_k (N, D)."""
 
     direction: str
     start: Normal
@@ -60,6 +47,13 @@ class AffineChain(NamedTuple):
         return (laws, cross) if self.direction == FORWARD else (laws[::-1], cross.mT)
 
 
+def reference_chain(reference: Reference, start: Normal) -> AffineChain:
+    """The reference process, begun at ``start``."""
+    factor, mean = reference.factor.cpu(), reference.mean.double().cpu()
+    matrices = factor[:, None, None] * torch.eye(len(mean), dtype=torch.float64)
+    return AffineChain(FORWARD, start, matrices, (1 - factor)[:, None] * mean, reference.gammas.cpu())
+
+
 def half_bridge(chain: AffineChain, start: Normal) -> AffineChain:
     """The chain of the other direction that IPF learns from this one, begun at ``start``."""
     laws, _ = chain.law()
@@ -74,12 +68,19 @@ def half_bridge(chain: AffineChain, start: Normal) -> AffineChain:
     return AffineChain(opposite(chain.direction), start, torch.stack(matrices), torch.stack(offsets), chain.gammas)
 
 
-def bridge_covariance(first: Tensor, last: Tensor, brownian_variance: float) -> Tensor:
-    """Cov(x_0, x_N) (D, D) of the bridge between covariances Σ₀ and Σ₁ (D, D) for Brownian motion of variance s²."""
-    root = _root(first)
-    identity = torch.eye(len(first), dtype=torch.float64)
-    d = _root(4 * root @ last @ root + brownian_variance**2 * identity)
-    return 0.5 * (root @ d @ torch.linalg.inv(root) - brownian_variance * identity)
+def ipf_rows(reference: Reference, first: Normal, last: Normal, half_bridges: int) -> list[dict[str, float]]:
+    """Of the reference and the exact iterates of IPF: W₂ between the law of the end and the wanted one, and
+    E‖x_N − x_0‖²."""
+    chain, rows = reference_chain(reference, first), []
+    for number in range(half_bridges + 1):
+        if number:
+            chain = half_bridge(chain, last if chain.direction == FORWARD else first)
+        laws, cross = chain.law()
+        end, wanted = (laws[0], first) if chain.direction == BACKWARD else (laws[-1], last)
+        displacement = laws[0].covariance + laws[-1].covariance - cross - cross.mT
+        cost = float(torch.trace(displacement) + ((laws[0].mean - laws[-1].mean) ** 2).sum())
+        rows.append({"half_bridge": number, "w2": wasserstein_gaussian(end, wanted), "transport_cost": cost})
+    return rows
 
 
 def wasserstein_gaussian(p: Normal, q: Normal) -> float:

@@ -1,64 +1,111 @@
 """The two distributions that a bridge joins: points in the plane, Gaussians, sets of images or one class of them.
 
-A marginal draws samples by a key, any number of times the same ones: a run that goes on draws what it would have drawn.
-Of a batch that several processes share each takes its part.
+Each has a ``name`` for tables and figures, the ``shape`` of a sample, and is ``sharp`` if its density has edges that
+noise would blur, so that the last step towards it goes without. ``sample(count, key, share, test=False)`` gives the
+``share`` of ``count`` draws, float32 (b, …), which one of several processes takes; with ``test`` of held-out data where
+there are such. The key decides what is drawn: a run that goes on draws what it would have drawn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from ml_collections import ConfigDict
+from sklearn.datasets import make_s_curve, make_swiss_roll
 from torch import Tensor
 
 from data import Split, pixels, sets
 from experiment.randomness import SampleGenerators, seed_from, uniform
+from experiment.registry import resolve
 
-from .point_sets import POINT_SETS
-
-__all__ = ["GaussianMarginal", "ImageMarginal", "Marginal", "PointMarginal", "get_marginals", "moments"]
-
-Key = tuple[int | str, ...]
+Key: TypeAlias = tuple[int | str, ...]
 _STANDARDISING_POINTS = 200_000
 _MOMENT_SAMPLES = 2_000
-_LEAST_SCALE = 1e-6
 
 
-class Marginal(Protocol):
-    """A distribution of x (…).
-
-    Attributes:
-        name: what tables and figures call it.
-        shape: of one sample.
-        sharp: whether its density has edges that noise would blur, so that the last step towards it goes without.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    sharp: bool
-
-    def sample(self, count: int, key: Key, share: slice = slice(None), *, test: bool = False) -> Tensor:
-        """The ``share`` of ``count`` draws, float32 (b, …); with ``test`` of held-out data where there are such."""
-        ...
+def _seed(key: Key, test: bool) -> int:
+    return seed_from(*key, "test" if test else "train")
 
 
-# --------------------------------------------------------------------------------------------------------- in the plane
+DrawPoints: TypeAlias = Callable[[int, np.random.Generator], np.ndarray]
+"""(count, random numbers) → points (count, 2)."""
 
-_CORRELATED_MEAN = np.array([1.0, -0.5])
-_CORRELATED_COVARIANCE = np.array([[0.9, 0.4], [0.4, 0.5]])
+
+def _checkerboard(count: int, random: np.random.Generator) -> np.ndarray:
+    x1 = random.uniform(-2, 2, count)
+    x2 = random.uniform(0, 1, count) - 2 * random.integers(0, 2, count) + np.floor(x1) % 2
+    return np.stack([x1, x2], axis=1)
+
+
+def _pinwheel(count: int, random: np.random.Generator) -> np.ndarray:
+    """Five arms of a Gaussian (radius 1 ± 0.3, width 0.1), bent by 0.25 e^radius."""
+    angle = 2 * np.pi * random.integers(0, 5, count) / 5
+    radius = 1 + 0.3 * random.standard_normal(count)
+    across = 0.1 * random.standard_normal(count)
+    angle = angle + 0.25 * np.exp(radius)
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.stack([radius * cos - across * sin, radius * sin + across * cos], axis=1)
+
+
+def _on_a_circle(modes: int, deviation: float) -> DrawPoints:
+    def draw(count: int, random: np.random.Generator) -> np.ndarray:
+        angle = 2 * np.pi * random.integers(0, modes, count) / modes
+        return np.stack([np.cos(angle), np.sin(angle)], axis=1) + deviation * random.standard_normal((count, 2))
+
+    return draw
+
+
+def _moons(count: int, random: np.random.Generator) -> np.ndarray:
+    """Two half-circles of radius 1, interleaved, with noise of 0.05."""
+    angle, lower = np.pi * random.uniform(size=count), random.integers(0, 2, count)
+    sign = 1 - 2 * lower
+    points = np.stack([lower + sign * np.cos(angle), 0.5 * lower + sign * np.sin(angle)], axis=1)
+    return points + 0.05 * random.standard_normal((count, 2))
+
+
+def _circles(count: int, random: np.random.Generator) -> np.ndarray:
+    """Circles of radius 1 and 1/2, half of the mass on each, with noise of 0.03."""
+    angle, radius = 2 * np.pi * random.uniform(size=count), 1 - 0.5 * random.integers(0, 2, count)
+    points = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return points + 0.03 * random.standard_normal((count, 2))
+
+
+def _curve(draw: Callable, noise: float) -> DrawPoints:
+    """One of scikit-learn's curved surfaces, seen from the side."""
+    return lambda count, random: draw(count, noise=noise, random_state=int(random.integers(2**31)))[0][:, [0, 2]]
+
+
+# Before they are standardised. Curves get a little noise, so that they have a density. scikit-learn's moons and circles
+# are evenly spaced points: two sets of them are closer to each other than independent draws, and so than any model's.
+POINT_SETS: dict[str, DrawPoints] = {
+    "scurve": _curve(make_s_curve, 0.05),
+    "swissroll": _curve(make_swiss_roll, 0.3),
+    "circles": _circles,
+    "moons": _moons,
+    "checkerboard": _checkerboard,
+    "pinwheel": _pinwheel,
+    "8gaussians": _on_a_circle(8, 0.09),
+    "mixture": _on_a_circle(4, 0.25),
+}
 
 
 @cache
-def _centre_and_scale(name: str) -> tuple[np.ndarray, float]:
-    points = POINT_SETS[name](_STANDARDISING_POINTS, np.random.default_rng(0))
+def _centre_and_scale(draw: DrawPoints) -> tuple[np.ndarray, float]:
+    points = draw(_STANDARDISING_POINTS, np.random.default_rng(0))
     return points.mean(0), float(points.std(0).mean())
 
 
 class PointMarginal:
-    """One of ``POINT_SETS``, moved and scaled to mean 0 and a mean standard deviation of ``scale`` per coordinate.
+    """Points in the plane, moved and scaled to mean 0 and a mean standard deviation of ``scale`` per coordinate.
+
+    Args:
+        name: one of ``POINT_SETS``, or 'module:function'.
+        scale: see above.
+        field: what an error calls ``name``.
 
     Raises:
         ValueError: unknown name.
@@ -67,16 +114,18 @@ class PointMarginal:
     shape = (2,)
     sharp = True
 
-    def __init__(self, name: str, scale: float) -> None:
-        if name not in POINT_SETS:
-            raise ValueError(f"data.dataset={name!r}: allowed are {', '.join(POINT_SETS)}")
+    def __init__(self, name: str, scale: float, field: str = "data.dataset") -> None:
+        self.draw = resolve(name, POINT_SETS, field)
         self.name, self.scale = name, scale
 
     def sample(self, count: int, key: Key, share: slice = slice(None), *, test: bool = False) -> Tensor:
-        random = np.random.default_rng(seed_from(*key, "test" if test else "train"))
-        centre, spread = _centre_and_scale(self.name)
-        points = self.scale * (POINT_SETS[self.name](count, random) - centre) / spread
-        return torch.from_numpy(points).float()[share]
+        centre, deviation = _centre_and_scale(self.draw)
+        points = self.draw(count, np.random.default_rng(_seed(key, test)))
+        return torch.from_numpy(self.scale * (points - centre) / deviation).float()[share]
+
+
+_CORRELATED_MEAN = np.array([1.0, -0.5])
+_CORRELATED_COVARIANCE = np.array([[0.9, 0.4], [0.4, 0.5]])
 
 
 class GaussianMarginal:
@@ -102,13 +151,10 @@ class GaussianMarginal:
         return self.root.double() @ self.root.double().mT
 
     def sample(self, count: int, key: Key, share: slice = slice(None), *, test: bool = False) -> Tensor:
-        generator = torch.Generator().manual_seed(seed_from(*key, "test" if test else "train"))
+        generator = torch.Generator().manual_seed(_seed(key, test))
         z = torch.randn((count, *self.shape), generator=generator)[share]
         scaled = self.root * z if isinstance(self.root, float) else z @ self.root.float().mT
         return self.mean + scaled
-
-
-# --------------------------------------------------------------------------------------------------------------- images
 
 
 class ImageMarginal:
@@ -118,43 +164,41 @@ class ImageMarginal:
         halves: training and test images.
         class_label: the class, or −1 for all of them.
         centered: values in [−1, 1] rather than [0, 1].
+        name: of the set.
+        field: what an error calls the config's section.
 
     Raises:
-        ValueError: no such class, or none of its images in one of the halves.
+        ValueError: there are no such images in one of the halves.
     """
 
     sharp = True
 
-    def __init__(self, halves: tuple[Split, Split], class_label: int, *, centered: bool, name: str) -> None:
-        self.halves, self.centered, self.name = halves, centered, name
-        self.shape = halves[0].image_shape
-        classes = halves[0].num_classes
-        if class_label != -1 and not 0 <= class_label < (classes or 0):
-            allowed = f"-1 (all) and 0 to {classes - 1}" if classes else "-1: the set has no classes"
-            raise ValueError(f"class_label={class_label} of {halves[0].name}: allowed is {allowed}")
+    def __init__(
+        self, halves: tuple[Split, Split], class_label: int, *, centered: bool, name: str, field: str = "data"
+    ) -> None:
+        self.halves, self.centered = halves, centered
+        self.name = name if class_label == -1 else f"{name}, class {class_label}"
+        self.shape, self.num_levels = halves[0].image_shape, halves[0].num_levels
         self.indices = [
             torch.arange(len(half)) if class_label == -1 else (half.labels == class_label).nonzero().flatten()
             for half in halves
         ]
         if not all(len(indices) for indices in self.indices):
-            raise ValueError(f"class_label={class_label} of {halves[0].name}: no image in one of the halves")
+            raise ValueError(f"{field}.class_label={class_label}: allowed are -1 (all) and the classes of {name}")
 
     def sample(self, count: int, key: Key, share: slice = slice(None), *, test: bool = False) -> Tensor:
         split, indices = self.halves[test], self.indices[test]
-        generator = torch.Generator().manual_seed(seed_from(*key, "test" if test else "train"))
-        chosen = indices[torch.randint(len(indices), (count,), generator=generator)][share]
-        images, _ = split.batch(chosen)
-        positions = range(count)[share]
-        noise = uniform(images.shape, SampleGenerators((*key, "dequantisation"), positions))
-        x = pixels.to_unit_interval(images, split.num_levels, dequantization=noise)
-        return pixels.scale(x, self.centered)
+        generator = torch.Generator().manual_seed(_seed(key, test))
+        images, _ = split.batch(indices[torch.randint(len(indices), (count,), generator=generator)][share])
+        noise = uniform(images.shape, SampleGenerators((*key, "dequantisation"), range(count)[share]))
+        return pixels.scale(pixels.to_unit_interval(images, self.num_levels, dequantization=noise), self.centered)
 
     def to_pixels(self, x: Tensor) -> Tensor:
         """uint8 levels (B, C, H, W)."""
-        return pixels.to_pixels(pixels.unscale(x, self.centered), self.halves[0].num_levels, True)
+        return pixels.to_pixels(pixels.unscale(x, self.centered), self.num_levels, True)
 
 
-# -------------------------------------------------------------------------------------------------------------- factory
+Marginal: TypeAlias = PointMarginal | GaussianMarginal | ImageMarginal
 
 
 def moments(marginal: Marginal, seed: int) -> tuple[Tensor, float]:
@@ -166,48 +210,31 @@ def moments(marginal: Marginal, seed: int) -> tuple[Tensor, float]:
     return x.mean(0).float(), float(x.var(0).mean())
 
 
-def get_marginals(config: ConfigDict) -> tuple[Marginal, Marginal]:
-    """Of x_0, ``config.data``, and of x_N, ``config.final``.
+def get_marginals(data: ConfigDict, final: ConfigDict) -> tuple[Marginal, Marginal]:
+    """Of x_0 and of x_N; points and Gaussians have ``scale``, 1 where it is not given.
 
     Raises:
         ValueError, FileNotFoundError: whatever is wrong with them.
     """
-    first = _marginal(config, config.data, None)
-    return first, _marginal(config, config.final, first)
-
-
-def _marginal(config: ConfigDict, data: ConfigDict, first: Marginal | None) -> Marginal:
-    field = "data" if first is None else "final"
     if data.dataset == "gaussian":
-        if first is None:
-            raise ValueError("data.dataset='gaussian': a prior, for final.dataset")
-        return GaussianMarginal(torch.zeros(first.shape), _scale_of(data, field))
-    if data.dataset == "correlated_gaussian" or data.dataset in POINT_SETS:
-        scale = _scale_of(data, field)
-        marginal: Marginal = PointMarginal(data.dataset, scale) if data.dataset in POINT_SETS else _correlated(scale)
-    elif "image_size" in data:
-        halves, label = sets.get_dataset(ConfigDict({"data": data})), data.class_label
-        name = data.dataset if label == -1 else f"{data.dataset}, class {label}"
-        try:
-            marginal = ImageMarginal(halves, label, centered=data.centered, name=name)
-        except ValueError as error:
-            raise ValueError(f"{field}.{error}") from None
-    else:
-        names = ", ".join((*POINT_SETS, "correlated_gaussian", *(["gaussian"] if first is not None else [])))
-        raise ValueError(f"{field}.dataset={data.dataset!r}: allowed are {names}")
-    if first is not None and marginal.shape != first.shape:
-        raise ValueError(f"final.dataset={data.dataset!r}: samples {marginal.shape}, but those of data {first.shape}")
-    return marginal
+        raise ValueError("data.dataset='gaussian': a prior, for final.dataset")
+    first = _marginal(data, "data")
+    if final.dataset == "gaussian":
+        return first, GaussianMarginal(torch.zeros(first.shape), float(final.get("scale", 1)))
+    last = _marginal(final, "final")
+    if last.shape != first.shape:
+        raise ValueError(f"final.dataset={final.dataset!r}: samples {last.shape}, but those of data {first.shape}")
+    return first, last
 
 
-def _correlated(scale: float) -> GaussianMarginal:
-    root = torch.from_numpy(scale * np.linalg.cholesky(_CORRELATED_COVARIANCE))
-    return GaussianMarginal(torch.from_numpy(scale * _CORRELATED_MEAN), root, "correlated_gaussian")
-
-
-def _scale_of(data: ConfigDict, field: str) -> float:
-    if "scale" not in data:
-        raise ValueError(f"{field}.dataset={data.dataset!r}: needs {field}.scale, which configs of images do not have")
-    if not _LEAST_SCALE <= data.scale <= 1 / _LEAST_SCALE:
-        raise ValueError(f"{field}.scale={data.scale}: allowed are {_LEAST_SCALE:g} to {1 / _LEAST_SCALE:g}")
-    return float(data.scale)
+def _marginal(data: ConfigDict, field: str) -> Marginal:
+    name, scale = data.dataset, float(data.get("scale", 1))
+    if name == "correlated_gaussian":
+        root = torch.from_numpy(scale * np.linalg.cholesky(_CORRELATED_COVARIANCE))
+        return GaussianMarginal(torch.from_numpy(scale * _CORRELATED_MEAN), root, name)
+    if "image_size" not in data or name in POINT_SETS:
+        return PointMarginal(name, scale, f"{field}.dataset")
+    sizes = {key: data[key] for key in ("image_size", "num_channels", "path", "root", "download", "resize")}
+    return ImageMarginal(
+        sets.load_dataset(name, **sizes), data.class_label, centered=data.centered, name=name, field=field
+    )

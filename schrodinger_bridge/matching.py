@@ -25,9 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .process import BACKWARD, FORWARD, MeanMap, Reference, opposite, simulate
-
-__all__ = ["ALGORITHMS", "Regression", "imf_regression", "ipf_regression"]
+from .process import BACKWARD, FORWARD, MeanMap, Reference, edges, opposite, simulate
 
 
 class Regression(NamedTuple):
@@ -39,33 +37,15 @@ class Regression(NamedTuple):
 
 @torch.no_grad()
 def ipf_regression(
-    learned: str,
-    start: Tensor,
-    mean_map: MeanMap,
-    reference: Reference,
-    noise: Callable[[], Tensor],
-    other_end: Tensor | None = None,
+    learned: str, start: Tensor, mean_map: MeanMap, reference: Reference, noise: Callable[[], Tensor]
 ) -> Regression:
-    """Regression of the direction ``learned`` on chains of the opposite one.
-
-    Args:
-        learned: 'forward' or 'backward'.
-        start: x_N or x_0 (B, ...), where the opposite direction begins.
-        mean_map: of the opposite direction.
-        reference: gives the step sizes.
-        noise: called for standard normal numbers (B, ...), once a step.
-        other_end: none; what the chains end at is theirs to find.
-
-    Raises:
-        ValueError: ``other_end`` is given.
-    """
-    if other_end is not None:
-        raise ValueError("bridge.coupling='independent': IPF starts from the coupling of the reference; or take imf")
+    """Regression of the direction ``learned`` on chains of the opposite one, from ``start`` (B, ...) by its
+    ``mean_map`` and ``noise``, called once a step for standard normal numbers (B, ...)."""
     states, means = simulate(mean_map, start, reference.gammas, opposite(learned), noise)
     inputs = states[1:] if learned == BACKWARD else states[:-1]
     targets = torch.empty_like(inputs)
     for k, (x, mean) in enumerate(zip(inputs, means, strict=True), 1):
-        targets[k - 1] = x + mean - mean_map(x, _edges(k, x))
+        targets[k - 1] = x + mean - mean_map(x, edges(k, x))
     return Regression(inputs, targets)
 
 
@@ -86,7 +66,7 @@ def imf_regression(
         first, last = (start, other_end) if learned == BACKWARD else (other_end, start)
     inputs, targets = [], []
     for k in range(1, len(reference.gammas) + 1):
-        edge = _edges(k, start)
+        edge = edges(k, start)
         if learned == FORWARD:
             inputs.append(reference.between(first, last, edge - 1, noise()))
             targets.append(reference.towards_end(inputs[-1], last, edge))
@@ -94,10 +74,6 @@ def imf_regression(
             inputs.append(reference.between(first, last, edge, noise()))
             targets.append(reference.towards_start(inputs[-1], first, edge))
     return Regression(torch.stack(inputs), torch.stack(targets))
-
-
-def _edges(k: int, x: Tensor) -> Tensor:
-    return torch.full((len(x),), k, dtype=torch.int64, device=x.device)
 
 
 ALGORITHMS = {"ipf": ipf_regression, "imf": imf_regression}

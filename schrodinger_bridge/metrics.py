@@ -6,7 +6,6 @@ Source of the algorithms: POT (Flamary et al., "POT: Python Optimal Transport", 
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -15,8 +14,6 @@ from torch import Tensor
 for _library in ("TENSORFLOW", "JAX", "CUPY"):
     os.environ.setdefault(f"POT_BACKEND_DISABLE_{_library}", "1")
 import ot  # noqa: E402
-
-__all__ = ["EntropicPlan", "entropic_plan", "mean_squared_displacement", "wasserstein"]
 
 _PROJECTIONS = 200
 _ITERATIONS = 2000
@@ -48,14 +45,7 @@ def mean_squared_displacement(first: Tensor, last: Tensor) -> float:
     return float(((last - first).double() ** 2).flatten(1).sum(1).mean())
 
 
-class EntropicPlan(NamedTuple):
-    """Cost ⟨P, ‖x − y‖²⟩ of the optimal coupling P with entropy, and the largest violation of its marginals."""
-
-    cost: float
-    violation: float
-
-
-def entropic_plan(a: Tensor, b: Tensor, brownian_variance: float) -> EntropicPlan:
+def entropic_plan(a: Tensor, b: Tensor, brownian_variance: float) -> tuple[float, float]:
     """The static Schrödinger bridge between samples (n, D) and (m, D): min_P ⟨P, ‖x − y‖²⟩ + ε Σ P log P.
 
     ε = 2s² makes P ∝ exp(−‖x − y‖²/2s²), the coupling that Brownian motion of variance s² is closest to. Sinkhorn's
@@ -64,6 +54,9 @@ def entropic_plan(a: Tensor, b: Tensor, brownian_variance: float) -> EntropicPla
     Args:
         a, b: samples.
         brownian_variance: s², see ``Reference.brownian_variance``.
+
+    Returns:
+        its cost ⟨P, ‖x − y‖²⟩, and the larger ℓ₁ distance of its marginals to those wanted.
     """
     a, b = a.double().numpy(), b.double().numpy()
     cost = ot.dist(a, b)
@@ -71,4 +64,4 @@ def entropic_plan(a: Tensor, b: Tensor, brownian_variance: float) -> EntropicPla
     options = {"method": "sinkhorn_log", "numItermax": _ITERATIONS, "stopThr": 1e-7, "warn": False}
     plan = ot.sinkhorn(*weights, cost, 2 * brownian_variance, **options)
     violation = max(np.abs(plan.sum(axis) - w).sum() for axis, w in ((1, weights[0]), (0, weights[1])))
-    return EntropicPlan(float((plan * cost).sum()), float(violation))
+    return float((plan * cost).sum()), float(violation)

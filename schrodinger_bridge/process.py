@@ -21,20 +21,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from experiment.registry import resolve
 from sde_lib import expand
-
-__all__ = [
-    "BACKWARD",
-    "FORWARD",
-    "LADDERS",
-    "MATCHINGS",
-    "MeanMap",
-    "Reference",
-    "TransitionMean",
-    "opposite",
-    "simulate",
-    "step_sizes",
-]
 
 FORWARD, BACKWARD = "forward", "backward"
 MATCHINGS = ("drift", "mean")
@@ -53,28 +41,17 @@ def opposite(direction: str) -> str:
     return BACKWARD if direction == FORWARD else FORWARD
 
 
-# ---------------------------------------------------------------------------------------------------------- step sizes
-
-
-def _constant(low: float, high: float, count: int) -> Tensor:
-    if low != high:
-        raise ValueError(f"bridge.gamma_min={low}, bridge.gamma_max={high}: a constant ladder has one step size")
-    return torch.full((count,), low, dtype=torch.float64)
-
-
-def _linear(low: float, high: float, count: int) -> Tensor:
-    return torch.linspace(low, high, count, dtype=torch.float64)
-
-
-def _geometric(low: float, high: float, count: int) -> Tensor:
-    return torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64)
+def edges(k: int, x: Tensor) -> Tensor:
+    """Edge k for every sample of x (B, ...): (B,)."""
+    return torch.full((len(x),), k, dtype=torch.int64, device=x.device)
 
 
 LADDERS: dict[str, Callable[[float, float, int], Tensor]] = {
-    "constant": _constant,
-    "linear": _linear,
-    "geometric": _geometric,
+    "constant": lambda low, high, count: torch.full((count,), low, dtype=torch.float64),
+    "linear": lambda low, high, count: torch.linspace(low, high, count, dtype=torch.float64),
+    "geometric": lambda low, high, count: torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64),
 }
+"""The rising half: (γ_min, γ_max, count) → (count,)."""
 
 
 def step_sizes(ladder: str, num_steps: int, gamma_min: float, gamma_max: float) -> Tensor:
@@ -83,24 +60,18 @@ def step_sizes(ladder: str, num_steps: int, gamma_min: float, gamma_max: float) 
     An even number of steps has the largest twice, an odd one once.
 
     Raises:
-        ValueError: unknown ladder, fewer than two steps, or fewer than three where the step sizes differ, or step sizes
-            that are not 1e-12 ≤ γ_min ≤ γ_max.
+        ValueError: an unknown ladder, or one that the numbers do not fit.
     """
-    if ladder not in LADDERS:
-        raise ValueError(f"bridge.ladder={ladder!r}: allowed are {', '.join(LADDERS)}")
-    if num_steps < 2:
-        raise ValueError(f"bridge.num_steps={num_steps}: at least 2")
+    rising = resolve(ladder, LADDERS, "bridge.ladder")
+    given = f"bridge.gamma_min={gamma_min}, bridge.gamma_max={gamma_max}"
     if not LEAST_GAMMA <= gamma_min <= gamma_max < math.inf:
-        raise ValueError(
-            f"bridge.gamma_min={gamma_min}, bridge.gamma_max={gamma_max}: need {LEAST_GAMMA:g} ≤ γ_min ≤ γ_max"
-        )
-    if num_steps == 2 and gamma_min < gamma_max:
-        raise ValueError("bridge.num_steps=2: at least 3 for step sizes that rise and fall")
-    rising = LADDERS[ladder](gamma_min, gamma_max, (num_steps + 1) // 2)
-    return torch.cat([rising, rising.flip(0)[num_steps % 2 :]])
-
-
-# ------------------------------------------------------------------------------------------------------- the reference
+        raise ValueError(f"{given}: need {LEAST_GAMMA:g} ≤ γ_min ≤ γ_max")
+    if ladder == "constant" and gamma_min < gamma_max:
+        raise ValueError(f"{given}: a constant ladder has one step size")
+    if num_steps < 3 and gamma_min < gamma_max:
+        raise ValueError(f"bridge.num_steps={num_steps}: at least 3 for step sizes that rise and fall")
+    half = rising(gamma_min, gamma_max, (num_steps + 1) // 2)
+    return torch.cat([half, half.flip(0)[num_steps % 2 :]])
 
 
 class Reference(nn.Module):
@@ -157,40 +128,40 @@ class Reference(nn.Module):
 
     def between(self, start: Tensor, end: Tensor, index: Tensor, noise: Tensor) -> Tensor:
         """A draw of x_k given x_0 and x_N (B, ...), k (B,) from 0 to N, with standard normal ``noise`` (B, ...)."""
-        alpha, v, to_end, v_to_end = self._to_end(index)
-        total = to_end**2 * v + v_to_end
-        gain = v * to_end / total
-        prior = _per_sample(alpha, start) * (start - self.mean)
-        mean = prior + _per_sample(gain, start) * (end - self.mean - _per_sample(to_end, start) * prior)
-        return self.mean + mean + _per_sample((v * v_to_end / total).sqrt(), start) * noise
+        v, (to_end, v_to_end) = self.variance_from_start[index], self._to_end(index)
+        prior, correction = self._conditioned(start, end, self.alpha[index], v, to_end, v_to_end)
+        variance = v * v_to_end / (to_end**2 * v + v_to_end)
+        return self.mean + (prior + correction) + _per_sample(variance.sqrt(), start) * noise
 
     def towards_end(self, x: Tensor, end: Tensor, edge: Tensor) -> Tensor:
         """E[x_k | x_{k−1}, x_N] (B, ...) for edges k (B,)."""
-        _, _, to_end, v_to_end = self._to_end(edge)
-        noise = 2 * self.gammas[edge - 1]
-        gain = noise * to_end / (to_end**2 * noise + v_to_end)
-        prior = _per_sample(self.factor[edge - 1], x) * (x - self.mean)
-        return self.mean + prior + _per_sample(gain, x) * (end - self.mean - _per_sample(to_end, x) * prior)
+        factor, noise = self.factor[edge - 1], 2 * self.gammas[edge - 1]
+        prior, correction = self._conditioned(x, end, factor, noise, *self._to_end(edge))
+        return self.mean + prior + correction
 
     def towards_start(self, x: Tensor, start: Tensor, edge: Tensor) -> Tensor:
         """E[x_{k−1} | x_k, x_0] (B, ...) for edges k (B,)."""
-        factor, v = self.factor[edge - 1], self.variance_from_start[edge - 1]
-        gain = v * factor / (factor**2 * v + 2 * self.gammas[edge - 1])
-        prior = _per_sample(self.alpha[edge - 1], x) * (start - self.mean)
-        return self.mean + prior + _per_sample(gain, x) * (x - self.mean - _per_sample(factor, x) * prior)
+        alpha, v = self.alpha[edge - 1], self.variance_from_start[edge - 1]
+        prior, correction = self._conditioned(start, x, alpha, v, self.factor[edge - 1], 2 * self.gammas[edge - 1])
+        return self.mean + prior + correction
 
-    def _to_end(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """α_k and v_k of x_k given x_0, and the same of x_N given x_k, (B,) each."""
-        alpha, v = self.alpha[index], self.variance_from_start[index]
-        to_end = self.alpha[-1] / alpha
-        return alpha, v, to_end, self.variance_from_start[-1] - to_end**2 * v
+    def _conditioned(
+        self, start: Tensor, end: Tensor, alpha: Tensor, v: Tensor, to_end: Tensor, v_to_end: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of y ~ N(m + α (start − m), v) its mean less m, and what is added to it given an end that follows
+        N(m + α′ (y − m), v′), in Kálmán's way."""
+        gain = v * to_end / (to_end**2 * v + v_to_end)
+        prior = _per_sample(alpha, start) * (start - self.mean)
+        return prior, _per_sample(gain, start) * (end - self.mean - _per_sample(to_end, start) * prior)
+
+    def _to_end(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """α and v of x_N given x_k, (B,) each."""
+        to_end = self.alpha[-1] / self.alpha[index]
+        return to_end, self.variance_from_start[-1] - to_end**2 * self.variance_from_start[index]
 
 
 def _per_sample(value: Tensor, x: Tensor) -> Tensor:
     return expand(value.to(x.dtype), x)
-
-
-# ---------------------------------------------------------------------------------------------------- learned mean maps
 
 
 class TransitionMean(nn.Module):
@@ -222,9 +193,6 @@ class TransitionMean(nn.Module):
         return output if self.matching == "mean" else x + expand(self.noise_scale[edge - 1], x) * output
 
 
-# ---------------------------------------------------------------------------------------------------------- simulation
-
-
 @torch.no_grad()
 def simulate(
     mean_map: MeanMap,
@@ -243,17 +211,15 @@ def simulate(
         gammas: (N,).
         direction: 'forward' or 'backward'.
         noise: called once a step for standard normal numbers (B, ...).
-        noise_removal: leave the noise out of the last step, at data whose density has sharp edges.
+        noise_removal: leave the noise out of the last step.
 
     Returns:
         states, and means (N, B, ...): M_k of the state before edge k.
     """
     count = len(gammas)
     states, means = [start], []
-    edges = range(1, count + 1) if direction == FORWARD else range(count, 0, -1)
-    for position, k in enumerate(edges, 1):
-        edge = torch.full((len(start),), k, dtype=torch.int64, device=start.device)
-        mean = mean_map(states[-1], edge)
+    for position, k in enumerate(range(1, count + 1) if direction == FORWARD else range(count, 0, -1), 1):
+        mean = mean_map(states[-1], edges(k, start))
         z = noise()  # drawn even where it is left out, so that both kinds of chains share their noise
         last = noise_removal and position == count
         states.append(mean if last else mean + math.sqrt(2 * float(gammas[k - 1])) * z)

@@ -96,17 +96,19 @@ def test_same_training(name, two, trained_by_one):
 def test_same_bridge(two, one):
     """A Schrödinger bridge: both networks, the measurements and the log of one process."""
     expected = train_bridge(one / "bridge")
-    path = two / "bridge" / "checkpoints" / expected.store.path(12).name
-    ours, theirs = read_checkpoint(path), read_checkpoint(expected.store.path(12))
-    for kind in ("mean_maps", "averages"):
-        for direction, state in theirs[kind].items():
-            weights_of = (lambda s: s) if kind == "mean_maps" else (lambda s: s["model"])
-            for name, tensor in weights_of(state).items():
-                found = weights_of(ours[kind][direction])[name]
-                torch.testing.assert_close(found, tensor, rtol=1e-4, atol=1e-5, msg=f"{kind} {direction} {name}")
-    for mine, other in zip(rows(two / "bridge"), rows(one / "bridge"), strict=True):
-        assert mine == pytest.approx(other, rel=1e-4)
-    assert len(ours["history"]) == 3
+    for direction in ("01_backward", "02_forward"):
+        folders = [workdir / "bridge" / "half_bridges" / direction for workdir in (one, two)]
+        theirs, ours = (read_checkpoint(folder / "checkpoints" / "step_00000006.pt") for folder in folders)
+        for kind, state in (("model", theirs["model"]), ("average", theirs["ema"]["model"])):
+            found = ours["model"] if kind == "model" else ours["ema"]["model"]
+            for name, tensor in state.items():
+                torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=f"{kind} {direction} {name}")
+        losses = [[row["loss"] for row in rows(folder)] for folder in folders]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    measured = json.loads((two / "bridge" / "history.json").read_text())
+    assert len(measured) == len(expected.history) == 3
+    for ours, theirs in zip(measured, expected.history, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_same_samples(two, trained_by_one):

@@ -20,7 +20,8 @@ import run_evaluation  # noqa: E402
 import run_lib  # noqa: E402
 from configs.digits import get_config  # noqa: E402
 from configs.dsb import digits as dsb_digits  # noqa: E402
-from schrodinger_bridge.training import BridgeRun  # noqa: E402
+from experiment.runtime import Runtime  # noqa: E402
+from schrodinger_bridge.half_bridges import BridgeRun  # noqa: E402
 
 CPU = run_lib.Runtime(device="auto")
 
@@ -93,9 +94,7 @@ def train_bridge(workdir: Path) -> BridgeRun:
     """Digits to digits: images, noise and batches are shared out, gradients averaged."""
     config = dsb_digits.get_config("3-8")
     config.update_from_flattened_dict(BRIDGE)
-    run = BridgeRun(config, workdir, CPU)
-    run.claim()
-    run.restore()
+    run = BridgeRun(config, workdir, Runtime("auto"))
     run.train()
     return run
 
