@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from checkpoints import CheckpointError, CheckpointStore, load_state_dict_strictly, read_checkpoint
-from configs.defaults import check
+from configs.checks import check
 from data.pixels import ImageFormat
 from experiment.files import write_arrays, write_json, write_text
 from experiment.randomness import SampleGenerators, normal_like, uniform
@@ -318,7 +318,11 @@ def evaluate(
             if config.sampling.method == "pc":
                 metrics["sampling_steps"] = sampler.num_steps
             identity = score.stage_key("sample_features", len(arrays["images"]), _sampling_identity(score))
-            metrics |= quality.measure(arrays["images"], workdir / "eval" / "sample_features.npz", identity)
+            labels = score.wanted_labels(range(len(arrays["images"]))) if config.sampling.condition else None
+            path = workdir / "eval" / "sample_features.npz"
+            metrics |= quality.measure(
+                arrays["images"], path, identity, None if labels is None else labels.cpu().numpy()
+            )
         if runtime.is_main:
             write_json(workdir / "eval" / "metrics.json", metrics)
     return metrics

@@ -25,9 +25,8 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     import torch  # slow to import, which --help and a mistyped flag need not wait for
-    from tqdm import tqdm
-
     from run_setup import Runtime
+    from tqdm import tqdm
 
     from . import figures, table
     from .experiment import Run, evaluate, train

@@ -21,6 +21,8 @@ import torch
 from absl import app, flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
+from run_evaluation import load_for_evaluation, run_for_evaluation, spread
+from run_setup import InvalidRun, Run, Runtime, check_compile, checked
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,8 +30,6 @@ from benchmarks.clock import clock_of
 from experiment.command_line import parse_flags
 from experiment.randomness import SampleGenerators, rademacher_like
 from likelihood import LIKELIHOOD_EPS, LikelihoodEvaluator, bits_per_dim
-from run_evaluation import load_for_evaluation, run_for_evaluation, spread
-from run_setup import InvalidRun, Run, Runtime, check_compile, checked
 from sde_lib import SDE, ScoreFunction
 
 TIGHT = 1e-7

@@ -70,12 +70,12 @@ def main(argv: list[str]) -> None:
             sys.exit(f"error: --{name}={given[name].value}: at least 1")
 
     import torch
+    from run_setup import Runtime
     from tqdm import tqdm
 
     from configs.defaults import base_config
     from losses import get_objective
     from models import create_score_model
-    from run_setup import Runtime
     from sde_lib import get_sde
 
     torch.set_num_threads(1)

@@ -25,6 +25,8 @@ import torch
 from absl import app, flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
+from run_evaluation import load_for_evaluation, run_for_evaluation, spread
+from run_setup import InvalidRun, Run, Runtime, check_compile, checked
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -34,8 +36,6 @@ from conservativeness import EXACT_MAX_DIMENSION, Products, asymmetry
 from experiment.command_line import parse_flags
 from experiment.randomness import SampleGenerators, normal_like, rademacher_like
 from models.second_order.compiled import CompiledProducts
-from run_evaluation import load_for_evaluation, run_for_evaluation, spread
-from run_setup import InvalidRun, Run, Runtime, check_compile, checked
 from sde_lib import ScoreFunction, expand
 
 PAPER = "paper: trace"

@@ -31,11 +31,11 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: --repeats={repeats}: at least 1")
 
     import torch
+    from run_setup import Runtime
     from torch import nn
     from tqdm import trange
 
     from benchmarks.clock import clock_of
-    from run_setup import Runtime
 
     configs = importlib.import_module("2d_examples.configs")
     experiment = importlib.import_module("2d_examples.experiment")

@@ -258,9 +258,9 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: --variants={unknown.pop()}: allowed are {'; '.join(known)}")
 
     import torch
+    from run_setup import Runtime, check_compile
 
     from experiment.runtime import keep_freed_memory
-    from run_setup import Runtime, check_compile
 
     torch.set_num_threads(flag.threads)
     try:

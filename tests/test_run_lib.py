@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import run_setup
 import torch
 
 import run_lib
-import run_setup
 from checkpoints import read_checkpoint
 from configs.digits import get_config
 from data import sets

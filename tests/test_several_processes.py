@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import run_setup
 import torch
 from PIL import Image
+from run_evaluation import write_arrays
 from test_run_lib import (
     ROOT,
     environment,
@@ -22,9 +24,7 @@ from test_run_lib import (
 from two_processes import BEGUN, RUNS, SETTINGS, config_of, runtime_of, train_bridge
 
 import run_lib
-import run_setup
 from checkpoints import read_checkpoint
-from run_evaluation import write_arrays
 
 LAST = SETTINGS["training.n_iters"]
 

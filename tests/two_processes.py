@@ -14,9 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import run_evaluation  # noqa: E402
 import torch  # noqa: E402
 
-import run_evaluation  # noqa: E402
 import run_lib  # noqa: E402
 from configs.digits import get_config  # noqa: E402
 from configs.dsb import digits as dsb_digits  # noqa: E402

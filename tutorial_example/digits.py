@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from run_setup import FREE_IN_EVALUATION, Run, Runtime
 from torch import Tensor
 
 import run_lib
 from experiment.randomness import SampleGenerators
 from likelihood import LIKELIHOOD_EPS, bits_per_dim
-from run_setup import FREE_IN_EVALUATION, Run, Runtime
 from sampling import AncestralPredictor, denoise
 
 from .configs import get_config

@@ -20,12 +20,12 @@ from typing import NamedTuple
 import matplotlib
 import torch
 from absl import app, flags
+from run_setup import Interrupted
 
 from experiment.command_line import available_cores, parse_flags
 from experiment.files import write_atomically
 from experiment.jobs import run_all
 from experiment.workdir import claim
-from run_setup import Interrupted
 
 from .conditional import Conditional
 from .diffusion import Ddpm, EpsilonAndScore

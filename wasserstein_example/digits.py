@@ -39,6 +39,7 @@ from absl import app, flags
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from ml_collections import ConfigDict
+from run_setup import FREE_IN_TRAINING, Run, checked
 from scipy.stats import spearmanr
 
 import run_lib
@@ -53,7 +54,6 @@ from experiment.runtime import Runtime
 from experiment.workdir import claim
 from features.classifier import train_classifier
 from features.extraction import FeatureExtractor, extract_features
-from run_setup import FREE_IN_TRAINING, Run, checked
 from sde_lib import get_sde
 
 from . import figures, theory

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from few_step import FEW_STEP_SOLVERS
 from ml_collections import ConfigDict
+from schrodinger_bridge.point_sets import POINT_SETS
 
 import ode
 import sampling
@@ -22,11 +24,9 @@ from conservativeness import ESTIMATORS
 from conservativeness import EXACT_MAX_DIMENSION as MEASURED_EXACTLY
 from data.sets import load_dataset
 from exact.distributions import TWO_DIMENSIONAL
-from few_step import FEW_STEP_SOLVERS
 from guidance.conditions import CLASS_CONDITIONS, MEASUREMENTS
 from likelihood import DIVERGENCES, TIMES
 from models import NETWORKS
-from schrodinger_bridge.point_sets import POINT_SETS
 
 ROOT = Path(__file__).parents[2]
 points = importlib.import_module("2d_examples.configs")

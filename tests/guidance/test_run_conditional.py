@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import run_classifier
+import run_setup
 import torch
 from test_run_lib import (
     CPU,
@@ -17,9 +19,7 @@ from test_run_lib import (
     weights,
 )
 
-import run_classifier
 import run_lib
-import run_setup
 from data import pixels
 from guidance.conditions import CONDITION_FIELDS
 
