@@ -97,7 +97,8 @@ class Stopped(Exception):
 @pytest.mark.parametrize(("algorithm", "warm_start"), [("ipf", True), ("imf", False)])
 def test_a_stopped_run_ends_the_same(algorithm, warm_start, tmp_path, monkeypatch):
     """Stopped in the middle of half-bridges, at their ends, before the first checkpoint, while they are measured, and
-    before and after that is written: weights, averages, moments, measurements and log are those of a run that was not."""
+    before and after that is written: weights, averages, moments, measurements and log are those of a run that was
+    not."""
     overrides = {"bridge__algorithm": algorithm, "bridge__warm_start": warm_start}
     whole = learn(config_of(**overrides), tmp_path / "whole")
 
