@@ -740,11 +740,20 @@ def load(
         state = read_checkpoint(path)
     if "record" in state:
         _check_version(state, path)
-        config = ConfigDict(json.loads(state["record"]["config"]))
+        config = _config_from_json(state["record"]["config"])
     elif config is None:
         raise ValueError(f"{path} is a public checkpoint: give load(…, config=…) the config it was trained with")
     check(config)
     return _score_from_state(state, path, config, torch.device(device))
+
+
+def _config_from_json(text: str) -> ConfigDict:
+    def with_tuples(value: object) -> object:  # which JSON has not
+        if isinstance(value, dict):
+            return {name: with_tuples(field) for name, field in value.items()}
+        return tuple(value) if isinstance(value, list) else value
+
+    return ConfigDict(with_tuples(json.loads(text)))
 
 
 def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | None, runtime: Runtime) -> TrainedScore:
