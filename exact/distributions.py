@@ -214,7 +214,7 @@ class GaussianMixture(NoisedDistribution):
 # ---------------------------------------------------------------------------------------------------------------- Boxes
 
 _CHUNK_ELEMENTS = 2**16
-"""Numbers per temporary when many boxes are evaluated: 0.5 MiB, which stays in a core's cache."""
+"""Numbers per temporary when many boxes are evaluated: 0.5 MiB, which fits into a core's cache."""
 
 
 class BoxMixture(NoisedDistribution):

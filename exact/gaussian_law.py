@@ -36,7 +36,7 @@ from sde_lib import SDE, ScoreFunction, expand
 __all__ = ["DETERMINISTIC", "STEPS", "Law", "diagonalise", "limit_law", "sampler_law", "score_of", "wasserstein"]
 
 _CHUNK_STEPS = 512
-"""Steps composed at once, so that a temporary of some hundred directions stays in a core's cache."""
+"""Steps composed at once, so that a temporary of some hundred directions fits into a core's cache."""
 
 
 class Law(NamedTuple):

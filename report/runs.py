@@ -113,7 +113,7 @@ class Run:
 
     @property
     def dataset(self) -> str:
-        """``config.data.dataset``; for images of one's own with the name of their file or folder."""
+        """``config.data.dataset``; for a user's own images with the name of their file or folder."""
         data = self.config["data"]
         return data["dataset"] + (f" ({Path(data['path']).name})" if data["path"] else "")
 

@@ -1,6 +1,6 @@
 """Exact W₂ between Gaussian data and the law of every sampler, for nine forward processes: computation and tables.
 
-The data are N(m, Σ) with the eigenvalues of Σ spread geometrically, at the midpoints of d equal intervals, so that
+The data are N(m, Σ) with the eigenvalues of Σ in geometric progression, at the midpoints of d equal intervals, so that
 every d has about the same error per direction. The score is exact; what is left is
 
 * the discretisation error, the distance to the law of the same sampler with infinitely many steps, and
@@ -133,7 +133,7 @@ class Settings(NamedTuple):
 def distances(settings: Settings, process: str, sampler: str) -> list[dict]:
     """Rows of W₂ to the data and to the sampler's own limit, for every K and d.
 
-    Directions are independent, so the data of all dimensions go through the sampler side by side.
+    Directions are independent, so the data of all dimensions go through the sampler together.
     """
     sde = SDES[process]
     parts = [settings.data(d) for d in settings.dimensions]
