@@ -2,8 +2,8 @@
 
 A number of ours stands next to the paper's if the run has the paper's setting: ``differing_settings`` compares the
 run's ``config.json``, log and ``eval/metrics.json`` with the paper's network, SDE, optimiser, data, length of training
-and protocol of evaluation. What it does not compare, because the paper's tables do not say it: the number of images and of
-probes that Asym and NAsym are means of. Deviations of the code itself (docs/deviations.md) are no settings.
+and protocol of evaluation. What it does not compare, because the paper's tables do not say it: the number of images
+and of probes that Asym and NAsym are means of. Deviations of the code itself (docs/deviations.md) are no settings.
 """
 
 from __future__ import annotations
