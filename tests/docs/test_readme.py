@@ -114,7 +114,7 @@ def test_commands_of_make_start() -> None:
         ("`python main.py --precison=bf16 …`", "precison"),
         ("`python main.py --config.training.qc_wieght=1 …`", "no field"),
         ("`python main.py --config.training.batch_size=many …`", "batch_size"),
-        ("`python -m report.main --ouput=DIR RUN`", "unrecognized arguments: --ouput=DIR"),
+        ("`python -m report.main --ouput=DIR RUN`", "Unknown command line flag 'ouput'"),
         ("`torchrun --nproc_per_nod=2 --n main.py …`", "nproc"),
         ("`torchrun --nproc_per_node=2 main.py --precison=bf16 …`", "precison"),
         ("`accelerate launch --num_proceses=2 main.py …`", "num_proceses"),

@@ -28,7 +28,6 @@ from exact.distributions import (
     Spirals,
     checkerboard,
     get_distribution,
-    spiral_2,
 )
 from experiment.randomness import SampleGenerators
 from sde_lib import SDE, VE, VP, GeometricSigma, LinearBeta
@@ -185,7 +184,7 @@ def test_boxes_by_normal_cdfs(name, noise):
 
 def test_spirals_by_adaptive_quadrature():
     sde, t = NOISES["sigma 0.1"]
-    distribution = spiral_2(sde)
+    distribution = Spirals(sde)
     x = noised(distribution.sample(8, torch.Generator().manual_seed(5)), sde, t)
     a, side = 2.3 / 3, 2.3 / 6
 
@@ -547,10 +546,10 @@ def test_noise_below_what_is_resolved_is_refused():
     with pytest.raises(ValueError, match=r"sigma/alpha = 0; need it above 0"):
         checkerboard(vp).score(x, torch.tensor([0.5, 0.0]))
     with pytest.raises(ValueError, match=r"sigma/alpha = 0\.027.*smallest_noise=0\.1"):
-        spiral_2(vp).log_prob(x, torch.tensor([0.5, 0.005]))
+        Spirals(vp).log_prob(x, torch.tensor([0.5, 0.005]))
     assert Spirals(vp, smallest_noise=0.02).log_prob(x, torch.tensor([0.5, 0.005])).isfinite().all()
     # The paper's smallest noise, in single precision.
-    assert spiral_2(PAPER).score(x, PAPER.time_at_std(torch.tensor([0.1, 0.1]))).isfinite().all()
+    assert Spirals(PAPER).score(x, PAPER.time_at_std(torch.tensor([0.1, 0.1]))).isfinite().all()
 
 
 @every_set
