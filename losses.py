@@ -43,7 +43,7 @@ from torch.autograd.function import once_differentiable
 
 from conservativeness import asymmetry, divergence
 from experiment.randomness import Generator, SampleGenerators, normal_like, rademacher_like, random_bits, uniform
-from models.dropout import Dropout, set_dropout_keys
+from models import Dropout, set_dropout_keys
 from models.score import ScoreModel
 from models.second_order.compiled import CompiledProducts
 from sde_lib import SDE, ScoreFunction, expand

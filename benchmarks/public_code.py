@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from experiment.randomness import Generator, normal_like, rademacher_like
 from losses import Objective
-from models.dropout import Dropout
+from models import Dropout
 from models.layers import Attention, FIRDown, FIRUp
 from models.score import ScoreModel
 from models.unet import UNet

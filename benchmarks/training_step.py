@@ -189,6 +189,7 @@ def operations_of_passes(given: dict, device: torch.device) -> dict[str, float]:
 
     from configs.defaults import base_config
     from models import create_score_model
+    from models.second_order.operations import gradients_of
     from sde_lib import get_sde
 
     config = base_config()
@@ -197,14 +198,15 @@ def operations_of_passes(given: dict, device: torch.device) -> dict[str, float]:
     x = torch.rand(given["batch_size"], *model.network.image_shape, device=device, requires_grad=True)
     t, found, results = torch.full((len(x),), 0.5, device=device), {}, {}
 
-    def grad(of: Tensor, at: Tensor, cotangent: Tensor) -> Tensor:
-        return torch.autograd.grad(of, at, cotangent, retain_graph=True, create_graph=True)[0]
+    def grad(of: Tensor, at: Tensor, cotangent: Tensor, what: str) -> Tensor:
+        with gradients_of(what):
+            return torch.autograd.grad(of, at, cotangent, retain_graph=True, create_graph=True)[0]
 
     u, v = torch.ones_like(x).requires_grad_(), torch.ones_like(x)
     for name, work in {
         "forward, F": lambda: model(x, t),
-        "Jᵀu, by a backward pass": lambda: grad(results["forward, F"], x, u),
-        "Jv, by differentiating Jᵀu": lambda: grad(results["Jᵀu, by a backward pass"], u, v),
+        "Jᵀu, by a backward pass": lambda: grad(results["forward, F"], x, u, "inputs"),
+        "Jv, by differentiating Jᵀu": lambda: grad(results["Jᵀu, by a backward pass"], u, v, "cotangents"),
         "backward, score matching alone": lambda: (results["forward, F"] ** 2).sum().backward(retain_graph=True),
         "backward, with the QC term": lambda: sum(
             (result**2).sum() for result in list(results.values())[:3]

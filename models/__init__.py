@@ -13,6 +13,7 @@ from models.ema import EMA
 from models.mlp import NoiseConditionalMLP, TimeConditionalMLP
 from models.ncsnv2 import NCSN, NCSNv2
 from models.score import ConservativeScore, NoiseLevel, ScoreModel, UnconstrainedScore, make_score_model
+from models.second_order.normalisation import Dropout, set_dropout_keys
 from models.second_order.recompute import recompute_activations
 from models.unet import DDPM, UNet
 from sde_lib import SDE
@@ -21,6 +22,7 @@ __all__ = [
     "EMA",
     "NETWORKS",
     "ConservativeScore",
+    "Dropout",
     "NoiseLevel",
     "ScoreModel",
     "UnconstrainedScore",
@@ -29,6 +31,7 @@ __all__ = [
     "make_network",
     "make_score_model",
     "recompute_activations",
+    "set_dropout_keys",
 ]
 
 # The names are score_sde_pytorch's: ncsnpp is both NCSN++ and DDPM++, which are one network with other options; ncsnv2

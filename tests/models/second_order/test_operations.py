@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from benchmarks.training_step import operations_of_passes
 from experiment.randomness import SampleGenerators, random_bits
 from losses import Objective
-from models.dropout import Dropout
 from models.score import ConservativeScore, NoiseLevel, UnconstrainedScore
-from models.second_order.normalisation import GroupNorm, norm_act
+from models.second_order.normalisation import Dropout, GroupNorm, norm_act
 from models.second_order.operations import (
     Conv2d,
     attend,
