@@ -35,7 +35,8 @@ from experiment.randomness import SampleGenerators, normal_like
 from features.classifier import train_classifier
 from features.extraction import FeatureExtractor, Features, key_digest, read_statistics, statistics_file
 from features.inception import InceptionFeatures, find_weights
-from guidance.conditions import CONDITION_FIELDS, MEASUREMENTS
+from guidance.conditions import CONDITION_FIELDS
+from guidance.measurements import MEASUREMENTS
 from likelihood import bits_per_dim
 from ode import FIXED
 from run_classifier import load_classifier

@@ -31,8 +31,8 @@ from experiment.files import write_atomically
 from experiment.randomness import SampleGenerators, normal_like
 from features.classifier import train_classifier
 from features.extraction import key_digest
-from guidance.conditions import CLASS_CONDITIONS, MEASUREMENTS, condition_on_measurement, get_operator
-from guidance.measurements import LinearOperator
+from guidance.conditions import CLASS_CONDITIONS, condition_on_measurement
+from guidance.measurements import MEASUREMENTS, LinearOperator, make_operator
 from run_evaluation import (
     compute_stage,
     load_for_evaluation,
@@ -167,7 +167,7 @@ class _Measured:
             raise ValueError(f"sampling.num_images={count}: the test set has only {available}")
         # MPS has no double precision.
         device = "cpu" if run.device.type == "mps" else run.device
-        self.operator: LinearOperator = get_operator(run.config, run.train_data.image_shape, device)
+        self.operator: LinearOperator = make_operator(run.config.sampling, run.train_data.image_shape, device)
         self.levels, self.labels = run.test_data.batch(spread(torch.arange(count), count, available))
         self.images = self._to_model(self.levels).to(run.device)
         y = self.operator(self.images)
@@ -207,7 +207,7 @@ class _Measured:
         generator = SampleGenerators((run.config.seed, "samples"), items.tolist())
         y = self.y[image]
         score, projection = condition_on_measurement(
-            run.config, run.sde, run.score, self.operator, y, prior_variance=self.prior_variance
+            self.sampling, run.sde, run.score, self.operator, y, prior_variance=self.prior_variance
         )
         like = torch.zeros_like(self.images[image])
         result = run.sampler(score, like, generator, projection=projection, progress=run.accelerator.is_main_process)

@@ -196,7 +196,8 @@ class Run:
         self.workdir = Path(workdir)
         self.runtime = runtime
         _check_numbers(config)
-        check_condition(config)
+        classes = dict(num_classes=config.model.get("num_classes", 0), label_dropout=config.training.label_dropout)
+        check_condition(config.sampling, **classes)
         self.sde: SDE = get_sde(config)
         torch.manual_seed(config.seed)
         self.score_model: ScoreModel = create_score_model(config, self.sde)

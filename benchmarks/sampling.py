@@ -21,7 +21,7 @@ from tqdm import tqdm
 from evaluation import JACKKNIFE_GROUPS, fid_with_error
 from experiment.command_line import parse_flags
 from features.extraction import extract_features
-from guidance.conditions import MEASUREMENTS
+from guidance.measurements import MEASUREMENTS
 from run_evaluation import draw, load_for_evaluation, run_for_evaluation
 from run_setup import InvalidRun, Runtime, checked
 from sampling import get_sampler
