@@ -16,14 +16,14 @@ import torch
 from absl import app, flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
-from run_evaluation import draw, load_for_evaluation, run_for_evaluation
-from run_setup import InvalidRun, Runtime, checked
 from tqdm import tqdm
 
 from evaluation import JACKKNIFE_GROUPS, fid_with_error
 from experiment.command_line import parse_flags
 from features.extraction import extract_features
-from guidance.conditions import MEASUREMENTS
+from guidance.measurements import MEASUREMENTS
+from run_evaluation import draw, load_for_evaluation, run_for_evaluation
+from run_setup import InvalidRun, Runtime, checked
 from sampling import get_sampler
 from wasserstein_example.digits import reference_features
 
@@ -89,7 +89,7 @@ def compare(config: ConfigDict, workdir: str, runtime: Runtime, num_samples: int
                 images.append(torch.from_numpy(levels).permute(0, 3, 1, 2))
                 evaluations += nfe * len(indices)
                 bar.update(len(indices))
-            generated = extract_features(extractor, torch.cat(images), len(batches[0]))
+            generated = extract_features(extractor, images, num_samples)
             rows.append((name, evaluations / num_samples, seconds, *fid_with_error(real.pool, generated.pool)))
     _, _, paper_seconds, paper_fid, paper_error = rows[0]
     lines = [
