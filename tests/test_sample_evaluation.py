@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import run_evaluation
 import torch
 
-import run_evaluation
 import run_lib
 from configs.digits import get_config
 from evaluation import Features, inception_score, sample_quality
