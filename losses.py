@@ -52,7 +52,6 @@ __all__ = [
     "Objective",
     "denoising_score_matching",
     "explicit_score_matching",
-    "get_objective",
     "implicit_score_matching",
     "make_objective",
     "sliced_score_matching",
@@ -317,8 +316,3 @@ def _differentiable(score: ScoreFunction, x: Tensor, t: Tensor) -> tuple[Tensor,
     position = x.detach().requires_grad_()
     with torch.enable_grad():
         return score(position, t), position, create_graph
-
-
-def get_objective(config, score_model: ScoreModel) -> Objective:
-    """``make_objective`` of a config, for callers that still have one."""
-    return make_objective(score_model, config.training)

@@ -104,16 +104,17 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
             _check_workdir(config, workdir, FREE_IN_TRAINING)
             if config.sampling.condition not in ("", "class_free"):
                 raise ValueError(f"sampling.condition={config.sampling.condition!r}: not while training")
-            train_data, test_data = _load_data(config, runtime)
+            train_data, test_data = load_data(config, runtime)
             images = _image_format(config, train_data)
-            sde = _sde(config)
-            model = _score_model(config, sde, images).to(device)
+            sde = build_sde(config)
+            model = build_score_model(config, sde, images).to(device)
             if training.activation_checkpointing:
                 _checkpoint_activations(model)
             ema = EMA(model, config.model.ema_rate)
             ema.model.to(device)
-            objective, test_objective = _objective(config, model), _objective(config, ema.model, qc_weight=0.0)
-            sampler = _sampler(config, sde)
+            objective = build_objective(config, model)
+            test_objective = build_objective(config, ema.model, qc_weight=0.0)
+            sampler = build_sampler(config, sde)
             if runtime.compile:
                 _check_compile(config, device, training=True)
                 model.compile_network()
@@ -278,12 +279,12 @@ def evaluate(
     Raises:
         InvalidRun: bad config, data, checkpoint or working directory.
     """
-    from guidance.conditions import MEASUREMENTS
+    from guidance.conditions import is_measurement
 
     workdir, enabled = Path(workdir), config.eval
     with contextlib.ExitStack() as stack:
         with checked():
-            if config.sampling.condition in MEASUREMENTS:
+            if is_measurement(config.sampling.condition):
                 raise ValueError(f"sampling.condition={config.sampling.condition!r}: only with --mode=sample")
             if runtime.compile and not enabled.enable_sampling:
                 raise ValueError(
@@ -291,8 +292,8 @@ def evaluate(
                     "score, which a compiled network is not used for"
                 )
             score = _trained_score(config, workdir, checkpoint, runtime)
-            train_data, test_data = _load_data(config, runtime)
-            sampler = _sampler(config, score.sde)
+            train_data, test_data = load_data(config, runtime)
+            sampler = build_sampler(config, score.sde)
             if enabled.enable_sampling:
                 from features.quality import SampleQuality
 
@@ -436,7 +437,7 @@ def statistics(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runti
         check(config)
         if config.eval.stats_path:
             raise ValueError(f"eval.stats_path={config.eval.stats_path}: there is nothing to compute; leave it empty")
-        train_data, test_data = _load_data(config, runtime)
+        train_data, test_data = load_data(config, runtime)
         cache_dir = _cache_dir(Path(workdir), runtime)
         quality = SampleQuality(config.eval, train_data, test_data, cache_dir, runtime, seed=config.seed)
     return quality.reference()[0]
@@ -467,12 +468,12 @@ def sample(
     with contextlib.ExitStack() as stack:
         with checked():
             score = _trained_score(config, workdir, checkpoint, runtime)
-            sampler = _sampler(config, score.sde)
+            sampler = build_sampler(config, score.sde)
             measured, identity = None, {"num_samples": config.eval.num_samples}
             if sampling.condition not in ("", "class", "class_free"):
                 from guidance.measured import MeasuredImages
 
-                measured = MeasuredImages(score, sampler, *_load_data(config, runtime))
+                measured = MeasuredImages(score, sampler, *load_data(config, runtime))
                 identity = measured.identity()
             name = f"{sampler.slug}{_condition_slug(config)}"
             # Samples without a measurement are those that an evaluation draws, and are kept in the same place.
@@ -600,7 +601,7 @@ class TrainedScore:
         check(config)
         generator = SampleGenerators((seed, "samples"), range(n))
         like = torch.zeros((n, *self.shape), device=self.device)
-        return _sampler(config, self.sde)(self, like, generator, progress=progress).x
+        return build_sampler(config, self.sde)(self, like, generator, progress=progress).x
 
     def draw(self, indices: Sequence[int], sampler, *, progress: bool = False) -> tuple[np.ndarray, float]:
         """Samples number ``indices`` as grey levels, uint8 (B, H, W, C), and network evaluations per sample."""
@@ -789,11 +790,11 @@ def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | N
 
 
 def _score_from_state(state: dict, source: object, config: ConfigDict, device: torch.device) -> TrainedScore:
-    sde = _sde(config)
+    sde = build_sde(config)
     if "record" in state:
         _check_version(state, source)
         images, step = ImageFormat(**state["record"]["images"]), state["step"]
-        model = _score_model(config, sde, images)
+        model = build_score_model(config, sde, images)
         load_state_dict_strictly(model, state["ema"]["model"], source)
     else:
         from models.published import load_score_sde_checkpoint
@@ -807,7 +808,7 @@ def _score_from_state(state: dict, source: object, config: ConfigDict, device: t
             centered=data.centered,
             dequantized=data.uniform_dequantization,
         )
-        model = _score_model(config, sde, images)
+        model = build_score_model(config, sde, images)
         step = load_score_sde_checkpoint(source, model.network, ema=True, sde=sde)
     return TrainedScore(config, model.eval().requires_grad_(False).to(device), images, step)
 
@@ -830,11 +831,11 @@ def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime =
     with checked():
         check(config)
         _check_workdir(config, workdir, FREE_IN_EVALUATION)
-        train_data, test_data = _load_data(config, runtime)
+        train_data, test_data = load_data(config, runtime)
         images = _image_format(config, train_data)
         training = ClassifierTraining(
             workdir,
-            _sde(config),
+            build_sde(config),
             config.classifier,
             train_data,
             test_data,
@@ -867,7 +868,7 @@ def _classifier_identity(config: ConfigDict, images: ImageFormat) -> dict:
 # From a config to what it describes, and checks of what only a run as a whole can get wrong
 
 
-def _sde(config: ConfigDict) -> SDE:
+def build_sde(config: ConfigDict) -> SDE:
     return make_sde(config.training.sde, config.model.get("schedule", ""), config.model)
 
 
@@ -875,7 +876,7 @@ def _image_format(config: ConfigDict, data: Split) -> ImageFormat:
     return ImageFormat.of(data, centered=config.data.centered, dequantized=config.data.uniform_dequantization)
 
 
-def _score_model(config: ConfigDict, sde: SDE, images: ImageFormat) -> ScoreModel:
+def build_score_model(config: ConfigDict, sde: SDE, images: ImageFormat) -> ScoreModel:
     """A new score model; its initial weights are keyed by the seed."""
     torch.manual_seed(config.seed)
     model, continuous = config.model, config.training.continuous
@@ -891,26 +892,24 @@ def _score_model(config: ConfigDict, sde: SDE, images: ImageFormat) -> ScoreMode
     )
 
 
-def _objective(config: ConfigDict, model: ScoreModel, **changes) -> Objective:
-    from losses import Objective
+def build_objective(config: ConfigDict, model: ScoreModel, **changes) -> Objective:
+    from losses import make_objective
 
-    training = config.training
-    names = ("likelihood_weighting", "reduce_mean", *(name for name in training if name.startswith("qc_")))
-    return Objective(model, **({name: training[name] for name in names} | changes))
+    return make_objective(model, {**config.training, **changes})
 
 
-def _sampler(config: ConfigDict, sde: SDE):
+def build_sampler(config: ConfigDict, sde: SDE):
     from sampling import make_sampler
 
     return make_sampler(sde, config.sampling, num_scales=config.model.num_scales, continuous=config.training.continuous)
 
 
-def _load_data(config: ConfigDict, runtime: Runtime) -> tuple[Split, Split]:
+def load_data(config: ConfigDict, runtime: Runtime) -> tuple[Split, Split]:
     from data import load_dataset
 
     data = config.data
     names = ("image_size", "num_channels", "path", "root", "download", "resize")
-    with runtime.accelerator.main_process_first():
+    with runtime.accelerator.main_process_first() if runtime else contextlib.nullcontext():
         train_data, test_data = load_dataset(data.dataset, **{name: data[name] for name in names})
     _check_classes(config, train_data)
     return train_data, test_data

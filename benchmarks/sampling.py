@@ -16,14 +16,14 @@ import torch
 from absl import app, flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
+from run_evaluation import draw, load_for_evaluation, run_for_evaluation
+from run_setup import InvalidRun, Runtime, checked
 from tqdm import tqdm
 
 from evaluation import JACKKNIFE_GROUPS, fid_with_error
 from experiment.command_line import parse_flags
 from features.extraction import extract_features
 from guidance.measurements import MEASUREMENTS
-from run_evaluation import draw, load_for_evaluation, run_for_evaluation
-from run_setup import InvalidRun, Runtime, checked
 from sampling import get_sampler
 from wasserstein_example.digits import reference_features
 

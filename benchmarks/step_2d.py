@@ -31,43 +31,37 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: --repeats={repeats}: at least 1")
 
     import torch
-    from run_setup import Runtime
-    from torch import nn
     from tqdm import trange
 
     from benchmarks.clock import clock_of
+    from experiment.runtime import Runtime
 
     configs = importlib.import_module("2d_examples.configs")
     experiment = importlib.import_module("2d_examples.experiment")
     torch.set_num_threads(1)
     try:
-        device = Runtime(flags.FLAGS.device).accelerator().device
+        runtime = Runtime(flags.FLAGS.device)
+        device = runtime.torch_device
     except ValueError as error:
         sys.exit(f"error: {error}")
 
     clock, kind = clock_of(device)
-    steps = {}
+    trainers = {}
     for name, (model, overrides) in VARIANTS.items():
         config = configs.get_config(f"gaussian_8-{model}")
         config.update_from_flattened_dict(overrides)
-        run = experiment.Run(config, Path(), device)
-        optimizer = torch.optim.Adam(run.model.parameters(), lr=config.optim.lr, fused=True)
-        steps[name] = (run, optimizer, run.points("training points", config.training.batch_size))
+        trainers[name] = experiment.trainer(config, Path(), runtime)
 
-    def take(name: str, step: int) -> float:
-        run, optimizer, x0 = steps[name]
+    def take(name: str) -> float:
         started = clock()
-        optimizer.zero_grad()
-        run.objective(x0, run.generator("train", step), step=step)["loss"].backward()
-        nn.utils.clip_grad_norm_(run.model.parameters(), run.config.optim.grad_clip)
-        optimizer.step()
+        trainers[name].train_step()
         return 1e3 * (clock() - started)
 
     # A sample is a pair of consecutive steps, so that a term that is due every second step counts half.
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for repeat in trange(-2, repeats, unit="round"):
         for name in VARIANTS:
-            pair = (take(name, 2 * repeat) + take(name, 2 * repeat + 1)) / 2
+            pair = (take(name) + take(name)) / 2
             if repeat >= 0:
                 times[name].append(pair)
     reference = statistics.median(times["U"])

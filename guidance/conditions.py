@@ -31,7 +31,7 @@ from torch import Tensor
 from conservativeness import vjp
 from experiment.randomness import Generator, normal_like
 from experiment.registry import resolve
-from guidance.measurements import MEASUREMENTS, LinearOperator
+from guidance.measurements import LinearOperator
 from sampling import ConditionalScore, Projection
 from sde_lib import SDE, ScoreFunction, expand
 
@@ -44,7 +44,6 @@ __all__ = [
     "DiffusionPosteriorSampling",
     "MeasurementProjection",
     "PseudoinverseGuidance",
-    "check_condition",
     "condition_on_measurement",
     "is_measurement",
 ]
@@ -264,60 +263,6 @@ CONDITION_FIELDS = (
 def is_measurement(condition: str) -> bool:
     """Whether a value of ``sampling.condition`` measures images."""
     return bool(condition) and condition not in CLASS_CONDITIONS
-
-
-def check_condition(options: Mapping[str, object], *, num_classes: int = 0, label_dropout: float = 0.0) -> None:
-    """Whether the sampler that is described by the same ``options``, and the network, can do what they ask for.
-
-    Args:
-        options: all of ``config.sampling``.
-        num_classes: of the network; 0: it is not given the class.
-        label_dropout: how often the class was withheld in its training.
-
-    Raises:
-        ValueError: unknown condition or conditioning, or a combination without a meaning.
-    """
-    condition, conditioning, weight = options["condition"], options["conditioning"], options["guidance_weight"]
-    if condition:
-        resolve(condition, {**MEASUREMENTS, **dict.fromkeys(CLASS_CONDITIONS)}, "sampling.condition")
-    resolve(conditioning, CONDITIONINGS, "sampling.conditioning")
-    guided = condition in CLASS_CONDITIONS or (is_measurement(condition) and conditioning != "projection")
-    if weight != 1 and not guided:
-        how = "unconditional sampling" if not condition else f"sampling.condition={condition!r} by projection"
-        raise ValueError(f"sampling.guidance_weight={weight}: {how} has no guidance")
-    if options["class_label"] != -1 and condition not in CLASS_CONDITIONS:
-        raise ValueError(
-            f"sampling.class_label={options['class_label']}: only for sampling.condition class, class_free"
-        )
-    if condition == "class_free" and not num_classes:
-        raise ValueError("sampling.condition='class_free': needs a network that knows classes, model.num_classes > 0")
-    unconditional_needed = condition != "class_free" or weight != 1
-    if num_classes and not label_dropout and unconditional_needed:
-        raise ValueError(
-            f"sampling.condition={condition!r}, sampling.guidance_weight={weight}: a network trained with "
-            "training.label_dropout=0 has no unconditional score; it can do 'class_free' with weight 1"
-        )
-    if is_measurement(condition):
-        _check_measurement(options, conditioning, options["method"])
-
-
-def _check_measurement(options: Mapping[str, object], conditioning: str, method: str) -> None:
-    if conditioning == "projection" and method == "ode" and options["solver"] != "heun":
-        raise ValueError(
-            f"sampling.solver={options['solver']!r}: a projection follows every step, so needs 'heun', or "
-            "sampling.method=few_step; or use sampling.conditioning=pigdm"
-        )
-    noise = options["measurement_noise"]
-    if conditioning == "projection" and method == "pc" and noise and options["corrector"] != "none":
-        raise ValueError(
-            f"sampling.measurement_noise={noise}: a projection leaves out what is noisier than the state, which "
-            "Langevin steps then forget; use sampling.corrector=none, or sampling.conditioning=pigdm"
-        )
-    if conditioning == "dps" and (method, options["corrector"]) != ("pc", "none"):
-        raise ValueError(
-            "sampling.conditioning='dps': its move follows a predictor's step, so needs sampling.method=pc, a "
-            "predictor, and sampling.corrector=none"
-        )
 
 
 Conditioned = tuple[ScoreFunction, Projection | None]

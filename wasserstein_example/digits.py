@@ -36,7 +36,6 @@ from scipy.stats import spearmanr
 
 import run_lib
 from configs.wasserstein.digits import MODELS, VP, get_config
-from data import sets
 from evaluation import fid_with_error
 from exact.gaussian_law import diagonalise, sampler_law, wasserstein
 from experiment.command_line import available_cores, command
@@ -48,7 +47,6 @@ from experiment.runtime import Runtime
 from experiment.workdir import check_at_least, claim
 from features.classifier import train_classifier
 from features.extraction import FeatureExtractor, Features, dataset_features, extract_features
-from sde_lib import get_sde
 
 from . import figures, theory
 
@@ -170,7 +168,7 @@ def reference_features(
     config: ConfigDict, cache_dir: str | Path, device: torch.device
 ) -> tuple[FeatureExtractor, Features]:
     """The feature classifier and the features of the training set; made once, then read from ``cache_dir``."""
-    train_data, test_data = sets.get_dataset(config)
+    train_data, test_data = run_lib.load_data(config)
     extractor = train_classifier(train_data, test_data, seed=FEATURE_SEED, cache_dir=cache_dir, device=device)
     return extractor, dataset_features(train_data, extractor, cache_dir=cache_dir, batch_size=config.eval.batch_size)
 
@@ -180,7 +178,7 @@ def reference_features(
 
 def gaussian_rows(processes: Sequence[str], plan: Sequence[tuple[str, int]]) -> list[dict]:
     """W₂ between the training set's Gaussian and the law of each sampler with its exact score."""
-    train_data, _ = sets.get_dataset(get_config(processes[0]))
+    train_data, _ = run_lib.load_data(get_config(processes[0]))
     levels = train_data.batch(torch.arange(len(train_data)))[0].flatten(1).double()
     # Of uniformly dequantised levels: (k + u)/L.
     mean = (levels.mean(0) + 0.5) / train_data.num_levels
@@ -191,7 +189,7 @@ def gaussian_rows(processes: Sequence[str], plan: Sequence[tuple[str, int]]) -> 
         scale = 2.0 if config.data.centered else 1.0
         data, _ = diagonalise(scale * mean - (scale - 1), scale**2 * covariance)
         for sampler, steps in plan:
-            distance = wasserstein(sampler_law(get_sde(config), data, sampler, steps), data)
+            distance = wasserstein(sampler_law(run_lib.build_sde(config), data, sampler, steps), data)
             rows.append({"process": process, "sampler": sampler, "K": steps, "w2": distance / scale})
     return rows
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from from_config import get_dataset
 from oracles import SDES, gaussian_2d
 
 import run_lib
@@ -16,7 +17,6 @@ from benchmarks import bf16_loss, data_pipeline, qc_variance, startup
 from benchmarks import likelihood as likelihood_benchmark
 from configs.digits import get_config
 from data.pixels import to_unit_interval
-from data.sets import get_dataset
 from experiment.randomness import SampleGenerators, rademacher_like
 from likelihood import LIKELIHOOD_EPS
 from models.score import NoiseLevel, UnconstrainedScore

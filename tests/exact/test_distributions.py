@@ -27,6 +27,7 @@ from exact.distributions import (
     NoisedDistribution,
     Spirals,
     checkerboard,
+    entropy,
     get_distribution,
 )
 from experiment.randomness import SampleGenerators
@@ -558,3 +559,12 @@ def test_by_name(name):
     x = torch.randn(3, 2)
     assert torch.equal(distribution.log_prob(x, torch.rand(3)).isfinite(), torch.ones(3, dtype=torch.bool))
     assert distribution.dimension == 2 and type(distribution) is type(TWO_DIMENSIONAL[name](PAPER))
+
+
+def test_entropy_of_a_gaussian_in_closed_form():
+    covariance = torch.tensor([[1.0, 0.3], [0.3, 0.5]])
+    gaussian = Gaussian(PAPER, torch.tensor([0.5, -1.0]), covariance)
+    for t in (0.0, 0.5):
+        noised = covariance.double() + float(PAPER.std(torch.tensor(t, dtype=torch.float64))) ** 2 * torch.eye(2)
+        expected = 1 + math.log(2 * math.pi) + 0.5 * math.log(float(torch.linalg.det(noised)))
+        assert entropy(gaussian, t) == pytest.approx(expected, abs=1e-7)

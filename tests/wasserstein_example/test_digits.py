@@ -14,17 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from from_config import get_dataset, get_sde
 from PIL import Image
 
 from checkpoints import read_checkpoint
 from configs.wasserstein import cifar10
 from configs.wasserstein.digits import MODELS, get_config
-from data import sets
 from data.pixels import scale, to_unit_interval, unscale
 from evaluation import fid, fid_with_error, frechet_distance
 from exact.distributions import Gaussian
 from sampling import ODESampler, PCSampler
-from sde_lib import get_sde
 from wasserstein_example import digits, theory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,7 +95,7 @@ def test_gaussian_prediction_agrees_with_monte_carlo(process, sampler, steps):
     above what 4000 samples of 64 dimensions add to it."""
     [row] = digits.gaussian_rows([process], [(sampler, steps)])
     config = get_config(process)
-    data, _ = sets.get_dataset(config)
+    data, _ = get_dataset(config)
     images = data.batch(torch.arange(len(data)))[0].repeat(20, 1, 1, 1)
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x0 = to_unit_interval(images, data.num_levels, dequantization=noise).flatten(1)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from from_config import create_score_model, get_objective, get_sde
 from oracles import SDES
 from torch import nn
 
@@ -13,12 +14,10 @@ from benchmarks import qc_precision
 from benchmarks.qc_memory import peak_memory
 from configs.defaults import base_config
 from experiment.randomness import SampleGenerators, random_bits
-from losses import Objective, get_objective
-from models import create_score_model
+from losses import Objective
 from models.score import ConservativeScore, NoiseLevel, UnconstrainedScore
 from models.second_order.normalisation import Dropout
 from models.second_order.recompute import recompute_activations, recomputed
-from sde_lib import get_sde
 
 MODELS = {"u": (UnconstrainedScore, {}), "c": (ConservativeScore, {}), "qc": (UnconstrainedScore, {"qc_weight": 0.1})}
 
