@@ -17,6 +17,7 @@ result, and the number of processes changes nothing but rounding. Each recipe im
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import logging
@@ -129,7 +130,6 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
                 weight_decay=config.optim.weight_decay,
                 fused=True,
             )
-            stack.enter_context(runtime.exclusive(workdir / ".training.lock"))
             batches = TrainingBatches(train_data, seed=config.seed, batch_size=training.batch_size)
 
             def class_labels(labels: Tensor, generator: SampleGenerators | None) -> Tensor | None:
@@ -200,6 +200,7 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
                 description=f"train {workdir.name}",
             )
             _check_stride(config, trainer.parts[0])
+            stack.enter_context(runtime.exclusive(workdir / ".training.lock"))
         _write_config(config, workdir, runtime)
         trainer.run()
 
@@ -293,6 +294,8 @@ def evaluate(
                 )
             score = _trained_score(config, workdir, checkpoint, runtime)
             train_data, test_data = load_data(config, runtime)
+            if score.trained_on not in (None, train_data.fingerprint):
+                logger.warning("data.path=%s: other data than those that the model was trained on", config.data.path)
             sampler = build_sampler(config, score.sde)
             if enabled.enable_sampling:
                 from features.quality import SampleQuality
@@ -554,6 +557,7 @@ class TrainedScore:
     ) -> None:
         self.config, self.model, self.images, self.step = config, model, images, step
         self.runtime, self.workdir = runtime, workdir
+        self.trained_on: str | None = None  # the fingerprint of the training data, if it is known
         self.classifier: torch.nn.Module | None = None  # where sampling is guided by it
 
     @property
@@ -596,12 +600,19 @@ class TrainedScore:
         Raises:
             ValueError: a bad option.
         """
-        config = ConfigDict(self.config)
+        score = copy.copy(self)
+        score.config = config = self.config.copy_and_resolve_references()
+        if unknown := options.keys() - config.sampling.keys():
+            raise ValueError(f"sampling.{min(unknown)}: no such field")
         config.sampling.update(options)
         check(config)
+        _check_classes(config, self.images)
+        if config.sampling.condition not in ("", "class_free"):
+            raise ValueError(f"sampling.condition={config.sampling.condition!r}: only with --mode=sample")
         generator = SampleGenerators((seed, "samples"), range(n))
         like = torch.zeros((n, *self.shape), device=self.device)
-        return build_sampler(config, self.sde)(self, like, generator, progress=progress).x
+        sampler = build_sampler(config, self.sde)
+        return sampler(score._sampling_score(range(n)), like, generator, progress=progress).x
 
     def draw(self, indices: Sequence[int], sampler, *, progress: bool = False) -> tuple[np.ndarray, float]:
         """Samples number ``indices`` as grey levels, uint8 (B, H, W, C), and network evaluations per sample."""
@@ -773,6 +784,7 @@ def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | N
         state, source = read_checkpoint(checkpoint), checkpoint
     score = _score_from_state(state, source, config, runtime.torch_device)
     score.runtime, score.workdir = runtime, workdir
+    score.trained_on = state["record"]["data"] if "record" in state else None
     runtime.check_agreement("the checkpoint's step", score.step, workdir)
     _check_classes(config, score.images)
     if runtime.compile:
@@ -904,7 +916,7 @@ def build_sampler(config: ConfigDict, sde: SDE):
     return make_sampler(sde, config.sampling, num_scales=config.model.num_scales, continuous=config.training.continuous)
 
 
-def load_data(config: ConfigDict, runtime: Runtime) -> tuple[Split, Split]:
+def load_data(config: ConfigDict, runtime: Runtime | None = None) -> tuple[Split, Split]:
     from data import load_dataset
 
     data = config.data
@@ -1001,8 +1013,9 @@ def _refuse_public_conservative(config: ConfigDict, source: object) -> None:
 
 
 def _write_config(config: ConfigDict, workdir: Path, runtime: Runtime) -> None:
-    if runtime.is_main:
-        write_text(workdir / "config.json", config.to_json(indent=1, sort_keys=True) + "\n")
+    path, text = workdir / "config.json", config.to_json(indent=1, sort_keys=True) + "\n"
+    if runtime.is_main and not (path.exists() and path.read_text() == text):
+        write_text(path, text)
 
 
 def weights_key(module: torch.nn.Module) -> str:
