@@ -31,7 +31,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from checkpoints import CheckpointError, CheckpointStore, load_state_dict_strictly, read_checkpoint
+from checkpoints import CheckpointError, CheckpointStore, check_whole, load_state_dict_strictly, read_checkpoint
 from configs.checks import check
 from data.pixels import ImageFormat
 from experiment.files import write_arrays, write_json, write_text
@@ -217,15 +217,15 @@ def _state_to_begin_with(config: ConfigDict, model: ScoreModel, optimizer: torch
     else:
         state = read_checkpoint(path)
     if "record" in state:
-        _check_version(state, path)
-        return state
-    from models.published import convert_public_checkpoint
+        _check_own(state, path)
+    else:
+        from models.published import convert_public_checkpoint
 
-    _refuse_public_conservative(config, path)
-    state = convert_public_checkpoint(path, model, optimizer)
-    if state["optimizer"] is None:
-        logger.warning("training.init_from=%s has no optimiser state: Adam's moments start from zero", path)
-    return state
+        _refuse_public_conservative(config, path)
+        state = convert_public_checkpoint(path, model, optimizer)
+        if state["optimizer"] is None:
+            logger.warning("training.init_from=%s has no optimiser state: Adam's moments start from zero", path)
+    return {**state, "source": f"training.init_from={path}"}
 
 
 def _record(config: ConfigDict, images: ImageFormat, train_data: Split) -> dict:
@@ -243,6 +243,7 @@ def _check_data(record: dict, train_data: Split, workdir: Path) -> None:
     """A run goes on with the data that it began with. Of image files, dates are all that is compared."""
     from data import FileSplit
 
+    _check_version(record, workdir)
     if record.get("data") == train_data.fingerprint:
         return
     if isinstance(train_data, FileSplit):
@@ -736,7 +737,7 @@ def load(
         path: a run's folder, one of its checkpoint files, or a public ``.pth``.
         step: which checkpoint of the folder; the newest by default.
         device: where to compute.
-        config: of a public ``.pth``, which does not say how its network is built.
+        config: of a public ``.pth``, which does not say how its network is built; of one of ours, in place of its own.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it cannot be read.
@@ -750,11 +751,11 @@ def load(
             raise CheckpointError(f"{path}: no checkpoint in {store.directory}")
     else:
         state = read_checkpoint(path)
-    if "record" in state:
-        _check_version(state, path)
+    if config is None:
+        if "record" not in state:
+            raise ValueError(f"{path} is a public checkpoint: give load(…, config=…) the config it was trained with")
+        _check_own(state, path)
         config = _config_from_json(state["record"]["config"])
-    elif config is None:
-        raise ValueError(f"{path} is a public checkpoint: give load(…, config=…) the config it was trained with")
     check(config)
     return _score_from_state(state, path, config, torch.device(device))
 
@@ -804,7 +805,7 @@ def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | N
 def _score_from_state(state: dict, source: object, config: ConfigDict, device: torch.device) -> TrainedScore:
     sde = build_sde(config)
     if "record" in state:
-        _check_version(state, source)
+        _check_own(state, source)
         images, step = ImageFormat(**state["record"]["images"]), state["step"]
         model = build_score_model(config, sde, images)
         load_state_dict_strictly(model, state["ema"]["model"], source)
@@ -996,9 +997,13 @@ def _check_workdir(config: ConfigDict, workdir: Path, free_fields: tuple[str, ..
         raise ValueError(f"--workdir={workdir} holds another run: {different}")
 
 
-def _check_version(state: dict, source: object) -> None:
-    record = state["record"]
-    if not isinstance(record, dict) or record.get("version") != CHECKPOINT_VERSION:
+def _check_own(state: dict, source: object) -> None:
+    check_whole(state, source)
+    _check_version(state["record"], source)
+
+
+def _check_version(record: dict, source: object) -> None:
+    if record.get("version") != CHECKPOINT_VERSION:
         raise CheckpointError(
             f"{source}: a checkpoint of another version, or of another program; version {CHECKPOINT_VERSION} is read"
         )
