@@ -256,6 +256,8 @@ class Trainer:
         if self.learning_rate is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(self.step)
+        # accelerate keeps the number of passes for a whole process, and counts on after a step that was broken off.
+        accelerator.gradient_accumulation_steps, accelerator.step = len(self.parts), 0
         for positions in self.parts:
             with accelerator.accumulate(self.objective):
                 terms = dict(self.loss(self.objective, self.step, positions))
