@@ -16,7 +16,7 @@ __all__ = ["markdown_table", "mean_and_error", "number", "with_error", "write_re
 
 
 def markdown_table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """A table whose columns line up in plain text, too."""
+    """A table whose columns are aligned in plain text, too."""
     lines = [[str(cell) for cell in line] for line in (header, *rows)]
     widths = [max(3, *(len(line[k]) for line in lines)) for k in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])

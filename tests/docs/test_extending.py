@@ -23,6 +23,7 @@ TEXT = (ROOT / "docs" / "extending.md").read_text()
 # Of every command, appended to it.
 SMALL = ("model.nf=8", "training.n_iters=2", "training.batch_size=8", "training.snapshot_sampling=False")
 SMALL += ("sampling.num_steps=3", "sampling.num_images=2", "sampling.samples_per_image=1", "likelihood.num_steps=4")
+SMALL += ("eval.num_reference=16",)
 SMALL += ("eval.num_samples=8", "eval.batch_size=8", "eval.nll_images=2", "eval.asym_images=2", "eval.asym_levels=1")
 CONSTANTS = {"sigma_min": 0.02, "sigma_max": 7.0}
 

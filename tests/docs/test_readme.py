@@ -26,6 +26,11 @@ def test_what_a_document_names_exists(document: Path) -> None:
     assert problems(document.read_text(), document.parent) == []
 
 
+def test_one_version() -> None:
+    files = {"pyproject.toml": '\nversion = "(.*)"', "CITATION.cff": "\nversion: (.*)", "README.md": "version = {(.*)}"}
+    assert len({re.search(pattern, (ROOT / name).read_text())[1] for name, pattern in files.items()}) == 1
+
+
 def test_launch_commands_of_configs_start() -> None:
     found = [[*shell_commands(ast.get_docstring(ast.parse(path.read_text())))] for path in CONFIGS]
     assert len(found) > 50 and all(found)
