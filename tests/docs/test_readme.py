@@ -43,8 +43,8 @@ RUN_HERE = {
 }
 # The other programs: a make target runs them, or the test named here.
 RUN_ELSEWHERE = {
-    "schrodinger_bridge.main": "test_bridge_training.py::test_command",
-    "schrodinger_bridge.compare": "test_bridge_training.py::test_comparison_of_algorithms",
+    "schrodinger_bridge.main": "test_half_bridges.py::test_command",
+    "schrodinger_bridge.compare": "test_half_bridges.py::test_comparison_of_algorithms",
     "tutorial_example.main": "test_tutorial_example.py::test_every_figure_in_small",
     "benchmarks.qc_memory": "test_recompute.py::test_many_probes_take_the_memory_of_one",
     "benchmarks.sampling": "test_sampling.py::test_benchmark_compares_samplers",
