@@ -33,7 +33,7 @@ from experiment.randomness import seed_from
 from experiment.registry import resolve
 from experiment.runtime import Runtime
 from experiment.workdir import claim, flatten
-from models import EMA, create_network
+from models import EMA, make_network
 from models.mlp import TimeConditionalMLP
 from sde_lib import expand
 from training import Trainer
@@ -141,7 +141,9 @@ class BridgeRun:
             raise ValueError("model.embedding_type='fourier': takes a logarithm, but the first edge has the label 0")
         if model.dropout:
             raise ValueError(f"model.dropout={model.dropout}: bridges are learned without, it must be 0")
-        return create_network(self.config)
+        channels, size, _ = shape
+        images = dict(image_size=size, num_channels=channels, centered=self.config.data.centered)
+        return make_network(model.name, model, **images)
 
     def train(self) -> None:
         """All half-bridges that are left, each measured when it is done.
