@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
-from data.splits import TensorSplit
+from data import TensorSplit
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
