@@ -23,11 +23,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
-from data import TensorSplit
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from checkpoints import CheckpointError
+from data import TensorSplit
 from experiment.files import write_json
 from experiment.randomness import seed_from
 from experiment.registry import resolve
