@@ -23,17 +23,17 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
-from data.splits import TensorSplit
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from checkpoints import CheckpointError
+from data import TensorSplit
 from experiment.files import write_json
 from experiment.randomness import seed_from
 from experiment.registry import resolve
 from experiment.runtime import Runtime
 from experiment.workdir import claim, flatten
-from models import EMA, create_network
+from models import EMA, make_network
 from models.mlp import TimeConditionalMLP
 from sde_lib import expand
 from training import Trainer
@@ -141,16 +141,15 @@ class BridgeRun:
             raise ValueError("model.embedding_type='fourier': takes a logarithm, but the first edge has the label 0")
         if model.dropout:
             raise ValueError(f"model.dropout={model.dropout}: bridges are learned without, it must be 0")
-        return create_network(self.config)
-
-    # -- learning
+        channels, size, _ = shape
+        images = dict(image_size=size, num_channels=channels, centered=self.config.data.centered)
+        return make_network(model.name, model, **images)
 
     def train(self) -> None:
         """All half-bridges that are left, each measured when it is done.
 
         Raises:
-            ValueError: the folder belongs to something else, or to a run of other settings, or is in use, or has more
-                half-bridges than asked for.
+            ValueError: the folder is that of something else, in use, or has more half-bridges than asked for.
             CheckpointError: networks that it should have are missing or damaged.
             FloatingPointError: loss or samples are not finite.
             Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
@@ -162,8 +161,7 @@ class BridgeRun:
         finished = max(0, len(self.history) - 1)
         if finished > self.num_half_bridges:
             raise ValueError(
-                f"bridge.num_ipf={self.config.bridge.num_ipf}: this run has begun iteration {(finished + 1) // 2}; at "
-                "least that"
+                f"bridge.num_ipf={self.config.bridge.num_ipf}: at least {(finished + 1) // 2}, already begun"
             )
         if not self.history:
             self._measure(0)
@@ -174,7 +172,7 @@ class BridgeRun:
             self._learn(number)
             if number >= finished:
                 self._measure(number + 1)
-            if self.runtime.is_main and not self.config.training.keep_half_bridges:
+            if number > 1 and self.runtime.is_main and not self.config.training.keep_half_bridges:
                 shutil.rmtree(self._folder(number - 2) / "checkpoints", ignore_errors=True)
 
     def _settings(self) -> dict[str, object]:
@@ -199,6 +197,10 @@ class BridgeRun:
         mean_map = self.mean_maps[direction]
         average = EMA(mean_map, self.config.model.ema_rate)
         betas = (optim.beta1, optim.beta2)
+
+        def cosine(step: int) -> float:
+            return optim.lr * (0.5 * (1 + math.cos(math.pi * step / training.n_iters)))
+
         trainer = Trainer(
             mean_map,
             torch.optim.Adam(mean_map.parameters(), lr=optim.lr, betas=betas, eps=optim.eps, fused=True),
@@ -208,7 +210,7 @@ class BridgeRun:
             batch_size=training.batch_size,
             objective=Objective(mean_map),
             ema=average,
-            learning_rate=self._cosine_decay if optim.cosine_decay else None,
+            learning_rate=cosine if optim.cosine_decay else None,
             grad_clip=optim.grad_clip,
             log_freq=training.log_freq,
             save_freq=training.save_freq,
@@ -216,15 +218,11 @@ class BridgeRun:
             runtime=self.runtime,
             description=f"half-bridge {number + 1} of {self.num_half_bridges}",
         )
-        if number + 1 < len(self.history) and trainer.step < training.n_iters:
-            # What it was learned from may be gone.
+        if number < len(self.history) - 1 and trainer.step < training.n_iters:  # what it was learned from may be gone
             raise CheckpointError(f"{trainer.store.path(training.n_iters)}: missing or damaged, and needed to go on")
         trainer.run()
         self.averages[direction] = average
         self.accelerator.free_memory()
-
-    def _cosine_decay(self, step: int) -> float:
-        return self.config.optim.lr * (0.5 * (1 + math.cos(math.pi * step / self.config.training.n_iters)))
 
     def _loss(self, number: int) -> Callable[[nn.Module, int, range], dict[str, Tensor]]:
         training = self.config.training
@@ -256,13 +254,8 @@ class BridgeRun:
         return self.regression(learned, x, self.mean_map(simulated), self.reference, noise, **options)
 
     def _batch(self, cache: Regression, step: int, positions: range) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs (b, …), edges (b,) and targets (b, …): one random edge of one random chain of each part.
-
-        Args:
-            cache: of this process.
-            step: since the first half-bridge began.
-            positions: (b,) in the batch of all processes.
-        """
+        """Inputs (b, …), edges (b,) and targets (b, …): one random edge of one random chain of each part. The step is
+        counted from the first half-bridge on, positions are those in the batch of all processes."""
         training = self.config.training
         generator = torch.Generator().manual_seed(seed_from(self.config.seed, "batch", step))
         part = training.cache_size // training.batch_size
@@ -272,8 +265,6 @@ class BridgeRun:
         mine = slice(positions.start, positions.stop)
         edge, chain = edge[mine].to(self.device), chain[mine].to(self.device)
         return cache.inputs[edge, chain], edge + 1, cache.targets[edge, chain]
-
-    # -- chains
 
     def mean_map(self, direction: str) -> MeanMap:
         """What a direction moves by: averaged weights, or the reference while the forward direction has none."""
@@ -301,8 +292,6 @@ class BridgeRun:
         noise = self._noise(count, start.shape, slice(None), (*key, direction))
         sharp = self.ends[direction].sharp
         return simulate(self.mean_map(direction), x, self.gammas, direction, noise, noise_removal=sharp)[0].cpu()
-
-    # -- measuring
 
     def _measure(self, number: int) -> None:
         """A row of the history: what ``number`` half-bridges have learned, 0 the reference. Every process computes it.
