@@ -27,8 +27,6 @@ PROGRAMS = ("python", ".venv/bin/python", "torchrun", "accelerate", "make", "sru
 ELLIPSIS = "…"  # stands for the flags that a sentence leaves out
 STAND_INS = ("--config=configs/digits.py", "--workdir=runs/x", "--mode=train")
 
-# ------------------------------------------------------------------------------------------------------------- reading
-
 
 def blocks(text: str, *languages: str) -> list[str]:
     """Fenced blocks of code in one of the languages, '' for those that name none."""
@@ -77,18 +75,8 @@ def commands(text: str) -> list[list[str]]:
     return [command for piece in pieces for command in shell_commands(piece)]
 
 
-# ------------------------------------------------------------------------------------------------------------- running
-
-
 def run_program(arguments: Sequence[str], *, only_parse: bool) -> dict[str, object]:
-    """``python ARGUMENTS`` in this process; with ``only_parse`` it ends after reading its command line.
-
-    Returns:
-        The flags and their values.
-
-    Raises:
-        SystemExit: what the program itself ends with on an error.
-    """
+    """Run ``python ARGUMENTS`` in this process, or only read its command line; return its flags and their values."""
     known, values = set(flags.FLAGS), {}
 
     def run(main: Callable, argv: None = None, flags_parser: Callable = flags.FLAGS) -> None:
@@ -114,15 +102,8 @@ def run_program(arguments: Sequence[str], *, only_parse: bool) -> dict[str, obje
     return values
 
 
-# ------------------------------------------------------------------------------------------------------------ checking
-
-
 def python_arguments(command: Sequence[str]) -> list[str] | None:
-    """What a command makes Python run (``[FILE or -m, …]``), whatever launches it; None for make.
-
-    Raises:
-        SystemExit: the launcher does not know a flag.
-    """
+    """What a command makes Python run (``[FILE or -m, …]``), whatever launches it; None for make."""
     program, *arguments = command
     if program == "srun":
         return python_arguments(command[next(i for i, word in enumerate(command) if i and word in PROGRAMS) :])
@@ -151,16 +132,12 @@ def complete(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def make_targets() -> set[str]:
-    return set(re.findall(r"^([a-z][\w-]*):(?!=)", (ROOT / "Makefile").read_text(), flags=re.M))
-
-
 def command_problem(command: Sequence[str]) -> str | None:
     """What is wrong with a command; None if it would start."""
     if command[0] == "make":
-        targets = [word for word in command[1:] if "=" not in word and not word.startswith("-")]
-        unknown = set(targets) - make_targets()
-        return f"no such target: {', '.join(sorted(unknown))}" if unknown else None
+        targets = re.findall(r"^([a-z][\w-]*):(?!=)", (ROOT / "Makefile").read_text(), flags=re.M)
+        unknown = [word for word in command[1:] if word not in targets]
+        return f"no such target: {', '.join(unknown)}" if unknown else None
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
