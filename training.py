@@ -246,8 +246,9 @@ class Trainer:
                 if stopping:
                     raise Interrupted(stopping)
                 self._call_hooks(log)
-            if self.signals is not None:
-                self.signals.finish()
+            # One that came while hooks were called, or that other processes have not heard of.
+            if stopping := self.signal_number if self.signals is None else self.signals.finish():
+                raise Interrupted(stopping)
 
     def train_step(self) -> None:
         """One step of the optimiser."""
