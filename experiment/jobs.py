@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
+from experiment.runtime import Interrupted
+
 __all__ = ["Update", "run_all"]
 
 Update = Callable[[int], object]
@@ -97,6 +99,8 @@ def _run_in_processes(tasks: Mapping[str, Callable], jobs: int, bar: tqdm) -> li
 def _named(name: str, task: Callable[[Update], Result], update: Update) -> Result:
     try:
         return task(update)
+    except Interrupted:
+        raise
     except Exception as error:
         message = f"{name}: {error}"
         error.args = (message,)

@@ -30,7 +30,7 @@ def take_lock(path: Path) -> FileLock:
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(f"{path.parent} is in use by another process; wait for it, or stop it") from None
+        raise ValueError(f"--workdir: {path.parent} is in use by another process; wait for it, or stop it") from None
     return lock
 
 

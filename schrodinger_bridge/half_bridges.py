@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from checkpoints import CheckpointError
+from configs.dsb.common import check
 from data import TensorSplit
 from experiment.files import write_json
 from experiment.randomness import seed_from
@@ -39,7 +40,7 @@ from sde_lib import expand
 from training import Trainer
 
 from .marginals import ImageMarginal, Key, get_marginals, moments
-from .matching import ALGORITHMS, Regression, ipf_regression
+from .matching import ALGORITHMS, Regression
 from .metrics import mean_squared_displacement, wasserstein
 from .process import BACKWARD, FORWARD, LABEL_RANGE, MeanMap, Reference, TransitionMean, opposite, simulate, step_sizes
 
@@ -100,20 +101,14 @@ class BridgeRun:
     """
 
     def __init__(self, config: ConfigDict, workdir: str | Path, runtime: Runtime) -> None:
-        if "bridge" not in config:
-            raise ValueError("--config: no config of a bridge; those are in configs/dsb")
+        check(config)
         self.config, self.workdir, self.runtime, bridge = config, Path(workdir), runtime, config.bridge
         self.accelerator, self.device = runtime.accelerator, runtime.torch_device
         self.num_half_bridges = 2 * bridge.num_ipf
         self.regression = resolve(bridge.algorithm, ALGORITHMS, "bridge.algorithm")
-        if bridge.coupling == "independent" and self.regression is ipf_regression:
-            raise ValueError("bridge.coupling='independent': IPF starts from the coupling of the reference; take imf")
-        training, processes = config.training, self.accelerator.num_processes
-        if training.batch_size % processes or training.cache_size % training.batch_size:
-            raise ValueError(
-                f"training.batch_size={training.batch_size}, training.cache_size={training.cache_size}: the cache must "
-                f"be a multiple of the batch, and that of {processes} process(es)"
-            )
+        size, processes = config.training.batch_size, self.accelerator.num_processes
+        if size % processes:
+            raise ValueError(f"training.batch_size={size}: must be a multiple of the {processes} process(es)")
         self.gammas = step_sizes(bridge.ladder, bridge.num_steps, bridge.gamma_min, bridge.gamma_max)
         with self.accelerator.main_process_first():  # which may download data
             self.marginals = get_marginals(config.data, config.final)
