@@ -66,7 +66,7 @@ class Trainer:
         save_freq: steps between checkpoints.
         milestone_freq: checkpoints at multiples of this are kept for ever; 0 keeps none.
         keep: how many of the newest checkpoints are kept.
-        begin: gives a state to start from where there is no checkpoint: ``step``, ``model``, ``ema``, ``optimizer``, and
+        begin: gives a state to start from where there is no checkpoint: ``step``, ``model``, ``ema``, ``optimizer`` and
             ``source``, which errors name it by.
         record: what every checkpoint says about the run besides; plain values.
         check_record: told the record of a checkpoint that the run resumes from; raises a ValueError to refuse it.
