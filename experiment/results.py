@@ -23,10 +23,10 @@ def markdown_table(header: Sequence[object], rows: Sequence[Sequence[object]]) -
     return "".join(f"| {' | '.join(map(str.ljust, line, widths))} |\n" for line in lines)
 
 
-def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean of independent values (N,) and its standard error, std/√N; NaN for N = 1."""
+def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float | None]:
+    """Mean of independent values (N,) and its standard error, std/√N; None for N = 1."""
     values = np.asarray(values, dtype=np.float64)
-    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
     return float(values.mean()), error
 
 
