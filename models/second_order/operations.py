@@ -218,7 +218,7 @@ class _Blur(Function):
     @staticmethod
     def forward(ctx, x: Tensor, kernel: Tensor, stride: int, padding: int) -> Tensor:
         ctx.kernel, ctx.options, ctx.size = kernel, (stride, padding), x.shape[2:]
-        return F.conv2d(x, _each(kernel, x), stride=stride, padding=padding, groups=x.shape[1])
+        return _correlated(x, kernel, stride, padding)
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, None]:
@@ -231,11 +231,8 @@ class _BlurTransposed(Function):
     @staticmethod
     def forward(ctx, x: Tensor, kernel: Tensor, stride: int, padding: int, size: Sequence[int]) -> Tensor:
         ctx.kernel, ctx.options = kernel, (stride, padding)
-        least = [stride * (n - 1) + k - 2 * padding for n, k in zip(x.shape[2:], kernel.shape, strict=True)]
-        missing = [n - m for n, m in zip(size, least, strict=True)]
-        return F.conv_transpose2d(
-            x, _each(kernel, x), stride=stride, padding=padding, output_padding=missing, groups=x.shape[1]
-        )
+        missing = [n - m for n, m in zip(size, _transposed_size(x, kernel, stride, padding), strict=True)]
+        return _transposed(x, kernel, stride, padding, missing)
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -246,32 +243,39 @@ def _each(kernel: Tensor, x: Tensor) -> Tensor:
     return kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
 
 
+def _correlated(x: Tensor, kernel: Tensor, stride: int, padding: int) -> Tensor:
+    return F.conv2d(x, _each(kernel, x), None, stride, padding, groups=x.shape[1])
+
+
+def _transposed(x: Tensor, kernel: Tensor, stride: int, padding: int, missing: int | Sequence[int] = 0) -> Tensor:
+    return F.conv_transpose2d(x, _each(kernel, x), None, stride, padding, missing, groups=x.shape[1])
+
+
+def _transposed_size(x: Tensor, kernel: Tensor, stride: int, padding: int) -> list[int]:
+    return [stride * (n - 1) + k - 2 * padding for n, k in zip(x.shape[2:], kernel.shape, strict=True)]
+
+
 def blur(x: Tensor, kernel: Tensor, *, stride: int, padding: int = 0) -> Tensor:
     """Each channel of x (B, C, H, W) correlated with a constant kernel (k, l), every ``stride``-th pixel of it."""
     if is_higher_order():
         return _Blur.apply(x, kernel, stride, padding)
-    return _precise(lambda x: F.conv2d(x, _each(kernel, x), stride=stride, padding=padding, groups=x.shape[1]), x)
+    return _precise(_correlated, x, kernel, stride, padding)
 
 
 def blur_transposed(x: Tensor, kernel: Tensor, *, stride: int, padding: int = 0) -> Tensor:
     """The transpose of ``blur``: (B, C, H, W) → (B, C, stride(H − 1) + k − 2·padding, ...)."""
     if is_higher_order():
-        size = [stride * (n - 1) + k - 2 * padding for n, k in zip(x.shape[2:], kernel.shape, strict=True)]
-        return _BlurTransposed.apply(x, kernel, stride, padding, size)
-
-    def transposed(x: Tensor) -> Tensor:
-        return F.conv_transpose2d(x, _each(kernel, x), stride=stride, padding=padding, groups=x.shape[1])
-
-    return _precise(transposed, x)
+        return _BlurTransposed.apply(x, kernel, stride, padding, _transposed_size(x, kernel, stride, padding))
+    return _precise(_transposed, x, kernel, stride, padding)
 
 
-def _precise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _precise(function: Callable[..., Tensor], x: Tensor, *options) -> Tensor:
     """``function(x)``; on the CPU in float32, also under autocast, since torch's kernel for the transposed of these
     convolutions takes a hundred times as long in bfloat16."""
     if x.device.type != "cpu":
-        return function(x)
+        return function(x, *options)
     with torch.autocast("cpu", enabled=False):
-        return function(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+        return function(x.to(torch.promote_types(x.dtype, torch.float32)), *options).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------
