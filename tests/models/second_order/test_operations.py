@@ -16,7 +16,6 @@ from models.score import ConservativeScore, NoiseLevel, UnconstrainedScore
 from models.second_order.normalisation import Dropout, GroupNorm, norm_act
 from models.second_order.operations import (
     Conv2d,
-    attend,
     blur,
     blur_transposed,
     concatenate,
@@ -71,11 +70,6 @@ CASES: dict[str, Callable[[], tuple[Callable[[Tensor], Tensor], Sequence[Tensor]
     "blur": lambda: (lambda x: blur(x, KERNEL, stride=2, padding=1), (), (2, 3, 6, 5)),
     "blur without remainder": lambda: (lambda x: blur(x, KERNEL, stride=2, padding=1), (), (2, 3, 7, 7)),
     "transposed blur": lambda: (lambda x: blur_transposed(x, KERNEL, stride=2, padding=1), (), (2, 3, 4, 5)),
-    "attention": lambda: (
-        lambda x: attend(x.flatten(2), x[:, :3].flatten(2).cos(), x[:, :3].flatten(2)),
-        (),
-        (2, 4, 2, 3),
-    ),
     "concatenation": lambda: (lambda x: concatenate(x, x[:, :2] ** 2), (), (2, 3, 4, 4)),
 }
 
