@@ -21,7 +21,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,18 +45,24 @@ if TYPE_CHECKING:
     from conservativeness import Asymmetry
     from data import Split
     from losses import Objective
+    from training import Trainer
 
 __all__ = [
     "Interrupted",
     "InvalidRun",
     "Runtime",
     "TrainedScore",
+    "check_compile",
     "evaluate",
+    "evenly_spaced",
     "load",
+    "load_data",
+    "make_model",
     "sample",
     "statistics",
     "train",
     "train_classifier",
+    "trainer",
 ]
 
 logger = logging.getLogger(__name__)
@@ -92,6 +98,18 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
         FloatingPointError: the loss is not finite; the last checkpoint is good.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
+    with trainer(config, workdir, runtime) as loop:
+        _write_config(config, Path(workdir), runtime)
+        loop.run()
+
+
+@contextlib.contextmanager
+def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> Iterator[Trainer]:
+    """The training loop of a config, at the step to go on from; meanwhile nobody else trains in ``workdir``.
+
+    Raises:
+        InvalidRun: bad config, data, checkpoint or working directory.
+    """
     from data import TrainingBatches
     from data.pixels import random_flip
     from models import EMA
@@ -104,18 +122,17 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
             _check_workdir(config, workdir, FREE_IN_TRAINING)
             if config.sampling.condition not in ("", "class_free"):
                 raise ValueError(f"sampling.condition={config.sampling.condition!r}: not while training")
-            train_data, test_data = _load_data(config, runtime)
+            train_data, test_data = load_data(config, runtime)
             images = _image_format(config, train_data)
-            sde = _sde(config)
-            model = _score_model(config, sde, images).to(device)
+            model = make_model(config, images).to(device)
             if training.activation_checkpointing:
                 _checkpoint_activations(model)
             ema = EMA(model, config.model.ema_rate)
             ema.model.to(device)
             objective, test_objective = _objective(config, model), _objective(config, ema.model, qc_weight=0.0)
-            sampler = _sampler(config, sde)
+            sampler = _sampler(config, model.sde)
             if runtime.compile:
-                _check_compile(config, device, training=True)
+                check_compile(config, device, training=True)
                 model.compile_network()
                 ema.model.compile_network()
                 if training.qc_weight:
@@ -176,7 +193,7 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
             hooks = [Hook(training.eval_freq, test_loss)]
             if training.snapshot_sampling:
                 hooks.append(Hook(training.snapshot_freq or training.n_iters, sample_grid))
-            trainer = Trainer(
+            loop = Trainer(
                 model,
                 optimizer,
                 loss,
@@ -198,9 +215,8 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
                 runtime=runtime,
                 description=f"train {workdir.name}",
             )
-            _check_stride(config, trainer.parts[0])
-        _write_config(config, workdir, runtime)
-        trainer.run()
+            _check_stride(config, loop.parts[0])
+        yield loop
 
 
 def _state_to_begin_with(config: ConfigDict, model: ScoreModel, optimizer: torch.optim.Optimizer) -> dict | None:
@@ -291,7 +307,7 @@ def evaluate(
                     "score, which a compiled network is not used for"
                 )
             score = _trained_score(config, workdir, checkpoint, runtime)
-            train_data, test_data = _load_data(config, runtime)
+            train_data, test_data = load_data(config, runtime)
             sampler = _sampler(config, score.sde)
             if enabled.enable_sampling:
                 from features.quality import SampleQuality
@@ -436,7 +452,7 @@ def statistics(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runti
         check(config)
         if config.eval.stats_path:
             raise ValueError(f"eval.stats_path={config.eval.stats_path}: there is nothing to compute; leave it empty")
-        train_data, test_data = _load_data(config, runtime)
+        train_data, test_data = load_data(config, runtime)
         cache_dir = _cache_dir(Path(workdir), runtime)
         quality = SampleQuality(config.eval, train_data, test_data, cache_dir, runtime, seed=config.seed)
     return quality.reference()[0]
@@ -472,7 +488,7 @@ def sample(
             if sampling.condition not in ("", "class", "class_free"):
                 from guidance.measured import MeasuredImages
 
-                measured = MeasuredImages(score, sampler, *_load_data(config, runtime))
+                measured = MeasuredImages(score, sampler, *load_data(config, runtime))
                 identity = measured.identity()
             name = f"{sampler.slug}{_condition_slug(config)}"
             # Samples without a measurement are those that an evaluation draws, and are kept in the same place.
@@ -766,7 +782,7 @@ def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | N
     runtime.check_agreement("the checkpoint's step", score.step, workdir)
     _check_classes(config, score.images)
     if runtime.compile:
-        _check_compile(config, runtime.torch_device)
+        check_compile(config, runtime.torch_device)
         score.model.compile_network()
     if config.sampling.condition == "class":
         from guidance.classifier_training import load_classifier
@@ -780,11 +796,10 @@ def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | N
 
 
 def _score_from_state(state: dict, source: object, config: ConfigDict, device: torch.device) -> TrainedScore:
-    sde = _sde(config)
     if "record" in state:
         _check_version(state, source)
         images, step = ImageFormat(**state["record"]["images"]), state["step"]
-        model = _score_model(config, sde, images)
+        model = make_model(config, images)
         load_state_dict_strictly(model, state["ema"]["model"], source)
     else:
         from models.published import load_score_sde_checkpoint
@@ -798,8 +813,8 @@ def _score_from_state(state: dict, source: object, config: ConfigDict, device: t
             centered=data.centered,
             dequantized=data.uniform_dequantization,
         )
-        model = _score_model(config, sde, images)
-        step = load_score_sde_checkpoint(source, model.network, ema=True, sde=sde)
+        model = make_model(config, images)
+        step = load_score_sde_checkpoint(source, model.network, ema=True, sde=model.sde)
     return TrainedScore(config, model.eval().requires_grad_(False).to(device), images, step)
 
 
@@ -821,7 +836,7 @@ def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime =
     with checked():
         check(config)
         _check_workdir(config, workdir, FREE_IN_EVALUATION)
-        train_data, test_data = _load_data(config, runtime)
+        train_data, test_data = load_data(config, runtime)
         images = _image_format(config, train_data)
         training = ClassifierTraining(
             workdir,
@@ -866,15 +881,15 @@ def _image_format(config: ConfigDict, data: Split) -> ImageFormat:
     return ImageFormat.of(data, centered=config.data.centered, dequantized=config.data.uniform_dequantization)
 
 
-def _score_model(config: ConfigDict, sde: SDE, images: ImageFormat) -> ScoreModel:
-    """A new score model; its initial weights are keyed by the seed."""
+def make_model(config: ConfigDict, images: ImageFormat) -> ScoreModel:
+    """A new score model of such images; its initial weights are keyed by the seed."""
     torch.manual_seed(config.seed)
     model, continuous = config.model, config.training.continuous
     channels, size, _ = images.image_shape
     shape = dict(image_size=size, num_channels=channels, centered=images.centered)
     network = make_network(model.name, model, **shape, num_levels=None if continuous else model.num_scales)
     return make_score_model(
-        sde,
+        _sde(config),
         network,
         parameterization=model.parameterization,
         num_scales=None if continuous else model.num_scales,
@@ -896,7 +911,8 @@ def _sampler(config: ConfigDict, sde: SDE):
     return make_sampler(sde, config.sampling, num_scales=config.model.num_scales, continuous=config.training.continuous)
 
 
-def _load_data(config: ConfigDict, runtime: Runtime) -> tuple[Split, Split]:
+def load_data(config: ConfigDict, runtime: Runtime) -> tuple[Split, Split]:
+    """The training and the test half of ``config.data``'s set."""
     from data import load_dataset
 
     data = config.data
@@ -931,7 +947,7 @@ def _check_stride(config: ConfigDict, positions: range) -> None:
         raise ValueError(f"training.qc_stride={stride}: must divide the {len(positions)} samples of one pass")
 
 
-def _check_compile(config: ConfigDict, device: torch.device, *, training: bool = False) -> None:
+def check_compile(config: ConfigDict, device: torch.device, *, training: bool = False) -> None:
     """Raise a ValueError unless this score can be compiled, on this machine."""
     if config.model.parameterization == "conservative":
         raise ValueError(
