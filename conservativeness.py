@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from experiment.randomness import Generator, rademacher_like
+from models.second_order.operations import gradients_of
 from sde_lib import ScoreFunction
 
 __all__ = [
@@ -86,8 +87,9 @@ def vjp(value: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = False) -> T
     """Jᵀv (B, ...) by one backward pass through an already computed score; the graph is kept."""
     if not value.requires_grad:  # a score that does not depend on x at all
         return torch.zeros_like(x)
-    (product,) = torch.autograd.grad(value, x, v, create_graph=create_graph, retain_graph=True, materialize_grads=True)
-    return product
+    with gradients_of("inputs"):
+        (jtv,) = torch.autograd.grad(value, x, v, create_graph=create_graph, retain_graph=True, materialize_grads=True)
+    return jtv
 
 
 def jvp_and_vjp(value: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
@@ -101,7 +103,8 @@ def jvp_and_vjp(value: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = Fal
     jtv = vjp(value, x, u, create_graph=True)
     if not jtv.requires_grad:  # J vanishes identically
         return torch.zeros_like(value), jtv
-    (jv,) = torch.autograd.grad(jtv, u, v, create_graph=create_graph, retain_graph=True, materialize_grads=True)
+    with gradients_of("cotangents"):
+        (jv,) = torch.autograd.grad(jtv, u, v, create_graph=create_graph, retain_graph=True, materialize_grads=True)
     return jv, jtv
 
 

@@ -195,8 +195,3 @@ class LikelihoodEvaluator:
         change = change + dimension * math.log(last_scale / first_scale)
         log_prob = self.sde.prior_log_prob(latent) + change
         return Likelihood(log_prob, latent.to(x.dtype).view_as(x), counted.evaluations / len(x))
-
-
-def get_likelihood(config, sde: SDE) -> LikelihoodEvaluator:
-    """``LikelihoodEvaluator`` of a config, for callers that still have one."""
-    return LikelihoodEvaluator(sde, **config.likelihood)

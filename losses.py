@@ -43,7 +43,7 @@ from torch.autograd.function import once_differentiable
 
 from conservativeness import asymmetry, divergence
 from experiment.randomness import Generator, SampleGenerators, normal_like, rademacher_like, random_bits, uniform
-from models.dropout import Dropout, set_dropout_keys
+from models import Dropout, set_dropout_keys
 from models.score import ScoreModel
 from models.second_order.compiled import CompiledProducts
 from sde_lib import SDE, ScoreFunction, expand
@@ -52,7 +52,6 @@ __all__ = [
     "Objective",
     "denoising_score_matching",
     "explicit_score_matching",
-    "get_objective",
     "implicit_score_matching",
     "make_objective",
     "sliced_score_matching",
@@ -317,8 +316,3 @@ def _differentiable(score: ScoreFunction, x: Tensor, t: Tensor) -> tuple[Tensor,
     position = x.detach().requires_grad_()
     with torch.enable_grad():
         return score(position, t), position, create_graph
-
-
-def get_objective(config, score_model: ScoreModel) -> Objective:
-    """``make_objective`` of a config, for callers that still have one."""
-    return make_objective(score_model, config.training)

@@ -52,12 +52,13 @@ __all__ = [
     "InvalidRun",
     "Runtime",
     "TrainedScore",
+    "build_score_model",
+    "build_sde",
     "check_compile",
     "evaluate",
     "evenly_spaced",
     "load",
     "load_data",
-    "make_model",
     "sample",
     "statistics",
     "train",
@@ -112,7 +113,7 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
     """
     from data import TrainingBatches
     from data.pixels import random_flip
-    from models import EMA
+    from models import EMA, recompute_activations
     from training import Hook, Trainer
 
     training, workdir, device = config.training, Path(workdir), runtime.torch_device
@@ -124,13 +125,15 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
                 raise ValueError(f"sampling.condition={config.sampling.condition!r}: not while training")
             train_data, test_data = load_data(config, runtime)
             images = _image_format(config, train_data)
-            model = make_model(config, images).to(device)
+            sde = build_sde(config)
+            model = build_score_model(config, sde, images).to(device)
             if training.activation_checkpointing:
-                _checkpoint_activations(model)
+                recompute_activations(model.network)
             ema = EMA(model, config.model.ema_rate)
             ema.model.to(device)
-            objective, test_objective = _objective(config, model), _objective(config, ema.model, qc_weight=0.0)
-            sampler = _sampler(config, model.sde)
+            objective = build_objective(config, model)
+            test_objective = build_objective(config, ema.model, qc_weight=0.0)
+            sampler = build_sampler(config, sde)
             if runtime.compile:
                 check_compile(config, device, training=True)
                 model.compile_network()
@@ -268,13 +271,6 @@ def _check_data(record: dict, train_data: Split, workdir: Path) -> None:
     )
 
 
-def _checkpoint_activations(model: ScoreModel) -> None:
-    from models.second_order.recompute import recompute_activations
-
-    if not recompute_activations(model.network):
-        raise ValueError("training.activation_checkpointing=True: this model.name has no blocks for it")
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Evaluation
 
@@ -294,12 +290,12 @@ def evaluate(
     Raises:
         InvalidRun: bad config, data, checkpoint or working directory.
     """
-    from guidance.conditions import MEASUREMENTS
+    from guidance.conditions import is_measurement
 
     workdir, enabled = Path(workdir), config.eval
     with contextlib.ExitStack() as stack:
         with checked():
-            if config.sampling.condition in MEASUREMENTS:
+            if is_measurement(config.sampling.condition):
                 raise ValueError(f"sampling.condition={config.sampling.condition!r}: only with --mode=sample")
             if runtime.compile and not enabled.enable_sampling:
                 raise ValueError(
@@ -308,7 +304,7 @@ def evaluate(
                 )
             score = _trained_score(config, workdir, checkpoint, runtime)
             train_data, test_data = load_data(config, runtime)
-            sampler = _sampler(config, score.sde)
+            sampler = build_sampler(config, score.sde)
             if enabled.enable_sampling:
                 from features.quality import SampleQuality
 
@@ -483,7 +479,7 @@ def sample(
     with contextlib.ExitStack() as stack:
         with checked():
             score = _trained_score(config, workdir, checkpoint, runtime)
-            sampler = _sampler(config, score.sde)
+            sampler = build_sampler(config, score.sde)
             measured, identity = None, {"num_samples": config.eval.num_samples}
             if sampling.condition not in ("", "class", "class_free"):
                 from guidance.measured import MeasuredImages
@@ -616,7 +612,7 @@ class TrainedScore:
         check(config)
         generator = SampleGenerators((seed, "samples"), range(n))
         like = torch.zeros((n, *self.shape), device=self.device)
-        return _sampler(config, self.sde)(self, like, generator, progress=progress).x
+        return build_sampler(config, self.sde)(self, like, generator, progress=progress).x
 
     def draw(self, indices: Sequence[int], sampler, *, progress: bool = False) -> tuple[np.ndarray, float]:
         """Samples number ``indices`` as grey levels, uint8 (B, H, W, C), and network evaluations per sample."""
@@ -756,11 +752,20 @@ def load(
         state = read_checkpoint(path)
     if "record" in state:
         _check_version(state, path)
-        config = ConfigDict(json.loads(state["record"]["config"]))
+        config = _config_from_json(state["record"]["config"])
     elif config is None:
         raise ValueError(f"{path} is a public checkpoint: give load(…, config=…) the config it was trained with")
     check(config)
     return _score_from_state(state, path, config, torch.device(device))
+
+
+def _config_from_json(text: str) -> ConfigDict:
+    def with_tuples(value: object) -> object:  # which JSON has not
+        if isinstance(value, dict):
+            return {name: with_tuples(field) for name, field in value.items()}
+        return tuple(value) if isinstance(value, list) else value
+
+    return ConfigDict(with_tuples(json.loads(text)))
 
 
 def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | None, runtime: Runtime) -> TrainedScore:
@@ -796,10 +801,11 @@ def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | N
 
 
 def _score_from_state(state: dict, source: object, config: ConfigDict, device: torch.device) -> TrainedScore:
+    sde = build_sde(config)
     if "record" in state:
         _check_version(state, source)
         images, step = ImageFormat(**state["record"]["images"]), state["step"]
-        model = make_model(config, images)
+        model = build_score_model(config, sde, images)
         load_state_dict_strictly(model, state["ema"]["model"], source)
     else:
         from models.published import load_score_sde_checkpoint
@@ -813,8 +819,8 @@ def _score_from_state(state: dict, source: object, config: ConfigDict, device: t
             centered=data.centered,
             dequantized=data.uniform_dequantization,
         )
-        model = make_model(config, images)
-        step = load_score_sde_checkpoint(source, model.network, ema=True, sde=model.sde)
+        model = build_score_model(config, sde, images)
+        step = load_score_sde_checkpoint(source, model.network, ema=True, sde=sde)
     return TrainedScore(config, model.eval().requires_grad_(False).to(device), images, step)
 
 
@@ -840,7 +846,7 @@ def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime =
         images = _image_format(config, train_data)
         training = ClassifierTraining(
             workdir,
-            _sde(config),
+            build_sde(config),
             config.classifier,
             train_data,
             test_data,
@@ -873,7 +879,7 @@ def _classifier_identity(config: ConfigDict, images: ImageFormat) -> dict:
 # From a config to what it describes, and checks of what only a run as a whole can get wrong
 
 
-def _sde(config: ConfigDict) -> SDE:
+def build_sde(config: ConfigDict) -> SDE:
     return make_sde(config.training.sde, config.model.get("schedule", ""), config.model)
 
 
@@ -881,15 +887,15 @@ def _image_format(config: ConfigDict, data: Split) -> ImageFormat:
     return ImageFormat.of(data, centered=config.data.centered, dequantized=config.data.uniform_dequantization)
 
 
-def make_model(config: ConfigDict, images: ImageFormat) -> ScoreModel:
-    """A new score model of such images; its initial weights are keyed by the seed."""
+def build_score_model(config: ConfigDict, sde: SDE, images: ImageFormat) -> ScoreModel:
+    """A new score model; its initial weights are keyed by the seed."""
     torch.manual_seed(config.seed)
     model, continuous = config.model, config.training.continuous
     channels, size, _ = images.image_shape
     shape = dict(image_size=size, num_channels=channels, centered=images.centered)
     network = make_network(model.name, model, **shape, num_levels=None if continuous else model.num_scales)
     return make_score_model(
-        _sde(config),
+        sde,
         network,
         parameterization=model.parameterization,
         num_scales=None if continuous else model.num_scales,
@@ -897,27 +903,24 @@ def make_model(config: ConfigDict, images: ImageFormat) -> ScoreModel:
     )
 
 
-def _objective(config: ConfigDict, model: ScoreModel, **changes) -> Objective:
-    from losses import Objective
+def build_objective(config: ConfigDict, model: ScoreModel, **changes) -> Objective:
+    from losses import make_objective
 
-    training = config.training
-    names = ("likelihood_weighting", "reduce_mean", *(name for name in training if name.startswith("qc_")))
-    return Objective(model, **({name: training[name] for name in names} | changes))
+    return make_objective(model, {**config.training, **changes})
 
 
-def _sampler(config: ConfigDict, sde: SDE):
+def build_sampler(config: ConfigDict, sde: SDE):
     from sampling import make_sampler
 
     return make_sampler(sde, config.sampling, num_scales=config.model.num_scales, continuous=config.training.continuous)
 
 
 def load_data(config: ConfigDict, runtime: Runtime) -> tuple[Split, Split]:
-    """The training and the test half of ``config.data``'s set."""
     from data import load_dataset
 
     data = config.data
     names = ("image_size", "num_channels", "path", "root", "download", "resize")
-    with runtime.accelerator.main_process_first():
+    with runtime.accelerator.main_process_first() if runtime else contextlib.nullcontext():
         train_data, test_data = load_dataset(data.dataset, **{name: data[name] for name in names})
     _check_classes(config, train_data)
     return train_data, test_data

@@ -85,7 +85,6 @@ __all__ = [
     "Samples",
     "denoise",
     "edm_times",
-    "get_sampler",
     "langevin_dynamics",
     "make_sampler",
 ]
@@ -658,8 +657,3 @@ def langevin_dynamics(
         log_p = torch.where(accepted[i], proposed_log_p, log_p)
         states[i + 1] = x
     return LangevinTrajectory(states, accepted)
-
-
-def get_sampler(config, sde: SDE) -> Sampler:
-    """``make_sampler`` of a config, for callers that still have one."""
-    return make_sampler(sde, config.sampling, num_scales=config.model.num_scales, continuous=config.training.continuous)

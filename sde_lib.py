@@ -75,7 +75,6 @@ __all__ = [
     "SquareRootDiffusionSigma",
     "SubVP",
     "expand",
-    "get_sde",
     "make_sde",
 ]
 
@@ -645,8 +644,3 @@ def make_sde(family: str, schedule: str, constants: Mapping[str, float]) -> SDE:
         if constant not in constants:
             raise ValueError(f"model.{constant} is missing: model.schedule={name!r} needs it")
     return family_class(schedule_class(**{constant: constants[constant] for constant in names}))
-
-
-def get_sde(config) -> SDE:
-    """``make_sde`` of a config, for callers that still have one."""
-    return make_sde(config.training.sde, config.model.get("schedule", ""), config.model)

@@ -3,225 +3,138 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no screen needed
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from ml_collections import ConfigDict
+from torch import Tensor
 
 from conservativeness import jacobian
-from exact.distributions import NoisedDistribution
-from experiment.files import write_atomically
-from sde_lib import ScoreFunction
+from experiment.figures import COLOURS, LINES, new_figure, plane
+from experiment.files import read_arrays
+from models import ScoreModel
 
-from .configs import DATASETS, MODELS
-from .experiment import Run
-from .table import EXACT, Task, values
-
-__all__ = ["draw_run", "draw_table"]
+from .configs import MODELS
+from .experiment import forward_process, noised_distribution, trained_model
+from .table import EXACT, NAMES, values
 
 HALF_WIDTH = 9.0
-NAMES = {"u": "U", "c": "C", "qc": "QC", EXACT: "exact"}
-COLOURS = {"u": "tab:blue", "c": "tab:green", "qc": "tab:red"}
-FIELD_TIME = 0.5
+FIELD_TIME, DENSITY_TIMES = 0.5, (1e-5, 0.5, 0.9)
+STYLES = {"u": (COLOURS[0], LINES[0]), "qc": (COLOURS[1], LINES[1]), "c": (COLOURS[2], LINES[2])}
+
+Run = tuple[str, str, int]  # data set, model, seed
 
 
-def _save(figure: Figure, path: Path) -> None:
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=160))
-    plt.close(figure)
+def draw_run(model: ScoreModel, workdir: Path) -> Figure:
+    """Of one evaluated run: its samples, and its score with the rotation in colour."""
+    figure = new_figure(7.2, 3.4)
+    left, right = figure.subplots(1, 2)
+    _draw_samples(left, read_arrays(workdir / "eval" / "arrays.npz")["samples"], "samples")
+    image = _draw_field(right, model, f"score and its rotation, t = {FIELD_TIME}")
+    figure.colorbar(image, ax=right, label=r"$\partial_1 s_2 - \partial_2 s_1$", shrink=0.85)
+    return figure
 
 
-def _plane(axes: Axes) -> None:
-    axes.set(xlim=(-HALF_WIDTH, HALF_WIDTH), ylim=(-HALF_WIDTH, HALF_WIDTH), aspect="equal")
-    axes.set_xticks((-5, 0, 5))
-    axes.set_yticks((-5, 0, 5))
+def draw_table(configs: Mapping[Run, ConfigDict], folders: Mapping[Run, Path], rows: Sequence[Mapping]) -> dict:
+    """By name: densities, samples, fields (all of seed 0), curves against t, NLL by seed."""
+    names = list(dict.fromkeys(dataset for dataset, _, _ in configs))
+    arrays = {run: read_arrays(folder / "eval" / "arrays.npz") for run, folder in folders.items()}
+    figures = {"densities": new_figure(7, 7), "samples": new_figure(9, 6.8), "fields": new_figure(8, 7.2)}
+
+    panels = figures["densities"].subplots(len(DENSITY_TIMES), len(names), squeeze=False)
+    for (t, name), axes in zip(product(DENSITY_TIMES, names), panels.flat, strict=True):
+        x, config = _grid_points(181), configs[name, EXACT, 0]
+        density = noised_distribution(config).log_prob(x, torch.full((len(x),), t, dtype=torch.float64)).exp()
+        _draw_image(axes, density, f"{name}, σ = {forward_process(config).std(torch.tensor(t)):.2g}", cmap="magma")
+
+    panels = figures["samples"].subplots(len(names), len(MODELS) + 1, squeeze=False)
+    for (name, model), axes in zip(product(names, (*MODELS, EXACT)), panels.flat, strict=True):
+        _draw_samples(axes, arrays[name, model, 0]["samples"], f"{name}, {NAMES[model]}")
+
+    panels = figures["fields"].subplots(len(names), len(MODELS), squeeze=False)
+    for name, row in zip(names, panels, strict=True):
+        models = {model: trained_model(configs[name, model, 0], folders[name, model, 0])[0] for model in MODELS}
+        # One scale for a row; the largest values sit in the corners, where there are no data.
+        rotations = [_score_and_rotation(model, _grid_points(61))[1] for model in models.values()]
+        limit = max(float(np.quantile(np.abs(rotation), 0.98)) for rotation in rotations)
+        for axes, (model, score) in zip(row, models.items(), strict=True):
+            image = _draw_field(axes, score, f"{name}, {NAMES[model]}", limit)
+        figures["fields"].colorbar(image, ax=row, label=r"rotation $\partial_1 s_2 - \partial_2 s_1$", shrink=0.9)
+
+    return figures | {"curves": _curves(arrays, names), "nll_by_seed": _nll_by_seed(rows, names)}
 
 
-def _outer_labels(grid: np.ndarray) -> None:
-    for axes in grid[-1]:
-        axes.set_xlabel("$x_1$")
-    for axes in grid[:, 0]:
-        axes.set_ylabel("$x_2$")
-    for axes in grid.flat:
-        axes.label_outer()
-
-
-def _grid_points(count: int) -> tuple[np.ndarray, torch.Tensor]:
-    """Coordinates (count,) along an axis and the count² points (count², 2), x₁ running fastest."""
+def _grid_points(count: int) -> Tensor:
+    """count² points (count², 2), x₁ running fastest."""
     axis = torch.linspace(-HALF_WIDTH, HALF_WIDTH, count, dtype=torch.float64)
-    x2, x1 = torch.meshgrid(axis, axis, indexing="ij")
-    return axis.numpy(), torch.stack([x1.flatten(), x2.flatten()], dim=1)
+    return torch.cartesian_prod(axis, axis).flip(1)
 
 
-def _draw_density(axes: Axes, distribution: NoisedDistribution, t: float) -> None:
-    count = 181
-    _, points = _grid_points(count)
-    density = distribution.log_prob(points, torch.full((len(points),), t, dtype=torch.float64)).exp()
-    extent = (-HALF_WIDTH, HALF_WIDTH, -HALF_WIDTH, HALF_WIDTH)
-    axes.imshow(density.view(count, count).numpy(), origin="lower", extent=extent, cmap="magma")
-    _plane(axes)
-
-
-def _draw_samples(axes: Axes, points: np.ndarray) -> None:
-    axes.scatter(*points[:4000].T, s=0.5, linewidths=0, color="black", rasterized=True)
-    _plane(axes)
-
-
-def _rotation(score: ScoreFunction, points: torch.Tensor, t: float) -> tuple[np.ndarray, np.ndarray]:
+def _score_and_rotation(model: ScoreModel, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The score (N, 2) and its rotation ∂s₂/∂x₁ − ∂s₁/∂x₂ (N,)."""
-    value, j = jacobian(score, points, torch.full((len(points),), t, device=points.device))
-    return value.detach().cpu().numpy(), (j[:, 1, 0] - j[:, 0, 1]).detach().cpu().numpy()
+    value, j = jacobian(model, x.float(), torch.full((len(x),), FIELD_TIME))
+    return value.detach().numpy(), (j[:, 1, 0] - j[:, 0, 1]).detach().numpy()
 
 
-def _draw_field(axes: Axes, score: ScoreFunction, t: float, limit: float | None, device: torch.device) -> object:
-    """Arrows of the score, over its rotation in colour; returns the coloured image."""
-    count = 121
-    _, points = _grid_points(count)
-    _, rotation = _rotation(score, points.float().to(device), t)
-    extent = (-HALF_WIDTH, HALF_WIDTH, -HALF_WIDTH, HALF_WIDTH)
-    limit = limit or float(np.abs(rotation).max()) or 1.0
-    image = axes.imshow(
-        rotation.reshape(count, count), origin="lower", extent=extent, cmap="RdBu_r", vmin=-limit, vmax=limit
-    )
-    _, coarse = _grid_points(19)
-    arrows, _ = _rotation(score, coarse.float().to(device), t)
-    axes.quiver(*coarse.numpy().T, *arrows.T, angles="xy", width=0.004, color="black")
-    _plane(axes)
+def _draw_samples(axes: Axes, samples: np.ndarray, title: str) -> None:
+    axes.scatter(*samples[:4000].T, s=0.5, linewidths=0, color="black", rasterized=True)
+    plane(axes, HALF_WIDTH, title)
+
+
+def _draw_image(axes: Axes, field: np.ndarray | Tensor, title: str, **colours: object) -> AxesImage:
+    """A function (count²,) on ``_grid_points(count)``."""
+    count, extent = round(len(field) ** 0.5), (-HALF_WIDTH, HALF_WIDTH, -HALF_WIDTH, HALF_WIDTH)
+    image = axes.imshow(field.reshape(count, count), origin="lower", extent=extent, **colours)
+    plane(axes, HALF_WIDTH, title)
     return image
 
 
-def draw_run(run: Run) -> Path:
-    """W/eval/run.png of one evaluated run: its samples, and its score with the rotation in colour."""
-    with np.load(run.workdir / "eval" / "arrays.npz", allow_pickle=False) as arrays:
-        samples = arrays["samples"]
-    figure, grid = plt.subplots(1, 2, figsize=(7.2, 3.4), squeeze=False, layout="constrained")
-    _draw_samples(grid[0, 0], samples)
-    grid[0, 0].set_title("samples")
-    image = _draw_field(grid[0, 1], run.model, FIELD_TIME, None, run.device)
-    grid[0, 1].set_title(f"score and its rotation, t = {FIELD_TIME}")
-    figure.colorbar(image, ax=grid[0, 1], label=r"$\partial_1 s_2 - \partial_2 s_1$", shrink=0.85)
-    _outer_labels(grid)
-    path = run.workdir / "eval" / "run.png"
-    _save(figure, path)
-    return path
+def _draw_field(axes: Axes, model: ScoreModel, title: str, limit: float | None = None) -> AxesImage:
+    """Arrows of the score, over its rotation in colour."""
+    rotation = _score_and_rotation(model, _grid_points(121))[1]
+    limit = limit or float(np.abs(rotation).max())
+    image = _draw_image(axes, rotation, title, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    arrows = _grid_points(19)
+    axes.quiver(*arrows.T, *_score_and_rotation(model, arrows)[0].T, angles="xy", width=0.004, color="black")
+    return image
 
 
-def draw_table(workdir: Path, results: Mapping, tasks: Sequence[Task]) -> list[Path]:
-    """The figures of W/results.json: densities, samples, fields (all of seed 0), curves against t, NLL by seed."""
-    runs: dict[tuple[str, str], Run] = {}
-    for task in tasks:
-        if task.seed == 0:
-            run = Run(task.config, Path(task.directory), task.device)
-            if task.model != EXACT:
-                run.load()
-            runs[task.dataset, task.model] = run
-    drawn = {
-        "densities.png": _densities(runs),
-        "samples.png": _samples(runs),
-        "fields.png": _fields(runs),
-        "curves.png": _curves(tasks),
-        "nll_by_seed.png": _nll_by_seed(results["rows"]),
-    }
-    for name, figure in drawn.items():
-        _save(figure, workdir / name)
-    return [workdir / name for name in drawn]
-
-
-def _densities(runs: Mapping[tuple[str, str], Run]) -> Figure:
-    times = (1e-5, 0.5, 0.9)
-    figure, grid = plt.subplots(len(times), len(DATASETS), figsize=(7, 7), squeeze=False, layout="constrained")
-    for column, dataset in enumerate(DATASETS):
-        run = runs[dataset, EXACT]
-        grid[0, column].set_title(dataset)
-        for row, t in enumerate(times):
-            _draw_density(grid[row, column], run.distribution, t)
-    _outer_labels(grid)
-    for axes, t in zip(grid[:, 0], times, strict=True):
-        sigma = float(runs["gaussian_8", EXACT].sde.std(torch.tensor(t)))
-        axes.set_ylabel(f"σ = {sigma:.2g}\n$x_2$")
+def _curves(arrays: Mapping[Run, Mapping[str, np.ndarray]], names: Sequence[str]) -> Figure:
+    """Lines: means over seeds; bands: their range."""
+    figure = new_figure(9, 5)
+    panels = figure.subplots(2, len(names), sharex=True, squeeze=False)
+    labels = {"asym": "Asym", "score_error": r"score error $\frac{1}{2}\|s - s^*\|^2$"}
+    for (quantity, name), axes in zip(product(labels, names), panels.flat, strict=True):
+        for model, (colour, line) in STYLES.items():
+            if (quantity, model) == ("asym", "c"):
+                continue  # zero to rounding
+            curves = np.stack([curve[quantity] for run, curve in arrays.items() if run[:2] == (name, model)])
+            t = arrays[name, model, 0]["t"]
+            axes.semilogy(t, curves.mean(0), line, color=colour, label=NAMES[model], marker=".", markersize=3)
+            axes.fill_between(t, curves.min(0), curves.max(0), color=colour, alpha=0.2, linewidth=0)
+        axes.set(title=name, xlabel="time t", ylabel=labels[quantity])
+    panels[1, 0].legend(frameon=False)
     return figure
 
 
-def _samples(runs: Mapping[tuple[str, str], Run]) -> Figure:
-    models = (*MODELS, EXACT)
-    figure, grid = plt.subplots(len(DATASETS), len(models), figsize=(9, 6.8), squeeze=False, layout="constrained")
-    for (dataset, model), run in runs.items():
-        axes = grid[list(DATASETS).index(dataset), models.index(model)]
-        with np.load(run.workdir / "eval" / "arrays.npz", allow_pickle=False) as arrays:
-            _draw_samples(axes, arrays["samples"])
-    for axes, model in zip(grid[0], models, strict=True):
-        axes.set_title(f"{NAMES[model]}" + (" score" if model == EXACT else ""))
-    _outer_labels(grid)
-    for axes, dataset in zip(grid[:, 0], DATASETS, strict=True):
-        axes.set_ylabel(f"{dataset}\n$x_2$")
-    return figure
-
-
-def _fields(runs: Mapping[tuple[str, str], Run]) -> Figure:
-    figure, grid = plt.subplots(len(DATASETS), len(MODELS), figsize=(8, 7.2), squeeze=False, layout="constrained")
-    for row, dataset in enumerate(DATASETS):
-        _, points = _grid_points(61)
-        device = runs[dataset, "u"].device
-        points = points.float().to(device)
-        # One scale for a row; the largest values sit in the corners, where there are no data.
-        limit = max(
-            float(np.quantile(np.abs(_rotation(runs[dataset, m].model, points, FIELD_TIME)[1]), 0.98)) for m in MODELS
+def _nll_by_seed(rows: Sequence[Mapping], names: Sequence[str]) -> Figure:
+    """Points: runs; a grey line joins those of a seed."""
+    figure = new_figure(9, 3.2)
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        nll = np.stack([values(rows, name, model, "nll") for model in STYLES])
+        axes.plot(range(len(STYLES)), nll, color="lightgrey", zorder=0)
+        for position, (colour, _) in enumerate(STYLES.values()):
+            axes.scatter(np.full(nll.shape[1], position), nll[position], color=colour, s=18)
+        axes.axhline(
+            values(rows, name, EXACT, "nll")[0], color="black", linestyle="--", linewidth=1, label="exact score"
         )
-        for column, model in enumerate(MODELS):
-            run = runs[dataset, model]
-            image = _draw_field(grid[row, column], run.model, FIELD_TIME, limit, device)
-            if row == 0:
-                grid[row, column].set_title(NAMES[model])
-        figure.colorbar(image, ax=grid[row], label=r"rotation $\partial_1 s_2 - \partial_2 s_1$", shrink=0.9)
-    _outer_labels(grid)
-    for axes, dataset in zip(grid[:, 0], DATASETS, strict=True):
-        axes.set_ylabel(f"{dataset}\n$x_2$")
-    return figure
-
-
-def _curves(tasks: Sequence[Task]) -> Figure:
-    figure, grid = plt.subplots(2, len(DATASETS), figsize=(9, 5), sharex=True, squeeze=False, layout="constrained")
-    for column, dataset in enumerate(DATASETS):
-        grid[0, column].set_title(dataset)
-        for model in MODELS:
-            curves = []
-            for task in tasks:
-                if (task.dataset, task.model) == (dataset, model):
-                    with np.load(Path(task.directory) / "eval" / "arrays.npz", allow_pickle=False) as arrays:
-                        curves.append({name: arrays[name] for name in ("t", "asym", "score_error")})
-            for row, name in enumerate(("asym", "score_error")):
-                if name == "asym" and model == "c":
-                    continue  # zero to rounding
-                stack = np.stack([curve[name] for curve in curves])
-                axes, t = grid[row, column], curves[0]["t"]
-                axes.semilogy(t, stack.mean(0), color=COLOURS[model], label=NAMES[model], marker=".", markersize=3)
-                axes.fill_between(t, stack.min(0), stack.max(0), color=COLOURS[model], alpha=0.2, linewidth=0)
-    for axes in grid[1]:
-        axes.set_xlabel("time t")
-    grid[0, 0].set_ylabel("Asym")
-    grid[1, 0].set_ylabel(r"score error $\frac{1}{2}\|s - s^*\|^2$")
-    grid[1, 0].legend(frameon=False)
-    return figure
-
-
-def _nll_by_seed(rows: Sequence[Mapping]) -> Figure:
-    figure, grid = plt.subplots(1, len(DATASETS), figsize=(9, 3.2), squeeze=False, layout="constrained")
-    order = ("u", "qc", "c")
-    for axes, dataset in zip(grid[0], DATASETS, strict=True):
-        nll = np.stack([values(rows, dataset, model, "nll") for model in order])
-        axes.plot(range(len(order)), nll, color="lightgrey", zorder=0)  # the runs of a seed
-        for position, model in enumerate(order):
-            axes.scatter(np.full(nll.shape[1], position), nll[position], color=COLOURS[model], s=18)
-        exact = values(rows, dataset, EXACT, "nll")[0]
-        axes.axhline(exact, color="black", linestyle="--", linewidth=1, label="exact score, seed 0")
-        axes.set_xticks(range(len(order)), [NAMES[model] for model in order])
-        axes.set(title=dataset, xlim=(-0.5, len(order) - 0.5))
-    grid[0, 0].set_ylabel("NLL (nats per point)")
-    grid[0, 0].legend(frameon=False)
+        axes.set_xticks(range(len(STYLES)), [NAMES[model] for model in STYLES])
+        axes.set(title=name, xlim=(-0.5, len(STYLES) - 0.5), xlabel="model", ylabel="NLL (nats per point)")
+    panels[0].legend(frameon=False)
     return figure

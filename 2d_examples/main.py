@@ -2,74 +2,99 @@
 
 python -m 2d_examples.main --config=2d_examples/configs.py:DATASET-MODEL --workdir=W --mode=train
 python -m 2d_examples.main --config=2d_examples/configs.py:DATASET-MODEL --workdir=W --mode=eval
-python -m 2d_examples.main --mode=table --workdir=W [--seeds=5]
+python -m 2d_examples.main --mode=table --workdir=W [--seeds=5] [--jobs=2]
 """
 
 from __future__ import annotations
 
-import logging
-import sys
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from itertools import product
 from pathlib import Path
 
-from absl import app, flags
-from ml_collections import config_flags
+import torch
+from ml_collections import ConfigDict
 
-from experiment.command_line import available_cores, parse_flags
+from experiment.command_line import available_cores, command
+from experiment.figures import save_figure
+from experiment.jobs import run_all
+from experiment.results import write_results
+from experiment.runtime import Runtime
+from experiment.workdir import check_at_least, claim
 
+from .configs import DATASETS, MODELS, get_config
+from .experiment import check, claim_run, evaluate, train_and_evaluate, trained_model, trainer
+from .figures import draw_run, draw_table
+from .table import EXACT, markdown, paired_differences
 
-def main(argv: list[str]) -> None:
-    options = flags.FLAGS
-    if (options.mode == "table") != (options.config is None):
-        sys.exit("error: --config: needed for --mode=train and eval; the table has all nine, without it")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-
-    import torch  # slow to import, which --help and a mistyped flag need not wait for
-    from run_setup import Runtime
-    from tqdm import tqdm
-
-    from . import figures, table
-    from .experiment import Run, evaluate, train
-
-    # One thread, as in the table's processes, because the number of threads changes the rounding.
-    torch.set_num_threads(1)
-    workdir = Path(options.workdir)
-    try:
-        device = Runtime(options.device).accelerator().device
-        if options.mode == "table":
-            tasks = table.make_tasks(workdir, seeds=options.seeds, device=str(device))
-            results = table.make_table(workdir, tasks, jobs=options.jobs)
-            print(table.markdown(results))
-            for path in figures.draw_table(workdir, results, tasks):
-                print(path)
-            return
-        run = Run(options.config, workdir, device)
-        step = run.load() if options.mode == "eval" else 0
-        table.claim_run(run)
-        if options.mode == "train":
-            with tqdm(total=options.config.training.n_iters, unit="step", desc=f"train {workdir.name}") as bar:
-                train(run, bar.update)
-        else:
-            for name, value in evaluate(run, run.model, step=step).items():
-                print(f"{name:20} {value:.6g}")
-            print(figures.draw_run(run))
-    except (ValueError, FloatingPointError, OSError, BrokenProcessPool) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command resumes")
+CORES = available_cores()
 
 
-def define_flags() -> None:
-    """Not on import: the other programs of this project define flags of the same names."""
-    config_flags.DEFINE_config_file("config", None, "One model, for train and eval; override with --config.x.y=VALUE.")
-    flags.DEFINE_string("workdir", None, "Folder of the run, or of the table: checkpoints, logs, results, figures.")
-    flags.DEFINE_enum("mode", None, ["train", "eval", "table"], "What to do.")
-    flags.DEFINE_integer("seeds", 5, "Seeds 0 … N−1 of the table.")
-    flags.DEFINE_integer("jobs", available_cores(), "Processes that share the runs of the table, about 1 GB each.")
-    flags.DEFINE_string("device", "cpu", "auto, cpu, cuda or mps; a GPU is no faster for networks as small as these.")
-    flags.mark_flags_as_required(["workdir", "mode"])
+def run(
+    workdir: str | Path,
+    mode: str,
+    *,
+    config: ConfigDict | None = None,
+    seeds: int = 5,
+    jobs: int = CORES,
+    device: str = "cpu",
+) -> str | None:
+    """Train or evaluate one model, or make the table; return what is to be printed.
+
+    Args:
+        workdir: W, of the run or of the table, for checkpoints, logs, results and figures.
+        mode: train, eval or table.
+        config: one model, for train and eval; override fields with --config.x.y=VALUE.
+        seeds: N, for the seeds 0 … N − 1 of the table.
+        jobs: processes that share the runs of the table, about 1 GB each; they change no result.
+        device: auto, cpu or cuda; a GPU is no faster for networks as small as these.
+
+    Raises:
+        ValueError: bad input, or a workdir that belongs to something else; nothing has been computed then.
+    """
+    if mode not in ("train", "eval", "table"):
+        raise ValueError(f"--mode={mode}: allowed are train, eval, table")
+    if (mode == "table") != (config is None):
+        raise ValueError("--config: needed for --mode=train and eval; the table has all nine, without it")
+    folder, runtime = Path(workdir), Runtime(device)
+    device = runtime.torch_device.type
+    if device == "mps":
+        raise ValueError("--device=mps: the exact densities need double precision, which it does not have; use cpu")
+    if mode == "table":
+        return make_table(folder, seeds=seeds, jobs=jobs, device=device)
+
+    check(config)
+    if mode == "train":
+        claim_run(config, folder, device)
+        return trainer(config, folder, runtime).run()
+    model, step = trained_model(config, folder)
+    claim_run(config, folder, device)
+    record = evaluate(config, folder, model.to(device), step=step, device=device)
+    save_figure(draw_run(model.cpu(), folder), folder / "eval" / "run.png")
+    return "\n".join(f"{name:20} {value:.6g}" for name, value in record.items())
+
+
+def make_table(workdir: Path, *, seeds: int, jobs: int, device: str) -> str:
+    """Train and evaluate every pair with every seed, or what is left of that; write results, table and figures."""
+    check_at_least({"--seeds": seeds, "--jobs": jobs}, {"--seeds": 1, "--jobs": 1})
+    claim(workdir, "2d_examples table", {"device": device})
+    configs = {(dataset, EXACT, 0): get_config(f"{dataset}-u") for dataset in DATASETS}
+    for seed, dataset, model in product(range(seeds), DATASETS, MODELS):
+        configs[dataset, model, seed] = get_config(f"{dataset}-{model}")
+        configs[dataset, model, seed].seed = seed
+    folders = {run: workdir / "runs" / f"{run[0]}-{run[1]}" / f"seed_{run[2]}" for run in configs}
+    tasks = {
+        f"{run[0]}-{run[1]}, seed {run[2]}": partial(train_and_evaluate, config, folders[run], device, run[1] == EXACT)
+        for run, config in configs.items()
+    }
+    total = sum(config.training.n_iters for run, config in configs.items() if run[1] != EXACT)
+    records = run_all(tasks, jobs=jobs, total=total, unit="step", description="2-D examples")
+    names = ("dataset", "model", "seed")
+    rows = [dict(zip(names, run, strict=True)) | record for run, record in zip(configs, records, strict=True)]
+    differences = paired_differences(rows)
+    results = {"experiment": "2d_examples", "seeds": seeds, "rows": rows, "paired_differences": differences}
+    return write_results(workdir, results, markdown(rows, differences), draw_table(configs, folders, rows))
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main, flags_parser=parse_flags)
+    torch.set_num_threads(1)  # as in the table's processes, because the number of threads changes the rounding
+    command(run)

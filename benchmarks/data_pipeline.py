@@ -66,7 +66,7 @@ def run(config: ConfigDict = None, *, rounds: int = 40, device: str = "cpu", com
     ]
     title = f"{data.dataset}, batch {size}{', compiled' * compile}, a step {ms['step']:.1f} ms, "
     header = ("input", "ms per batch", "share of a step", "paper's time over it")
-    return f"{title}{conditions(where, rounds)}\n{markdown_table(header, rows)}"
+    return f"{title}{conditions(where)}\n{markdown_table(header, rows)}"
 
 
 class ImageByImage(Dataset):

@@ -57,43 +57,37 @@ def run(workdir: str, *, images: int = 64, rounds: int = 3, device: str = "cpu")
     if not 1 <= images <= len(test):
         raise ValueError(f"--images={images}: allowed are 1 to {len(test)}")
     indices = run_lib.evenly_spaced(range(images), images, len(test))
+    noise, probes = (SampleGenerators((score.config.seed, purpose), indices) for purpose in ("dequantisation", "probe"))
+    x = score.images.to_model(test.batch(indices)[0], noise, dequantize=True).to(score.device)
+    probe = rademacher_like(x, probes)
 
-    def generators(purpose: str) -> SampleGenerators:
-        return SampleGenerators((score.config.seed, purpose), indices)
+    def paper(tolerances: tuple[float, float], _: int) -> tuple[Tensor, float]:
+        return paper_log_prob(score.sde, score, x, probe, *tolerances)
 
-    x = score.images.to_model(test.batch(indices)[0], generators("dequantisation"), dequantize=True).to(score.device)
+    def ours(settings: dict, _: int = 0, score=score, x=x, probe=probe) -> tuple[Tensor, float]:
+        log_prob, _, runs = LikelihoodEvaluator(score.sde, **settings).with_probes(score, x, [probe])
+        return log_prob.double().cpu(), runs
 
-    def paper(rtol: float, atol: float, _: int) -> tuple[Tensor, float]:
-        return paper_log_prob(score.sde, score, x, rademacher_like(x, generators("probe")), rtol=rtol, atol=atol)
-
-    def ours(settings: dict, _: int) -> tuple[Tensor, float]:
-        found = LikelihoodEvaluator(score.sde, **settings)(score, x, generators("probe"))
-        return found.log_prob, found.nfe
-
-    variants = {name: partial(paper, *tolerances) for name, tolerances in PAPERS.items()}
+    variants = {name: partial(paper, tolerances) for name, tolerances in PAPERS.items()}
     variants |= {name: partial(ours, settings) for name, settings in VARIANTS.items()}
-    timed = in_turn(variants, rounds, runtime.torch_device, warm_up=0)
-    exact, rows = float64_log_prob(score, x, rademacher_like(x, generators("probe"))), []
-    for name, (_, (*_, (log_prob, runs))) in timed.items():
-        error = (exact - log_prob.double().cpu()) / (score.images.dimension * math.log(2))
-        seconds, paper_seconds = timed[name].median, timed[next(iter(PAPERS))].median
-        row = (name, f"{runs:.0f}", f"{seconds / images:.4f}", f"{paper_seconds / seconds:.2f}")
+    timed = in_turn(variants, rounds, score.device, warm_up=0)
+    device = "cpu" if x.device.type == "mps" else x.device  # MPS has no float64
+    model = copy.deepcopy(score.model).to(device, torch.float64)
+    precise = run_lib.TrainedScore(score.config, model, score.images, score.step)
+    exact, _ = ours({"rtol": TIGHT, "atol": TIGHT}, 0, precise, *(v.to(device, torch.float64) for v in (x, probe)))
+    rows, paper_seconds = [], timed[next(iter(PAPERS))].median
+    for name, found in timed.items():
+        log_prob, runs = found.results[-1]
+        error = (exact - log_prob) / (score.images.dimension * math.log(2))
+        row = (name, f"{runs:.0f}", f"{found.median / images:.4f}", f"{paper_seconds / found.median:.2f}")
         row += (f"{error.abs().max():.4f}", f"{error.square().mean().sqrt():.4f}", f"{error.mean():+.4f}")
         rows.append((*row, f"{(error.abs() <= 0.005).double().mean():.0%}"))
     title = f"{score.config.data.dataset}, step {score.step}, {images} images, "
-    return f"{title}{conditions(runtime.torch_device, rounds)}\n{markdown_table(HEADER, rows)}"
-
-
-def float64_log_prob(score: run_lib.TrainedScore, x: Tensor, probe: Tensor) -> Tensor:
-    device = "cpu" if x.device.type == "mps" else x.device  # MPS has no float64
-    model = copy.deepcopy(score.model).to(device, torch.float64)
-    exact = run_lib.TrainedScore(score.config, model, score.images, score.step)
-    evaluate = LikelihoodEvaluator(score.sde, rtol=TIGHT, atol=TIGHT)
-    return evaluate.with_probes(exact, x.to(device).double(), [probe.to(device).double()]).log_prob.cpu()
+    return f"{title}{conditions(score.device)}\n{markdown_table(HEADER, rows)}"
 
 
 def paper_log_prob(
-    sde: SDE, score: ScoreFunction, x: Tensor, probe: Tensor, *, rtol: float, atol: float
+    sde: SDE, score: ScoreFunction, x: Tensor, probe: Tensor, rtol: float, atol: float
 ) -> tuple[Tensor, float]:
     """Log-densities (B,), in nats, of data x (B, ...) and network runs per image, as the public code has them."""
     runs, size = 0, x.numel()

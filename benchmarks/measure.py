@@ -14,8 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-__all__ = ["Timed", "clock_of", "conditions", "in_turn", "operations_of", "peak_memory"]
-
 
 class Timed(NamedTuple):
     """Of a variant, in every round: seconds, and what it returned."""
@@ -40,10 +38,9 @@ def clock_of(device: torch.device | None) -> tuple[Callable[[], float], str]:
     return lambda: torch.accelerator.synchronize(device) or time.perf_counter(), "time on the clock"
 
 
-def conditions(device: torch.device, rounds: int) -> str:
+def conditions(device: torch.device) -> str:
     """The line above a table: where and how was timed."""
-    threads = f"{torch.get_num_threads()} thread(s)"
-    return f"{device}, {threads}, torch {torch.__version__}, medians of {rounds}, {clock_of(device)[1]}\n"
+    return f"{device}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, {clock_of(device)[1]}\n"
 
 
 def in_turn(

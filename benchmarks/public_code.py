@@ -22,12 +22,9 @@ from torch import Tensor, nn
 
 from experiment.randomness import Generator, normal_like, rademacher_like, uniform
 from losses import TRAINING_EPS
-from models import EMA, ScoreModel
-from models.dropout import Dropout
+from models import EMA, Dropout, ScoreModel
 from models.layers import Attention, FIRDown, FIRUp
 from sde_lib import ScoreFunction, expand
-
-__all__ = ["PublicEMA", "in_public_style", "public_loss", "qc_backward"]
 
 
 class _Mix(nn.Module):
@@ -63,8 +60,7 @@ class _Resample(nn.Module):
 
     def __init__(self, kernel: Tensor, up: int, down: int, padding: tuple[int, int]) -> None:
         super().__init__()
-        self.register_buffer("kernel", kernel.clone(), persistent=False)
-        self.up, self.down, self.padding = up, down, padding
+        self.kernel, self.up, self.down, self.padding = kernel, up, down, padding
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape

@@ -69,12 +69,12 @@ def measure(name: str, model: nn.Module, x: Tensor, t: Tensor, weight: Tensor) -
     return (asym / (2 * norm)).item(), asym.item(), torch.cat([g.double().flatten() for g in gradient])
 
 
-def linear_row(nasym: float, dimension: int = 768) -> list[str]:
+def linear_row(r: float, dimension: int = 768) -> list[str]:
     """NAsym, and relative errors of Asym and of its gradient in every format but float64."""
     x = torch.ones(32, dimension)  # the values do not matter
 
     def measured(name: str) -> tuple[float, float, Tensor]:
-        return measure(name, LinearField(dimension, nasym, 0, torch.float64), x, x[:, 0], x[:, 0])
+        return measure(name, LinearField(dimension, r, 0, torch.float64), x, x[:, 0], x[:, 0])
 
     nasym, exact, gradient = measured("float64")
     found = [measured(name)[1:] for name in list(FORMATS)[1:]]
@@ -88,13 +88,14 @@ def run() -> str:
     rows = []
     for blocks in (1, 4, 8):
         size = {"seed": 0, "model.nf": 16, "model.num_res_blocks": blocks, "model.init_scale": 1.0}
-        model = run_lib.make_model(base_config(C | size), IMAGES).eval()
+        config = base_config(C | size)
+        model = run_lib.build_score_model(config, run_lib.build_sde(config), IMAGES).eval()
         x0, t = torch.rand(4, *IMAGES.image_shape, dtype=torch.float64), torch.linspace(1e-5, 1, 4, dtype=torch.float64)
         std = model.sde.std(t)
         z = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         floor = [measure(name, model, x0 + expand(std, x0) * z, t, std**2)[0] for name in FORMATS]
         rows.append((f"3×32×32, nf 16, {blocks} block(s) per level, untrained", *(f"{x:.1e}" for x in floor)))
-    table = markdown_table(("NAsym", *list(FORMATS)[1:]), [linear_row(nasym) for nasym in (1e-2, 2.5e-3, 4e-4, 1e-4)])
+    table = markdown_table(("NAsym", *list(FORMATS)[1:]), [linear_row(r) for r in (0.1, 0.05, 0.02, 0.01)])
     title = "Relative errors in a linear field, of Asym and, after the comma, of its gradient"
     return f"NAsym of conservative networks\n\n{markdown_table(('network', *FORMATS), rows)}\n{title}\n\n{table}"
 

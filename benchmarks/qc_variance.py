@@ -6,8 +6,8 @@ Weights, images and noise stay the same; only the probe changes. The variance is
 summed over all parameters. An estimator that is r times as good by variance × time needs r times less of it for the
 same accuracy of the mean over many probes.
 
-Two kinds of field: s(x) = Wx with a random matrix W = S + rN, S symmetric, N antisymmetric and r such that NAsym is
-1e-3; and the network of a run. ``paper`` is the same function by the public code (benchmarks/public_code.py).
+Two kinds of field: s(x) = Wx with a random matrix W of NAsym 1e-3; and the network of a run. ``paper`` is the same
+function by the public code (benchmarks/public_code.py).
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ from models.second_order.compiled import CompiledProducts
 from sde_lib import expand
 
 LINEAR_DIMENSION = 256
+TIMES = (None, 0.1, 0.75)  # of images: evenly spaced, or one
 PAPER, DEFAULT = "paper: trace", "antisymmetric (default)"
-HEADER = ("field", "NAsym", "estimator", "ms per gradient", "standard deviation / norm of the mean")
-HEADER += ("paper's variance over it", "paper's variance × time over it")
+HEADER = (
+    *("field", "NAsym", "estimator", "ms per gradient", "standard deviation / norm of the mean"),
+    *("paper's variance over it", "paper's variance × time over it"),
+)
 
 
 class Batch(NamedTuple):
@@ -42,10 +45,6 @@ class Batch(NamedTuple):
     t: Tensor
     weight: Tensor
     seed: int
-
-
-TIMES = (None, 0.1, 0.75)
-"""Of images at all times, and of images at one."""
 
 
 def run(workdir: str, *, batch_size: int = 32, probes: int = 100, device: str = "cpu", compile: bool = False) -> str:
@@ -68,27 +67,27 @@ def run(workdir: str, *, batch_size: int = 32, probes: int = 100, device: str = 
     if not 1 <= batch_size <= len(test):
         raise ValueError(f"--batch_size={batch_size}: allowed are 1 to {len(test)}")
     dataset, seed, ones = score.config.data.dataset, score.config.seed, torch.ones(batch_size, device=score.device)
-    field = LinearField(LINEAR_DIMENSION, 1e-3, seed).to(score.device)
+    field = LinearField(LINEAR_DIMENSION, 1e-3**0.5, seed).to(score.device)
     points = Batch(ones[:, None].repeat(1, LINEAR_DIMENSION), ones, ones, seed)  # which do not matter
     rows = compare(f"linear, {LINEAR_DIMENSION} dimensions", field, field, points, probes)
-    model = run_lib.make_model(score.config, score.images).to(score.device).eval()  # knows what is trained
+    # A new one, which knows what is trained.
+    model = run_lib.build_score_model(score.config, score.sde, score.images).to(score.device).eval()
     model.load_state_dict(score.model.state_dict())
     for time in TIMES:
         title = f"{dataset}, {'all times' if time is None else f't = {time:g}'}"
         batch = make_batch(score, test, batch_size, time)
         rows += compare(title, model, in_public_style(model), batch, probes, compile)
-    text = f"{dataset}, step {score.step}, {batch_size} images, {conditions(score.device, probes)}"
+    text = f"{dataset}, step {score.step}, {batch_size} images, {conditions(score.device)}"
     return f"{text}\n{markdown_table(HEADER, rows)}"
 
 
 class LinearField(nn.Linear):
     """s(x) = Wx with W = S + rN, random parts of about the same norm, symmetric and not: NAsym = r²/(1 + r²)."""
 
-    def __init__(self, dimension: int, nasym: float, seed: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, dimension: int, r: float, seed: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(dimension, dimension, bias=False, dtype=dtype)
         noise = torch.randn(self.weight.shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-        r = (nasym / (1 - nasym)) ** 0.5
-        self.weight.data.copy_((noise + noise.T + r * (noise - noise.T)) / dimension**0.5)
+        self.weight.data.copy_(noise + noise.T + r * (noise - noise.T))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return super().forward(x)
@@ -118,7 +117,7 @@ def compare(title: str, model: nn.Module, public: nn.Module, batch: Batch, probe
         variants["antisymmetric, compiled"] = partial(gradient, model, batch, products=CompiledProducts(model))
     timed = in_turn(variants, probes, batch.x.device)
     gradients = {name: torch.stack(found.results) for name, found in timed.items()}
-    squares = {name: deviations(rows) for name, rows in gradients.items()}
+    squares = {name: (g - g.mean(0)).double().square().sum(1) for name, g in gradients.items()}
     norm = gradients[DEFAULT].mean(0).double().norm()
     exact = batch.x[0].numel() <= EXACT_MAX_DIMENSION
     nasym = asymmetry(model, batch.x, batch.t, probes=None if exact else 16).nasym.mean()
@@ -137,27 +136,21 @@ def gradient(model: nn.Module, batch: Batch, number: int, *, paper: bool = False
     model.zero_grad()
     generator = SampleGenerators((batch.seed, "qc probe", number), range(len(batch.x)))
 
-    def loss(asym: Tensor) -> Tensor:
-        return 0.5 * (batch.weight * asym).mean()
-
     if paper:
-        qc_backward(model, batch.x, batch.t, rademacher_like(batch.x, generator), loss)
+        v = rademacher_like(batch.x, generator)
+        qc_backward(model, batch.x, batch.t, v, lambda asym: 0.5 * (batch.weight * asym).mean())
     else:
         options |= {"probes": 1, "generator": generator, "create_graph": True}
-        loss(asymmetry(model, batch.x.clone(), batch.t, **options).asym).backward()
+        asym = asymmetry(model, batch.x.clone(), batch.t, **options).asym
+        (0.5 * (batch.weight * asym).mean()).backward()
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
 
 
-def deviations(gradients: Tensor) -> Tensor:
-    """‖gᵢ − ḡ‖² (n,), float64, of gradients (n, P)."""
-    return (gradients - gradients.mean(0)).double().square().sum(1)
-
-
 def ratio_with_error(numerator: Tensor, denominator: Tensor) -> tuple[float, float]:
-    """The ratio of two variances, and its standard error by the jackknife, from their deviations (n,) each.
+    """The ratio of the variances of gradients, and its standard error, from ‖gᵢ − ḡ‖² (n,) of each.
 
-    The logarithm is what is jackknifed: a ratio of variances is far from normal.
+    The error is that of the logarithm by the jackknife: a ratio of variances is far from normal.
     """
     n = len(numerator)
     # Leaving out gᵢ takes n/(n−1) ‖gᵢ − ḡ‖² from the sum of squares about the mean.

@@ -86,7 +86,7 @@ def run(workdir: str, *, num_samples: int = 1000, device: str = "cpu", compile: 
         rows.append((*row, f"{fid:.3f} ± {error:.3f}", f"{(fid - paper[1]) / paper[2]:+.1f}"))
     header = ("sampler", "NFE", "seconds", "paper's time over it", "FID", "from the paper's, in its standard errors")
     title = f"{config.data.dataset}, step {score.step}, {num_samples} samples{', compiled' * compile}, "
-    return f"{title}{conditions(runtime.torch_device, 1)}\n{markdown_table(header, rows)}"
+    return f"{title}{conditions(runtime.torch_device)}\n{markdown_table(header, rows)}"
 
 
 if __name__ == "__main__":

@@ -92,20 +92,19 @@ def run(*, variants: str = "time", rounds: int = 10, threads: int = 2, device: s
         run_lib.check_compile(base_config(), where, training=True)
     counts = {name: overrides.get("training.qc_interval", 1) for name, overrides in chosen.items()}
 
-    def steps(name: str) -> Callable[..., None]:
-        return partial(take, make_trainer(name, chosen[name], runtime), counts[name])
+    def steps(name: str, words: str) -> Callable[..., None]:
+        return partial(take, make_trainer(words, chosen[name], runtime), counts[name])
 
-    timed = in_turn({name: steps(name) for name in chosen}, rounds, where)
+    works = {name: steps(name, name) for name in chosen}
     rows, u = [], None
-    for name, found in timed.items():
-        seconds, work = found.median / counts[name], steps(name.removesuffix(", compiled"))
-        count = operations_of(work) / counts[name] / 1e9
-        memory = peak_memory(work, where) / 2**20
+    for name, found in in_turn(works, rounds, where).items():
+        seconds, memory = found.median / counts[name], peak_memory(works[name], where) / 2**20
+        count = operations_of(steps(name, name.removesuffix(", compiled"))) / counts[name] / 1e9
         u = u or (seconds, count, memory)
         row = (name, f"{1e3 * seconds:.0f}", f"{seconds / u[0]:.2f}", f"{count:.1f}", f"{count / u[1]:.2f}")
         rows.append((*row, f"{count / seconds:.0f}", f"{memory:.0f}", f"{memory / u[2]:.2f}"))
     header = ("step", "ms", "of U", "GFLOP", "of U", "GFLOP/s", "peak memory, MiB", "of U")
-    return f"{conditions(where, rounds)}\n{markdown_table(header, rows)}"
+    return f"{conditions(where)}\n{markdown_table(header, rows)}"
 
 
 def take(loop: Trainer, count: int, _: int = 0) -> None:
@@ -118,7 +117,7 @@ def make_trainer(name: str, overrides: Mapping[str, object], runtime: run_lib.Ru
     paper, bf16, compiled = (word in name.split(", ") for word in ("paper", "bf16", "compiled"))
     config, device = base_config(overrides), runtime.torch_device
     training, optim = config.training, config.optim
-    model = run_lib.make_model(config, IMAGES).to(device)
+    model = run_lib.build_score_model(config, run_lib.build_sde(config), IMAGES).to(device)
     if training.activation_checkpointing:
         recompute_activations(model.network)
     model = in_public_style(model) if paper else model

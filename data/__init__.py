@@ -10,7 +10,6 @@ from data.sets import (
     UnreadableImage,
     batch_indices,
     epoch_batches,
-    get_dataset,
     load_dataset,
 )
 
@@ -24,7 +23,6 @@ __all__ = [
     "UnreadableImage",
     "batch_indices",
     "epoch_batches",
-    "get_dataset",
     "load_dataset",
     "random_flip",
 ]

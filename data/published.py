@@ -44,23 +44,8 @@ def _from_torchvision(name: str, half: str, root: Path, download: bool, **option
         # Whatever torchvision stumbles over in these files means that the set is not there in full.
         remedy = "it could not be fetched" if download else "--config.data.download=True fetches it"
         raise FileNotFoundError(
-            f"data.root={root} holds no intact {name.lower()} ({half}): expected in it are "
-            f"{', '.join(_expected_files(cls))}; {remedy} ({first_line(error)})"
+            f"data.root={root} holds no intact {name.lower()} ({half}); {remedy} ({first_line(error)})"
         ) from error
-
-
-def _expected_files(cls: type) -> list[str]:
-    """The files of a set of torchvision below its root, unpacked; read off what torchvision itself looks for."""
-    name = cls.__name__
-    if name.startswith("CIFAR"):
-        files = [file for file, _ in (*cls.train_list, *cls.test_list)]
-        return [f"{cls.base_folder}/{file}" for file in (*files, cls.meta["filename"])]
-    if name == "SVHN":
-        return [cls.split_list[half][1] for half in ("train", "test")]
-    if name == "CelebA":
-        labels = [file for _, _, file in cls.file_list if file.endswith(".txt")]
-        return [f"{cls.base_folder}/{file}" for file in (*labels, "img_align_celeba/*.jpg")]
-    return [f"{name}/raw/{Path(file).stem}" for file, _ in cls.resources]
 
 
 def _mnist(root: Path, download: bool) -> Arrays:

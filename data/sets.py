@@ -28,7 +28,7 @@ from experiment.randomness import seed_from
 from experiment.registry import resolve
 
 if TYPE_CHECKING:
-    from ml_collections import ConfigDict
+    pass
 
 __all__ = [
     "SETS",
@@ -39,7 +39,6 @@ __all__ = [
     "UnreadableImage",
     "batch_indices",
     "epoch_batches",
-    "get_dataset",
     "load_dataset",
 ]
 
@@ -519,9 +518,3 @@ SETS: dict[str, Callable[..., Sequence[Split]]] = {
     **{name: functools.partial(_published, name) for name in published.SETS},
     "celeba": _celeba,
 }
-
-
-def get_dataset(config: ConfigDict) -> tuple[Split, Split]:
-    """The set that the fields of ``config.data`` name; see ``load_dataset``."""
-    names = ("dataset", "image_size", "num_channels", "path", "root", "download", "resize")
-    return load_dataset(**{name: config.data[name] for name in names})

@@ -9,8 +9,7 @@ two-dimensional sets of Chao, Sun, Cheng, Lee, "On Investigating the Conservativ
 Models" (ICML 2023), Section 3.2, are of these kinds: 8-Gaussian, Checkerboard, and, with a quadrature along the
 curve, Spirals.
 
-Every distribution offers ``sample``, ``log_prob`` and ``score`` (``NoisedDistribution``). They work in double
-precision throughout.
+Every distribution offers ``sample``, ``log_prob`` and ``score``, in double precision throughout.
 """
 
 from __future__ import annotations
@@ -34,19 +33,13 @@ __all__ = [
     "NoisedDistribution",
     "Spirals",
     "checkerboard",
+    "entropy",
     "gaussian_8",
-    "get_distribution",
-    "spiral_2",
 ]
 
 
 class NoisedDistribution(abc.ABC):
-    """A distribution of x_0 ∈ R^D, noised by an SDE.
-
-    Attributes:
-        sde: the SDE.
-        dimension: D.
-    """
+    """A distribution of x_0 ∈ R^D (``dimension`` is D), noised by an SDE."""
 
     def __init__(self, sde: SDE, dimension: int) -> None:
         self.sde = sde
@@ -94,23 +87,18 @@ class NoisedDistribution(abc.ABC):
         return x.reshape(len(x), self.dimension).double(), alpha[:, None], sigma[:, None]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Gaussians
+# ------------------------------------------------------------------------------------------------------------ Gaussians
 
 
 class Gaussian(NoisedDistribution):
     """x_0 ~ N(m, C), noised: x_t ~ N(α m, α² C + σ² I).
 
     Args:
-        sde: the SDE.
         mean: m, (D,).
         covariance: C, (D, D), symmetric and positive semi-definite.
 
     Attributes:
         spectrum, basis: eigenvalues (D,) of C, and its eigenvectors in columns (D, D).
-
-    Raises:
-        ValueError: shapes that do not fit, or no covariance matrix.
     """
 
     def __init__(self, sde: SDE, mean: Tensor, covariance: Tensor) -> None:
@@ -126,9 +114,7 @@ class Gaussian(NoisedDistribution):
 
     def moments(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """Mean (D,) and covariance (D, D) of x_t at one time."""
-        t = torch.as_tensor(t, dtype=torch.float64)
-        alpha, sigma = self.sde.mean_coefficient(t), self.sde.std(t)
-        return alpha * self.mean, alpha**2 * self.covariance + sigma**2 * torch.eye(self.dimension, dtype=torch.float64)
+        return _noised_moments(self.sde, self.mean, self.covariance, t)
 
     def divergence(self, x: Tensor, t: Tensor) -> Tensor:
         """∇·s (B,); arguments as for ``log_prob``."""
@@ -157,19 +143,21 @@ class Gaussian(NoisedDistribution):
         return -(coordinates / variance) @ self.basis.T.to(x)
 
 
+def _noised_moments(sde: SDE, mean: Tensor, covariance: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
+    t = torch.as_tensor(t, dtype=torch.float64)
+    alpha, sigma = sde.mean_coefficient(t), sde.std(t)
+    return alpha * mean, alpha**2 * covariance + sigma**2 * torch.eye(len(mean), dtype=torch.float64)
+
+
 class GaussianMixture(NoisedDistribution):
     """x_0 ~ Σ_k w_k N(m_k, C_k), noised: x_t ~ Σ_k w_k N(α m_k, α² C_k + σ² I).
 
     With r_k the posterior probability of component k given x_t and s_k its score, the score is Σ_k r_k s_k.
 
     Args:
-        sde: the SDE.
         weights: w, (K,), positive with sum 1.
         means: m, (K, D).
         covariances: C, (K, D, D), symmetric and positive semi-definite.
-
-    Raises:
-        ValueError: shapes that do not fit, weights that are no probabilities, or no covariance matrices.
     """
 
     def __init__(self, sde: SDE, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
@@ -199,12 +187,10 @@ class GaussianMixture(NoisedDistribution):
 
     def moments(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """Mean (D,) and covariance (D, D) of x_t at one time."""
-        t = torch.as_tensor(t, dtype=torch.float64)
-        alpha, sigma = self.sde.mean_coefficient(t), self.sde.std(t)
         mean = self.weights @ self.means
         within = torch.einsum("k,kde->de", self.weights, self.covariances)
         between = (self.weights[:, None] * (self.means - mean)).T @ (self.means - mean)
-        return alpha * mean, alpha**2 * (within + between) + sigma**2 * torch.eye(self.dimension, dtype=torch.float64)
+        return _noised_moments(self.sde, mean, within + between, t)
 
     def _components(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Per component: log w_k p_k(x) (B, K), its score (B, K, D), and its variances (B, K, D) in its eigenbasis."""
@@ -224,11 +210,10 @@ class GaussianMixture(NoisedDistribution):
         return (log_joint.softmax(1)[:, :, None] * scores).sum(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Boxes
+# ---------------------------------------------------------------------------------------------------------------- Boxes
 
 _CHUNK_ELEMENTS = 2**16
-"""Numbers per temporary when many boxes are evaluated: 0.5 MiB, which stays in a core's cache."""
+"""Numbers per temporary when many boxes are evaluated: 0.5 MiB, which fits into a core's cache."""
 
 
 class BoxMixture(NoisedDistribution):
@@ -241,16 +226,11 @@ class BoxMixture(NoisedDistribution):
     temporaries is bounded however many boxes there are.
 
     Args:
-        sde: the SDE.
         lower, upper: l and u, (K, D), with l < u.
         weights: w, (K,), positive with sum 1.
 
     Attributes:
-        smallest_noise: density and score want σ/α above 0 and no smaller than this, in units of the data.
-
-    Raises:
-        ValueError: shapes that do not fit, bounds in the wrong order, or weights that are no probabilities;
-            ``log_prob`` and ``score`` at a time with less noise than ``smallest_noise``.
+        smallest_noise: σ/α must be above 0 and at least this for density and score, in units of the data.
     """
 
     smallest_noise: float = 0.0
@@ -293,21 +273,14 @@ class BoxMixture(NoisedDistribution):
         return log_joint, score / sigma
 
     def _log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        def log_prob(*chunk: Tensor) -> Tensor:
-            return self._components(*chunk)[0].logsumexp(1)
-
-        return _InChunks.apply(log_prob, self._chunk_rows, x, alpha, sigma)
+        return self._in_chunks(lambda log_joint, scores: log_joint.logsumexp(1), x, alpha, sigma)
 
     def _score(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        def score(*chunk: Tensor) -> Tensor:
-            log_joint, scores = self._components(*chunk)
-            return (log_joint.softmax(1) * scores).sum(2).T
+        return self._in_chunks(lambda log_joint, scores: (log_joint.softmax(1) * scores).sum(2).T, x, alpha, sigma)
 
-        return _InChunks.apply(score, self._chunk_rows, x, alpha, sigma)
-
-    @property
-    def _chunk_rows(self) -> int:
-        return max(1, _CHUNK_ELEMENTS // self.lower.numel())
+    def _in_chunks(self, combine: Callable[[Tensor, Tensor], Tensor], *arguments: Tensor) -> Tensor:
+        rows = max(1, _CHUNK_ELEMENTS // self.lower.numel())
+        return _InChunks.apply(lambda *chunk: combine(*self._components(*chunk)), rows, *arguments)
 
 
 class _InChunks(torch.autograd.Function):
@@ -347,12 +320,7 @@ class Spirals(BoxMixture):
     the nodes up to 3 σ off the spirals, and within 1e-6 up to 6 σ; at more noise it is closer.
 
     Args:
-        sde: the SDE.
-        smallest_noise: the least σ/α at which density and score are wanted; the smaller, the more nodes, and
-            the longer they take.
-
-    Raises:
-        ValueError: ``smallest_noise`` is not positive; ``log_prob`` and ``score`` at a time with less noise.
+        smallest_noise: the least σ/α at which density and score are wanted.
     """
 
     _SCALE = 2.3 / 3
@@ -415,8 +383,22 @@ def _uniform_plus_normal(m: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return log_prob, score
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Checks and choices
+def entropy(distribution: NoisedDistribution, t: float, *, half_width: float = 10.0, spacing: float = 0.1) -> float:
+    """Differential entropy of x_t in the plane, in nats: −∫ p ln p by the trapezoidal rule on a grid.
+
+    Of a smooth density that vanishes at the border the rule converges faster than any power of the spacing, once that
+    is no larger than σ_t.
+    """
+    axis = torch.arange(-half_width, half_width + spacing / 2, spacing, dtype=torch.float64)
+    total = 0.0
+    for x1 in axis:
+        x = torch.stack([x1.expand(len(axis)), axis], dim=1)
+        log_p = distribution.log_prob(x, torch.full((len(axis),), t, dtype=torch.float64))
+        total -= float((log_p.exp() * log_p).sum())
+    return total * spacing**2
+
+
+# --------------------------------------------------------------------------------------------------- Checks and choices
 
 
 def _eigendecomposition(covariance: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -444,8 +426,7 @@ def _choose(weights: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cumulative / cumulative[-1], u.contiguous(), right=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The sets of Section 3.2
+# ---------------------------------------------------------------------------------------------- The sets of Section 3.2
 
 
 def gaussian_8(sde: SDE) -> GaussianMixture:
@@ -466,26 +447,9 @@ def checkerboard(sde: SDE) -> BoxMixture:
     return BoxMixture(sde, lower, lower + 3, torch.full((8,), 1 / 8))
 
 
-def spiral_2(sde: SDE) -> Spirals:
-    """Spirals, for noise σ/α ≥ 0.1."""
-    return Spirals(sde)
-
-
 TWO_DIMENSIONAL: dict[str, Callable[[SDE], NoisedDistribution]] = {
     "gaussian_8": gaussian_8,
     "checkerboard": checkerboard,
-    "spiral_2": spiral_2,
+    "spiral_2": Spirals,
 }
 """The two-dimensional sets by name."""
-
-
-def get_distribution(config, sde: SDE) -> NoisedDistribution:
-    """The two-dimensional set that ``config.data.dataset`` names, noised by the SDE.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    name = config.data.dataset
-    if name not in TWO_DIMENSIONAL:
-        raise ValueError(f"data.dataset={name!r}: allowed are {', '.join(TWO_DIMENSIONAL)}")
-    return TWO_DIMENSIONAL[name](sde)

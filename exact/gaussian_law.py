@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from experiment.randomness import Generator, normal_like, seed_from
+from experiment.registry import resolve
 from ode import integrate
 from sampling import PREDICTORS, Predictor, denoise
 from sde_lib import SDE, ScoreFunction, expand
@@ -35,7 +36,7 @@ from sde_lib import SDE, ScoreFunction, expand
 __all__ = ["DETERMINISTIC", "STEPS", "Law", "diagonalise", "limit_law", "sampler_law", "score_of", "wasserstein"]
 
 _CHUNK_STEPS = 512
-"""Steps composed at once, so that a temporary of some hundred directions stays in a core's cache."""
+"""Steps composed at once, so that a temporary of some hundred directions fits into a core's cache."""
 
 
 class Law(NamedTuple):
@@ -75,16 +76,12 @@ DETERMINISTIC = ("probability_flow", "heun")
 
 
 def diagonalise(mean: Tensor, covariance: Tensor) -> tuple[Law, Tensor]:
-    """N(m, Σ) in the eigendirections of Σ, and these in columns: a Law of D directions, and (D, D).
+    """N(m, Σ), m (D,) and Σ (D, D), as a Law in the eigendirections of Σ; and these in columns (D, D).
 
     Raises:
-        ValueError: shapes that do not fit, or Σ is not symmetric and positive definite.
+        ValueError: Σ is not symmetric and positive definite.
     """
     mean, covariance = mean.double(), covariance.double()
-    if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
-        raise ValueError(
-            f"mean of shape {tuple(mean.shape)}, covariance of shape {tuple(covariance.shape)}: need (D,) and (D, D)"
-        )
     if bool(((covariance - covariance.T).abs() <= 1e-12 * covariance.abs().max()).all()):  # false for NaN
         spectrum, basis = torch.linalg.eigh(covariance)
         if spectrum.min() > 0:
@@ -93,13 +90,7 @@ def diagonalise(mean: Tensor, covariance: Tensor) -> tuple[Law, Tensor]:
 
 
 def score_of(sde: SDE, data: Law, error: float | Tensor = 0.0) -> ScoreFunction:
-    """The score of the noised data plus a constant ``error`` (D,): x (B, D), t (B,) → (B, D).
-
-    Raises:
-        ValueError: a variance that is not positive.
-    """
-    if not bool((data.variance > 0).all()):
-        raise ValueError(f"variance={float(data.variance.min())}: must be positive in every direction")
+    """The score of the noised data plus a constant ``error`` (D,): x (B, D), t (B,) → (B, D)."""
 
     def score(x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = sde.mean_coefficient(t)[:, None], sde.std(t)[:, None]
@@ -113,37 +104,29 @@ def wasserstein(a: Law, b: Law) -> float:
     return float(((a.mean - b.mean) ** 2 + (a.variance.sqrt() - b.variance.sqrt()) ** 2).sum().sqrt())
 
 
-def sampler_law(
-    sde: SDE, data: Law, sampler: str, num_steps: int, *, noise_removal: bool = True, error: float | Tensor = 0.0
-) -> Law:
-    """The law of the samples that ``num_steps`` steps make of the prior.
+def sampler_law(sde: SDE, data: Law, sampler: str, num_steps: int, *, error: float | Tensor = 0.0) -> Law:
+    """The law of the samples that ``num_steps`` steps and Tweedie's formula at the end make of the prior.
 
     Args:
         sde: the forward process.
         data: N(m, Σ) in the eigendirections of Σ.
         sampler: a key of ``STEPS``.
         num_steps: K ≥ 1.
-        noise_removal: apply Tweedie's formula at the end.
         error: added to the score, (D,) or a number for all directions.
-
-    Raises:
-        ValueError: unknown sampler, fewer than one step, or a variance that is not positive.
     """
-    if sampler not in STEPS:
-        raise ValueError(f"sampler={sampler!r}: allowed are {', '.join(STEPS)}")
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps}: at least 1")
     score = score_of(sde, data, error)
-    predictor = STEPS[sampler](sde, score)
+    predictor = resolve(sampler, STEPS, "sampler")(sde, score)
     times = torch.linspace(sde.end_time, sde.sampling_eps, num_steps + 1, dtype=torch.float64)
     law = _prior(sde, data)
     for t, s in zip(times[:-1].split(_CHUNK_STEPS), times[1:].split(_CHUNK_STEPS), strict=True):
         law = _compose(law, *_affine(predictor, t, s, len(data.mean)))
-    return _denoised(sde, score, law) if noise_removal else law
+    return _denoised(sde, score, law)
 
 
-def limit_law(sde: SDE, data: Law, *, probability_flow: bool, noise_removal: bool = True) -> Law:
-    """The law after exact integration, from the prior to ``sampling_eps``, with the exact score.
+def limit_law(sde: SDE, data: Law, *, probability_flow: bool) -> Law:
+    """The law after exact integration from the prior to ``sampling_eps`` with the exact score, and Tweedie's formula.
 
     Between t = 1 and ε, x_ε − α_ε m has the coefficient c on x_1 − α_1 m. In an eigendirection of variance
     V(t) = α²λ + σ² it is c = (α_1/α_ε) V(ε)/V(1) for the reverse SDE, which adds the variance V(ε) − c² V(1), and
@@ -156,7 +139,7 @@ def limit_law(sde: SDE, data: Law, *, probability_flow: bool, noise_removal: boo
     c = ratio.sqrt() if probability_flow else alpha[0] / alpha[1] * ratio
     prior = _prior(sde, data)
     law = Law(mean[1] + c * (prior.mean - mean[0]), variance[1] + c**2 * (prior.variance - variance[0]))
-    return _denoised(sde, score_of(sde, data), law) if noise_removal else law
+    return _denoised(sde, score_of(sde, data), law)
 
 
 def _prior(sde: SDE, data: Law) -> Law:

@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -29,11 +30,14 @@ def command(run: Callable[..., object]) -> None:
     """Run a function as a program; what it returns is printed, unless it is None.
 
     An argument without a default must be given, ``config`` names a config file. A default of type bool, int, float or
-    str sets the type of the flag; a tuple is a list separated by commas, of the type of its elements.
+    str sets the type of the flag; a tuple is a list separated by commas, of the type of its elements. Arguments that
+    are positional only, or *arguments, are words of the command line instead of flags.
     """
-    descriptions = _descriptions(run)
+    descriptions, signature = _descriptions(run), inspect.signature(run)
+    as_words = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+    named = {name: parameter for name, parameter in signature.parameters.items() if parameter.kind not in as_words}
     converted: dict[str, type] = {}
-    for name, parameter in inspect.signature(run).parameters.items():
+    for name, parameter in named.items():
         default, text = parameter.default, descriptions.get(name, "")
         required = default is inspect.Parameter.empty
         if name == "config":
@@ -50,17 +54,24 @@ def command(run: Callable[..., object]) -> None:
             define.get(type(default), flags.DEFINE_string)(name, default, text)
 
     def main(argv: list[str]) -> None:
-        given = {name: flags.FLAGS[name].value for name in inspect.signature(run).parameters}
+        given = {name: flags.FLAGS[name].value for name in named}
         for name, kind in converted.items():
             given[name] = _converted(name, given[name], kind)
-        if (result := run(**given)) is not None:
+        try:
+            bound = signature.bind(*argv[1:], **given)
+        except TypeError as error:
+            raise ValueError(f"{error}") from None
+        if (result := run(*bound.args, **bound.kwargs)) is not None:
             print(result)
 
-    run_main(main)
+    run_main(main, words=len(named) < len(signature.parameters))
 
 
-def run_main(main: Callable[[list[str]], None]) -> None:
-    """Parse the flags that are defined and call ``main``; expected errors end the program with one line."""
+def run_main(main: Callable[[list[str]], None], words: bool = False) -> None:
+    """Parse the flags that are defined and call ``main``; expected errors end the program with one line.
+
+    ``words``: whether the program takes arguments that are no flags.
+    """
 
     def guarded(argv: list[str]) -> None:
         # --verbosity=1 also shows where an error happened.
@@ -70,7 +81,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         with one_line_errors():
             main(argv)
 
-    app.run(guarded, flags_parser=parse_flags)
+    app.run(guarded, flags_parser=partial(parse_flags, words=words))
 
 
 @contextlib.contextmanager
@@ -105,7 +116,7 @@ def _converted(flag: str, values: Sequence[str], kind: type) -> tuple:
         raise ValueError(f"--{flag}={','.join(values)}: allowed are {words[kind]}, separated by commas") from None
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str], words: bool = False) -> list[str]:
     """Parse, or exit with one line that names the flag, or the argument that is none: absl and ml_collections answer
     some mistakes with a traceback, and leave other arguments to the program."""
     given = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
@@ -113,6 +124,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     for config_file in (value.split(":")[0] for value in given):
         if not os.path.isfile(config_file):
             sys.exit(f"error: --config={config_file}: no such file")
+    if words:
+        flags.FLAGS.set_gnu_getopt(True)  # flags may come after words
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
@@ -123,7 +136,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         # ml_collections puts a suggestion after the name, quoted once more for every exception it passed through.
         reason = " ".join(str(error.args[0]).replace("\\n", " ").replace("\\'", "").strip("\"'").split())
         sys.exit(f"error: {overrides}: the config has no field {reason}")
-    if len(rest) > 1:
+    if len(rest) > 1 and not words:
         sys.exit(f"error: unexpected argument {rest[1]!r}: every argument is a flag, --name=value")
     return rest
 

@@ -43,10 +43,11 @@ def with_error(mean: float, error: float | None) -> str:
     """'mean ± error', to the second digit of the error; without it, if that is None or NaN."""
     if error is None or math.isnan(error):
         return number(mean, 4)
-    if mean and not 1e-3 <= abs(mean) < 1e4:
-        return f"{mean:.1e} ± {error:.1e}"
+    exponent = 0 if not mean or 1e-3 <= abs(mean) < 1e4 else math.floor(math.log10(max(abs(mean), error)))
+    mean, error = mean / 10.0**exponent, error / 10.0**exponent
     decimals = min(6, max(0, 1 - math.floor(math.log10(error)))) if error else 3
-    return f"{mean:.{decimals}f} ± {error:.{decimals}f}"
+    text = f"{mean:.{decimals}f} ± {error:.{decimals}f}"
+    return f"({text})e{exponent}" if exponent else text
 
 
 def write_results(

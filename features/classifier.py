@@ -14,7 +14,9 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -66,50 +68,31 @@ class _Classifier(nn.Module):
         return pool, self.head(pool)
 
 
+@dataclass(frozen=True, eq=False)
 class ClassifierFeatures:
     """A trained classifier as feature extractor: uint8 images (B, C, H, W) -> pooled features (B, 64), logits (B, K).
 
-    Made by :func:`train_classifier`.
-
-    Attributes:
-        name: for reports.
-        key: names the data, architecture, training settings and a hash of the weights. The hash matters because the
-            same training on another device or library version gives slightly different weights.
-        test_accuracy: fraction of the test split classified correctly.
+    Its key names the data, architecture, training settings and a hash of the weights, because the same training on
+    another device or library version gives slightly different weights. ``test_accuracy`` is the fraction of the test
+    split that it classifies correctly.
     """
 
-    dimension = _WIDTH
-
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        name: str,
-        key: str,
-        test_accuracy: float,
-        image_shape: tuple[int, int, int],
-        num_levels: int,
-        device: torch.device | str,
-    ) -> None:
-        self.network = network.to(device).eval().requires_grad_(False)
-        self.name = name
-        self.key = key
-        self.test_accuracy = test_accuracy
-        self.image_shape = tuple(image_shape)
-        self.num_levels = num_levels
-        self.device = torch.device(device)
+    network: nn.Module
+    name: str
+    key: str
+    test_accuracy: float
+    image_shape: tuple[int, int, int]
+    num_levels: int
+    device: torch.device
+    dimension: ClassVar[int] = _WIDTH
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of a batch.
-
-        Raises:
-            ValueError: if the images are not uint8, or not of the shape and levels the classifier was trained on.
-        """
+        """Images must be of the shape and levels that the classifier was trained on."""
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.image_shape:
             raise ValueError(
-                f"{self.name}: images must be uint8 of shape (B, {', '.join(map(str, self.image_shape))}), "
-                f"not {images.dtype} of shape {tuple(images.shape)}"
+                f"{self.name}: images must be uint8 of shape (B, {', '.join(map(str, self.image_shape))}), not "
+                f"{images.dtype} of shape {tuple(images.shape)}"
             )
         if len(images) and int(images.max()) >= self.num_levels:
             raise ValueError(f"{self.name}: pixels must be 0 … {self.num_levels - 1}, but one is {int(images.max())}")
@@ -135,8 +118,8 @@ def train_classifier(
         runtime: where to train and to evaluate.
 
     Raises:
-        ValueError: the set has no labels, the two splits differ in image shape, levels or classes, or the classifier in
-            the cache is damaged.
+        ValueError: the set has no labels, or the two splits differ in image shape, levels or classes.
+        CheckpointError: the classifier in the cache is damaged.
         Interrupted: SIGINT or SIGTERM arrived.
     """
     for split in (train, test):
@@ -167,11 +150,11 @@ def train_classifier(
         _fit(network, train, folder, seed=seed, runtime=runtime)
         accuracy = _accuracy(network, test, runtime.torch_device)
     return ClassifierFeatures(
-        network,
+        network.requires_grad_(False),
         name=name,
         key=f"classifier-{digest}-{_weights_digest(network.state_dict())}",
         test_accuracy=accuracy,
-        image_shape=train.image_shape,
+        image_shape=tuple(train.image_shape),
         num_levels=train.num_levels,
         device=runtime.torch_device,
     )

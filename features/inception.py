@@ -74,9 +74,8 @@ class InceptionFeatures:
         num_levels: number L of grey levels of the images.
         device: where to compute.
 
-    Attributes:
-        name: for reports; "inception" with the published weights, else with a part of the hash.
-        key: names weights and number of levels.
+    The name is "inception" with the published weights, else it has a part of the hash; the key names weights and number
+    of levels.
 
     Raises:
         ValueError: the file has another hash, or does not hold weights of this network.
@@ -118,11 +117,6 @@ class InceptionFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of a batch.
-
-        Raises:
-            ValueError: if the images are not uint8 (B, 1 or 3, H, W) with levels below ``num_levels``.
-        """
         images = rgb_in_8_bits(images, self.num_levels)
         with reproducible_convolutions():
             parts = [self.network(part.to(self.device)) for part in images.split(64)]
@@ -131,11 +125,7 @@ class InceptionFeatures:
 
 
 def rgb_in_8_bits(images: Tensor, num_levels: int) -> Tensor:
-    """Levels 0 … L−1 of (B, 1 or 3, H, W) spread over 0 … 255 and rounded; three equal channels of one.
-
-    Raises:
-        ValueError: if the images are not uint8 (B, 1 or 3, H, W) with levels below L.
-    """
+    """Levels 0 … L−1 of (B, 1 or 3, H, W) spread over 0 … 255 and rounded; three equal channels of one."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
             f"Inception: images must be uint8 of shape (B, 1 or 3, H, W), not {images.dtype} of {tuple(images.shape)}"

@@ -39,11 +39,8 @@ def make_backend(name: str) -> Backend:
 
 
 def load_tensorflow_gan() -> tuple[ModuleType, ModuleType]:
-    """The modules ``tensorflow`` and ``tensorflow_gan``, quietly, and leaving torch its share of a GPU.
-
-    Raises:
-        ValueError: they are not installed, or do not work in this environment.
-    """
+    """The modules ``tensorflow`` and ``tensorflow_gan``, quietly, and leaving torch its share of a GPU; a ValueError if
+    they are not installed, or do not work in this environment."""
     missing = [name for name in ("tensorflow", "tensorflow_gan") if importlib.util.find_spec(name) is None]
     python = ".".join(map(str, sys.version_info[:2]))
     remedy = (
@@ -67,11 +64,7 @@ def load_tensorflow_gan() -> tuple[ModuleType, ModuleType]:
 
 
 def tfgan_backend() -> Backend:
-    """tensorflow-gan's Fréchet distance, kernel distance and classifier score, of arrays.
-
-    Raises:
-        ValueError: tensorflow-gan is not installed or does not work.
-    """
+    """tensorflow-gan's Fréchet distance, kernel distance and classifier score, of arrays."""
     tensorflow, tensorflow_gan = load_tensorflow_gan()
 
     def of_float64(function: Callable, **options) -> Callable[..., float]:
@@ -91,17 +84,10 @@ def tfgan_backend() -> Backend:
 
 
 class TFHubFeatures:
-    """tensorflow-gan's Inception from a folder as a feature extractor: uint8 images (B, 1 or 3, H, W) -> ``pool_3``
-    (B, F) and logits (B, K), on whatever device TensorFlow chooses.
+    """tensorflow-gan's Inception as a feature extractor: uint8 images (B, 1 or 3, H, W) with levels below
+    ``num_levels`` -> ``pool_3`` (B, F) and logits (B, K), on whatever device TensorFlow chooses.
 
-    Args:
-        folder: the saved model (``config.eval.tfhub_inception``), unpacked.
-        num_levels: number L of grey levels of the images.
-
-    Attributes:
-        name: for reports.
-        key: names the contents of the folder and the number of levels.
-        dimension: F, 2048 for the published model.
+    F is 2048 for the published model; the key names the contents of its ``folder`` and the number of levels.
 
     Raises:
         ValueError: tensorflow-gan does not work, there is no saved model, or it does not map images to ``pool_3`` and
@@ -135,11 +121,6 @@ class TFHubFeatures:
         self.key = f"tfhub-{digest.hexdigest()}-{num_levels}"
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of a batch.
-
-        Raises:
-            ValueError: if the images are not uint8 (B, 1 or 3, H, W) with levels below ``num_levels``.
-        """
         images = rgb_in_8_bits(images, self.num_levels)
         parts = [self._run(part) for part in images.split(64)]
         pool, logits = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -1,9 +1,9 @@
 """A classifier of noised images, log p(c | x_t, t), for classifier guidance (Dhariwal and Nichol, NeurIPS 2021).
 
-The encoder half of the U-Net: BigGAN blocks that are given the noise level, halving the image by means of 2×2 pixels
-between levels, then a linear layer of all that is left: at much noise an image is told by where it is bright, which a
-mean over pixels would forget. Its input is x_t/√(α² + σ²), of one size at all times, and
-its label σ/α, so that one network serves every SDE.
+The encoder half of the U-Net: BigGAN blocks that are given the noise level, with means over 2×2 pixels between levels,
+then a linear layer of all that is left: at much noise a class shows in where an image is bright, which a mean over all
+pixels would forget. Its input is x_t/√(α² + σ²), of one size at all times, and its label σ/α, so that one network
+serves every SDE.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class NoiseConditionalClassifier(nn.Module):
         dropout: probability, in every block.
 
     Raises:
-        ValueError: a number outside its range, or sizes that do not fit.
+        ValueError: sizes that do not fit.
     """
 
     def __init__(
@@ -46,18 +46,12 @@ class NoiseConditionalClassifier(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
-        if not all(isinstance(width, int) and width > 0 for width in (nf, *ch_mult)) or not ch_mult:
-            raise ValueError(f"classifier.nf={nf!r}, classifier.ch_mult={ch_mult!r}: allowed are positive integers")
-        if num_res_blocks < 1 or not 0 <= dropout < 1:
-            raise ValueError(
-                f"classifier.num_res_blocks={num_res_blocks}, classifier.dropout={dropout}: at least 1, and a "
-                "probability in [0, 1)"
-            )
         channels, height, width = image_shape
-        if height % 2 ** (len(ch_mult) - 1) or width % 2 ** (len(ch_mult) - 1):
+        shrunk = 2 ** (len(ch_mult) - 1)
+        if height % shrunk or width % shrunk:
             raise ValueError(
-                f"classifier.ch_mult={tuple(ch_mult)}: {len(ch_mult)} levels need a size divisible by "
-                f"{2 ** (len(ch_mult) - 1)}, the images have {height}x{width} pixels"
+                f"classifier.ch_mult={tuple(ch_mult)}: {len(ch_mult)} levels need a size divisible by {shrunk}, the "
+                f"images have {height}x{width} pixels"
             )
         self.sde = sde
         activation = nn.SiLU()
@@ -75,7 +69,6 @@ class NoiseConditionalClassifier(nn.Module):
                 self.blocks.append(BigGANBlock(channels, nf * multiplier, **options))
                 channels = nf * multiplier
         self.head = nn.Sequential(group_norm(channels), activation)
-        shrunk = 2 ** (len(ch_mult) - 1)
         self.logits = dense(channels * (height // shrunk) * (width // shrunk), num_classes)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:

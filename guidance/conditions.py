@@ -1,17 +1,18 @@
-"""Conditional sampling: what is given to the one sampling loop (``sampling``) so that it samples p(x_0 | condition).
+"""Conditional sampling: a score and a projection with which any sampler (``sampling``) draws from p(x_0 | condition).
 
-The reverse SDE of p(x_0 | y) has the score ∇ log p_t(x) + ∇ log p_t(y | x). How the second term is had, or avoided:
+The reverse SDE of p(x_0 | y) has the score ∇ log p_t(x) + ∇ log p_t(y | x). The second term is approximated by
 
-* *a projection* puts, after every step, what has been measured into the state, noised to its time. Nothing tells the
-  rest of the state but the network; as the measurement's noise is drawn anew at every step, the result is not
-  p(x_0 | y), but consistent with y;
 * *DPS*: p_t(y | x) ≈ p(y | x̂_0), with x̂_0 = E[x_0 | x_t] from Tweedie's formula, and a step size ζ;
 * *ΠGDM*: p_t(y | x) ≈ N(y; A x̂_0, r_t² AAᵀ + σ_y² I), r_t² a guess at the variance of x_0 given x_t;
-* *classifier guidance*: log p_t(y | x) is a network of its own, trained on noised images;
+* *classifier guidance*: log p_t(y | x) is another network, trained on noised images;
 * *classifier-free guidance*: one network has learned both scores, s(x, t, y) and s(x, t).
 
 The last two take a weight γ, s(x, t) + γ ∇ log p_t(y | x): 1 is the conditional distribution, more than 1 favours what
 the classifier is sure of. (Ho and Salimans's w is γ − 1.)
+
+*A projection* does without the second term. After every step it replaces the measured part of the state by the
+measurement, noised to the same time; the rest of the state follows through the network only. As that noise is drawn
+anew at every step, the result is not p(x_0 | y), but it is consistent with y.
 
 Sources: Song et al. (ICLR 2021), Appendix I, and Song, Shen, Xing, Ermon (ICLR 2022), for projections; Kawar, Elad,
 Ermon, Song (DDRM, NeurIPS 2022), for measurements with noise in them; Chung, Kim, Mccann, Klasky, Ye (DPS, ICLR 2023);
@@ -20,83 +21,85 @@ Song, Vahdat, Mardani, Kautz (ΠGDM, ICLR 2023); Dhariwal and Nichol (NeurIPS 20
 
 from __future__ import annotations
 
-import math
-import zipfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from conservativeness import vjp
 from experiment.randomness import Generator, normal_like
-from guidance.measurements import BlockMean, ChannelMean, LinearOperator, Mask, MatrixOperator, radon_transform
+from experiment.registry import resolve
+from guidance.measurements import LinearOperator
 from sampling import ConditionalScore, Projection
 from sde_lib import SDE, ScoreFunction, expand
 
 __all__ = [
     "CLASS_CONDITIONS",
+    "CONDITIONINGS",
     "CONDITION_FIELDS",
-    "MEASUREMENTS",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "DiffusionPosteriorSampling",
     "MeasurementProjection",
     "PseudoinverseGuidance",
-    "check_condition",
     "condition_on_measurement",
-    "get_operator",
+    "is_measurement",
 ]
 
 
+@dataclass
 class MeasurementProjection:
     """Measured coordinates of the state are replaced by those of the measurement, noised to the same time.
 
-    In the coordinates c = Vᵀx_t, of which c_i ~ N(α (Vᵀx_0)_i, σ²) should hold, and with ȳ_i = (Uᵀy)_i/s_i, which is
-    (Vᵀx_0)_i up to noise of standard deviation ν_i = σ_y/s_i,
+    The coordinates c = Vᵀx_t should be N(α (Vᵀx_0)_i, σ²). Given is ȳ_i = (Uᵀy)_i/s_i, which is (Vᵀx_0)_i up to noise
+    of standard deviation ν_i = σ_y/s_i, so that
 
         c_i ← α ȳ_i + √(σ² − α²ν_i²) z_i    where α ν_i ≤ σ,
 
-    z fresh at every step: that has exactly the right distribution. Where αν_i > σ the measurement is noisier than the
-    state, which is left as it is. Without noise x_0 satisfies A x_0 = y in the end; the rest of x_0 is denoised like
-    any sample.
-
-    Args:
-        sde: the forward process.
-        operator: A.
-        y: measurements (B, m).
-        noise_std: σ_y.
+    with a new z at every step, has exactly that distribution. Where αν_i > σ the measurement is noisier than the state,
+    which is not changed. Without noise x_0 satisfies A x_0 = y in the end.
     """
 
-    def __init__(self, sde: SDE, operator: LinearOperator, y: Tensor, noise_std: float = 0.0) -> None:
-        self.sde = sde
-        self.operator = operator
-        self.measured = operator.spectrum(y) / operator.singular_values.to(y)
-        self.noise_std = noise_std / operator.singular_values.to(y)
+    sde: SDE
+    operator: LinearOperator
+    y: Tensor
+    noise_std: float = 0.0
+    """σ_y."""
+
+    def __post_init__(self) -> None:
+        values = self.operator.singular_values.to(self.y)
+        self.measured = self.operator.spectrum(self.y) / values
+        self.measured_std = self.noise_std / values
 
     def step(self, x: Tensor, t: Tensor, generator: Generator) -> Tensor:
         alpha, std = self.sde.mean_coefficient(t)[:, None].to(x), self.sde.std(t)[:, None].to(x)
         z = self.operator.coordinates(normal_like(x, generator))
-        added = std**2 - (alpha * self.noise_std) ** 2
+        added = std**2 - (alpha * self.measured_std) ** 2
         target = alpha * self.measured + added.clamp(min=0).sqrt() * z
         return self._replace(x, target, added >= 0)
 
     def finish(self, x: Tensor) -> Tensor:
-        return self._replace(x, self.measured, self.noise_std == 0)
+        return self._replace(x, self.measured, self.measured_std == 0)
 
     def _replace(self, x: Tensor, target: Tensor, where: Tensor) -> Tensor:
         return x + self.operator.lift(torch.where(where, target - self.operator.coordinates(x), 0.0))
 
 
+@dataclass
 class _MeasurementScore(ConditionalScore):
-    """A score that looks at what the network makes of the state, x̂_0 = (x + σ² s)/α, and at y − A x̂_0."""
+    """A score that needs the denoised state, x̂_0 = (x + σ² s)/α, and y − A x̂_0."""
 
-    def __init__(self, sde: SDE, score: ScoreFunction, operator: LinearOperator, y: Tensor) -> None:
-        self.sde = sde
-        self.score = score
-        self.operator = operator
-        self.spectrum = operator.spectrum(y)
+    sde: SDE
+    score: ScoreFunction
+    """The unconditional one."""
+    operator: LinearOperator
+    y: Tensor
+    """Measurements (B, m)."""
+
+    def __post_init__(self) -> None:
+        self.spectrum = self.operator.spectrum(self.y)
 
     def _denoised(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """s and x̂_0, both (b, ...) and differentiable."""
@@ -104,53 +107,41 @@ class _MeasurementScore(ConditionalScore):
         return s, (x + expand(self.sde.std(t), x) ** 2 * s) / expand(self.sde.mean_coefficient(t), x)
 
     def _residual(self, x0: Tensor, rows: Tensor | None) -> Tensor:
-        """Uᵀ(y − A x_0) (b, r). What of y lies outside the range of A tells nothing about x_0."""
+        """Uᵀ(y − A x_0) (b, r). The part of y outside the range of A says nothing about x_0."""
         y = self.spectrum if rows is None else self.spectrum[rows]
         return y - self.operator.spectrum(self.operator(x0))
 
 
+@dataclass
 class PseudoinverseGuidance(_MeasurementScore):
     """ΠGDM: s + γ (∂x̂_0/∂x)ᵀ Aᵀ (r_t² AAᵀ + σ_y² I)⁻¹ (y − A x̂_0) (Song et al., 2023).
 
     r_t² = v σ²/(v α² + σ²) is the variance of x_0 given x_t for data of variance v in all directions, for which the
     score is exact; the source has v = 1. One backward pass per evaluation.
 
-    For such data ∂x̂_0/∂x is αv/(α²v + σ²), far below 1 at much noise, and Aᵀ(…)⁻¹ of the order of 1/v. A network knows
-    its x̂_0 to more or less 1 %, not to that, and would be driven to infinity. So the guidance is no longer than
-    ``TRUST`` times what that derivative makes of the same pull. (The source multiplies by r_t² instead, which does away
-    with nearly all guidance at much noise.) Gaussians of all kinds are left as they are.
-
-    Args:
-        sde: the forward process.
-        score: the unconditional score.
-        operator, y: A, and measurements (B, m).
-        noise_std: σ_y.
-        prior_variance: v. With 0, and noise, the likelihood of DPS before its step size (Chung et al., 2023).
-        weight: γ.
+    For such data ∂x̂_0/∂x is αv/(α²v + σ²), far below 1 at much noise, and Aᵀ(…)⁻¹ is of the order of 1/v. A network's
+    x̂_0 is off by about 1 %, its derivative by far more than that small number, and samples would go to infinity. The
+    guidance is therefore at most ``TRUST`` times as long as that derivative would make it. (The source multiplies by
+    r_t² instead, which removes nearly all guidance at much noise.) For Gaussian data nothing is cut off.
 
     Raises:
         ValueError: neither noise nor a prior variance.
     """
 
-    TRUST = 5.0
+    noise_std: float = 0.0
+    """σ_y."""
+    prior_variance: float = 1.0
+    """v. With 0, and noise, the likelihood of DPS before its step size (Chung et al., 2023)."""
+    weight: float = 1.0
+    """γ."""
+    TRUST: ClassVar[float] = 5.0
 
-    def __init__(
-        self,
-        sde: SDE,
-        score: ScoreFunction,
-        operator: LinearOperator,
-        y: Tensor,
-        noise_std: float = 0.0,
-        *,
-        prior_variance: float = 1.0,
-        weight: float = 1.0,
-    ) -> None:
-        if not (prior_variance >= 0 and noise_std >= 0 and prior_variance + noise_std > 0):
-            raise ValueError(f"prior_variance={prior_variance}, noise_std={noise_std}: need one that is positive")
-        super().__init__(sde, score, operator, y)
-        self.noise_std = noise_std
-        self.prior_variance = prior_variance
-        self.weight = weight
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.prior_variance >= 0 and self.noise_std >= 0 and self.prior_variance + self.noise_std > 0):
+            raise ValueError(
+                f"prior_variance={self.prior_variance}, noise_std={self.noise_std}: need one that is positive"
+            )
 
     def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
         alpha, std = self.sde.mean_coefficient(t)[:, None].to(x), self.sde.std(t)[:, None].to(x)
@@ -170,24 +161,21 @@ class PseudoinverseGuidance(_MeasurementScore):
         return s.detach() + self.weight * guidance
 
 
+@dataclass
 class DiffusionPosteriorSampling(_MeasurementScore):
     """DPS: every step of a predictor is followed by x ← x − ζ/‖y − A x̂_0‖ ∇ₓ‖y − A x̂_0(x)‖² (Chung et al., 2023,
     Algorithm 1), the gradient being taken at the state before the step.
 
-    To be given to the loop both as score, which is the unconditional one, and as projection, which makes that move.
-    Its length does not depend on how long the steps are, so ζ must be tuned along with their number. One backward pass
-    per evaluation.
-
-    Args:
-        sde, score, operator, y: as for ``PseudoinverseGuidance``.
-        step_size: ζ.
+    It is given to a sampler both as the score, which is the unconditional one, and as the projection, which makes that
+    move. The move does not shrink with the steps, so ζ must be tuned together with their number. One backward pass per
+    evaluation.
     """
 
-    def __init__(
-        self, sde: SDE, score: ScoreFunction, operator: LinearOperator, y: Tensor, *, step_size: float
-    ) -> None:
-        super().__init__(sde, score, operator, y)
-        self.step_size = step_size
+    step_size: float
+    """ζ."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.move: Tensor | float = 0.0
 
     def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -209,28 +197,18 @@ class DiffusionPosteriorSampling(_MeasurementScore):
         return x
 
 
+@dataclass
 class ClassifierGuidance(ConditionalScore):
-    """s(x, t) + γ ∇ₓ log p(c | x, t) (Dhariwal and Nichol, 2021; Song et al., 2021, Eq. 14).
+    """s(x, t) + γ ∇ₓ log p(c | x, t) (Dhariwal and Nichol, 2021; Song et al., 2021, Eq. 14)."""
 
-    Args:
-        score: the unconditional score.
-        log_probs: log p(· | x, t): x (b, ...), t (b,) → (b, K).
-        labels: the class c wanted of every sample, int64 (B,).
-        weight: γ.
-    """
-
-    def __init__(
-        self,
-        score: ScoreFunction,
-        log_probs: Callable[[Tensor, Tensor], Tensor],
-        labels: Tensor,
-        *,
-        weight: float = 1.0,
-    ) -> None:
-        self.score = score
-        self.log_probs = log_probs
-        self.labels = labels
-        self.weight = weight
+    score: ScoreFunction
+    """The unconditional one."""
+    log_probs: Callable[[Tensor, Tensor], Tensor]
+    """log p(· | x, t): x (b, ...), t (b,) → (b, K)."""
+    labels: Tensor
+    """The class c wanted of every sample, int64 (B,)."""
+    weight: float = 1.0
+    """γ."""
 
     def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
         labels = self.labels if rows is None else self.labels[rows]
@@ -241,31 +219,24 @@ class ClassifierGuidance(ConditionalScore):
         return self.score(x, t) + self.weight * gradient.to(x.dtype)
 
 
+@dataclass
 class ClassifierFreeGuidance(ConditionalScore):
     """s(x, t) + γ (s(x, t, c) − s(x, t)) of one network (Ho and Salimans, 2022, Eq. 6 with w = γ − 1).
 
     With γ = 0 or 1 only one of the two scores is evaluated.
-
-    Args:
-        score: s(x, t, labels), in which ``null_label`` stands for no class at all.
-        labels: the class c wanted of every sample, int64 (B,).
-        null_label: its number.
-        weight: γ.
     """
 
-    def __init__(
-        self,
-        score: Callable[[Tensor, Tensor, Tensor], Tensor],
-        labels: Tensor,
-        null_label: int,
-        *,
-        weight: float = 1.0,
-    ) -> None:
-        self.score = score
-        self.labels = labels
-        self.null_label = null_label
-        self.weight = weight
-        self.evaluations = 1 if weight in (0, 1) else 2
+    score: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """s(x, t, labels)."""
+    labels: Tensor
+    """The class c wanted of every sample, int64 (B,)."""
+    null_label: int
+    """The label that means no class."""
+    weight: float = 1.0
+    """γ."""
+
+    def __post_init__(self) -> None:
+        self.evaluations = 1 if self.weight in (0, 1) else 2
 
     def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
         labels = self.labels if rows is None else self.labels[rows]
@@ -277,212 +248,53 @@ class ClassifierFreeGuidance(ConditionalScore):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# From a config
+# From the options of sampling, such as ``config.sampling``
 
 CLASS_CONDITIONS = ("class", "class_free")
-"""Values of ``sampling.condition`` that ask for a class."""
-
-MEASUREMENTS: dict[str, Callable[..., LinearOperator]] = {
-    "inpaint": lambda sampling, shape, device: Mask(known_pixels(sampling.mask, shape).to(device)),
-    "colorize": lambda sampling, shape, device: ChannelMean(shape, device),
-    "super_resolution": lambda sampling, shape, device: BlockMean(shape, sampling.factor, device),
-    "ct": lambda sampling, shape, device: radon_transform(shape, sampling.num_views, device),
-    "linear": lambda sampling, shape, device: MatrixOperator(_read_matrix(sampling.operator).to(device), shape),
-}
-"""Values of ``sampling.condition`` that measure an image, and the operator of each."""
-
-CONDITIONINGS = ("projection", "dps", "pigdm")
+"""Values of ``sampling.condition`` that ask for a class; all others are measurements."""
 
 CONDITION_FIELDS = (
     *("condition", "conditioning", "guidance_weight", "class_label", "mask", "factor", "num_views", "operator"),
     *("measurement_noise", "num_images", "samples_per_image"),
 )
-"""Fields of ``config.sampling`` that unconditional sampling does not read."""
-
-_HALVES: dict[str, tuple[float, float, float, float]] = {
-    "top": (0, 0, 0.5, 1),
-    "bottom": (0.5, 0, 1, 1),
-    "left": (0, 0, 1, 0.5),
-    "right": (0, 0.5, 1, 1),
-    "center": (0.25, 0.25, 0.75, 0.75),
-}
-"""Unknown parts by name: from and to, as fractions of height, width, height and width."""
+"""Options that unconditional sampling does not read."""
 
 
-def check_condition(config) -> None:
-    """Whether ``config.sampling`` asks for something that its sampler and the network can do.
-
-    Raises:
-        ValueError: unknown condition or conditioning, a number outside its range, or a combination without a meaning.
-    """
-    sampling, num_classes = config.sampling, config.model.get("num_classes", 0)
-    condition, conditioning, weight = sampling.condition, sampling.conditioning, sampling.guidance_weight
-    if condition not in ("", *MEASUREMENTS, *CLASS_CONDITIONS):
-        raise ValueError(
-            f"sampling.condition={condition!r}: allowed are {', '.join((*MEASUREMENTS, *CLASS_CONDITIONS))}, or none"
-        )
-    if conditioning not in CONDITIONINGS:
-        raise ValueError(f"sampling.conditioning={conditioning!r}: allowed are {', '.join(CONDITIONINGS)}")
-    if not 0 <= weight < math.inf:
-        raise ValueError(f"sampling.guidance_weight={weight}: allowed are numbers from 0 on")
-    guided = condition in CLASS_CONDITIONS or (condition in MEASUREMENTS and conditioning != "projection")
-    if weight != 1 and not guided:
-        how = "unconditional sampling" if not condition else f"sampling.condition={condition!r} by projection"
-        raise ValueError(f"sampling.guidance_weight={weight}: {how} has no guidance")
-    if sampling.class_label != -1 and condition not in CLASS_CONDITIONS:
-        raise ValueError(
-            f"sampling.class_label={sampling.class_label}: only for sampling.condition {' or '.join(CLASS_CONDITIONS)}"
-        )
-    if condition == "class_free" and not num_classes:
-        raise ValueError("sampling.condition='class_free': needs a network that knows classes, model.num_classes > 0")
-    unconditional_needed = condition != "class_free" or weight != 1
-    if num_classes and not config.training.label_dropout and unconditional_needed:
-        raise ValueError(
-            f"sampling.condition={condition!r}, sampling.guidance_weight={weight}: a network trained with "
-            "training.label_dropout=0 has no unconditional score; it can do 'class_free' with weight 1"
-        )
-    if condition in MEASUREMENTS:
-        _check_measurement(sampling)
+def is_measurement(condition: str) -> bool:
+    """Whether a value of ``sampling.condition`` measures images."""
+    return bool(condition) and condition not in CLASS_CONDITIONS
 
 
-def _check_measurement(sampling) -> None:
-    for name in ("num_images", "samples_per_image"):
-        if sampling[name] < 1:
-            raise ValueError(f"sampling.{name}={sampling[name]}: at least 1")
-    if not 0 <= sampling.measurement_noise < math.inf:
-        raise ValueError(f"sampling.measurement_noise={sampling.measurement_noise}: allowed are numbers from 0 on")
-    if sampling.conditioning == "projection" and sampling.method == "ode" and sampling.solver != "heun":
-        raise ValueError(
-            f"sampling.solver={sampling.solver!r}: a projection follows every step, so needs 'heun', or "
-            "sampling.method=few_step; or use sampling.conditioning=pigdm"
-        )
-    if (
-        (sampling.conditioning, sampling.method) == ("projection", "pc")
-        and sampling.measurement_noise
-        and sampling.corrector != "none"
-    ):
-        raise ValueError(
-            f"sampling.measurement_noise={sampling.measurement_noise}: a projection leaves out what is noisier than "
-            "the state, which Langevin steps then forget; use sampling.corrector=none, or sampling.conditioning=pigdm"
-        )
-    if sampling.conditioning == "dps" and (
-        sampling.method != "pc" or sampling.predictor == "none" or sampling.corrector != "none"
-    ):
-        raise ValueError(
-            "sampling.conditioning='dps': its move follows a predictor's step, so needs sampling.method=pc, a "
-            "predictor, and sampling.corrector=none"
-        )
+Conditioned = tuple[ScoreFunction, Projection | None]
 
 
-def get_operator(config, image_shape: tuple[int, int, int], device: torch.device | str = "cpu") -> LinearOperator:
-    """What ``config.sampling.condition`` measures of images (C, H, W).
+def _projection(options, prior_variance: float, sde, score, operator, y) -> Conditioned:
+    return score, MeasurementProjection(sde, operator, y, options["measurement_noise"])
 
-    Raises:
-        ValueError: it does not suit such images.
-        FileNotFoundError: there is no such mask or matrix.
-    """
-    sampling = config.sampling
-    try:
-        return MEASUREMENTS[sampling.condition](sampling, image_shape, device)
-    except ValueError as error:
-        raise ValueError(f"sampling.condition={sampling.condition!r}: {error}") from None
+
+def _dps(options, prior_variance: float, *given) -> Conditioned:
+    dps = DiffusionPosteriorSampling(*given, options["guidance_weight"])
+    return dps, dps
+
+
+def _pigdm(options, prior_variance: float, *given) -> Conditioned:
+    return PseudoinverseGuidance(*given, options["measurement_noise"], prior_variance, options["guidance_weight"]), None
+
+
+CONDITIONINGS = {"projection": _projection, "dps": _dps, "pigdm": _pigdm}
+"""An import path can name any other f(options, prior_variance, sde, score, operator, y) → score, projection or None."""
 
 
 def condition_on_measurement(
-    config,
+    options: Mapping[str, object],
     sde: SDE,
     score: ScoreFunction,
     operator: LinearOperator,
     y: Tensor,
     *,
     prior_variance: float,
-) -> tuple[ScoreFunction, Projection | None]:
-    """The score and the projection that ``config.sampling.conditioning`` makes of measurements y (B, m).
-
-    Args:
-        config: checked by ``check_condition``.
-        sde, score, operator: the forward process, the unconditional score, A.
-        y: measurements.
-        prior_variance: of the data, for ΠGDM.
-    """
-    sampling = config.sampling
-    if sampling.conditioning == "projection":
-        return score, MeasurementProjection(sde, operator, y, sampling.measurement_noise)
-    if sampling.conditioning == "dps":
-        dps = DiffusionPosteriorSampling(sde, score, operator, y, step_size=sampling.guidance_weight)
-        return dps, dps
-    guided = PseudoinverseGuidance(
-        sde,
-        score,
-        operator,
-        y,
-        sampling.measurement_noise,
-        prior_variance=prior_variance,
-        weight=sampling.guidance_weight,
-    )
-    return guided, None
-
-
-def known_pixels(mask: str, image_shape: tuple[int, int, int]) -> Tensor:
-    """Booleans (C, H, W) from a description of what is unknown: left, right, top or bottom half; center, half as high
-    and wide; a box 'top,left,height,width' in pixels; or the file of an image of this size, white where unknown.
-
-    Raises:
-        ValueError: none of these, a box that is not within the image, an image of another size, or nothing unknown.
-        FileNotFoundError: there is no such file.
-    """
-    _, height, width = image_shape
-    known = torch.ones(height, width, dtype=torch.bool)
-    parts = mask.split(",")
-    if mask in _HALVES:
-        top, left, bottom, right = (
-            round(part * size) for part, size in zip(_HALVES[mask], (height, width) * 2, strict=True)
-        )
-        known[top:bottom, left:right] = False
-    elif len(parts) == 4 and all(part.strip().isdecimal() for part in parts):
-        top, left, rows, columns = map(int, parts)
-        if min(rows, columns) < 1 or top + rows > height or left + columns > width:
-            raise ValueError(
-                f"sampling.mask={mask!r}: the box top,left,height,width is not within the {height}x{width} image"
-            )
-        known[top : top + rows, left : left + columns] = False
-    else:
-        known = _read_mask(mask, height, width)
-    if known.all() or not known.any():
-        raise ValueError(f"sampling.mask={mask!r}: {'nothing' if known.all() else 'everything'} is unknown")
-    return known.expand(image_shape).contiguous()
-
-
-def _read_mask(mask: str, height: int, width: int) -> Tensor:
-    from PIL import Image
-
-    allowed = f"{', '.join(_HALVES)}, top,left,height,width, or the file of an image"
-    if not Path(mask).suffix:
-        raise ValueError(f"sampling.mask={mask!r}: allowed are {allowed}")
-    if not Path(mask).is_file():
-        raise FileNotFoundError(f"sampling.mask={mask!r}: no such file; allowed are {allowed}")
-    try:
-        with Image.open(mask) as image:
-            pixels = np.asarray(image.convert("L"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"sampling.mask={mask!r}: not an image that can be read: {error}") from None
-    if pixels.shape != (height, width):
-        raise ValueError(
-            f"sampling.mask={mask!r}: is {pixels.shape[1]}x{pixels.shape[0]}, the images are {width}x{height}"
-        )
-    return torch.from_numpy(pixels < 128)
-
-
-def _read_matrix(path: str) -> Tensor:
-    """A matrix (m, D) from a .npy file."""
-    if not path:
-        raise ValueError("sampling.operator is not set: give a .npy file with a matrix (m, channels·height·width)")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"sampling.operator={path!r}: no such file")
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise ValueError(f"sampling.operator={path!r}: not a .npy file that can be read: {error}") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-        raise ValueError(f"sampling.operator={path!r}: holds no matrix of numbers")
-    return torch.from_numpy(array.astype(np.float64))
+) -> Conditioned:
+    """The score and the projection that ``options['conditioning']`` makes of the unconditional score and measurements
+    y (B, m) by the operator; ΠGDM needs the ``prior_variance`` of the data."""
+    make = resolve(options["conditioning"], CONDITIONINGS, "sampling.conditioning")
+    return make(options, prior_variance, sde, score, operator, y)

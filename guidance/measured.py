@@ -21,8 +21,8 @@ from data import Split
 from experiment.figures import new_figure, save_figure
 from experiment.files import write_arrays, write_json
 from experiment.randomness import SampleGenerators, normal_like
-from guidance.conditions import condition_on_measurement, get_operator
-from guidance.measurements import LinearOperator
+from guidance.conditions import condition_on_measurement
+from guidance.measurements import LinearOperator, make_operator
 
 __all__ = ["MeasuredImages"]
 
@@ -51,7 +51,7 @@ class MeasuredImages:
             raise ValueError(f"sampling.num_images={count}: the test set has only {available}")
         # MPS has no double precision.
         device = "cpu" if score.device.type == "mps" else score.device
-        self.operator: LinearOperator = get_operator(self.sampling, score.shape, device)
+        self.operator: LinearOperator = make_operator(self.sampling, score.shape, device)
         self.levels, _ = test_data.batch([i * available // count for i in range(count)])
         self.images = self._to_model(self.levels).to(score.device)
         y = self.operator(self.images)

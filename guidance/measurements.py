@@ -1,8 +1,8 @@
 """Linear measurements of images, y = A x + n with n ~ N(0, σ_y² I), by their singular value decomposition.
 
-With A = U S Vᵀ, U (m, r) and V (D, r) of orthonormal columns, r the rank, what has been measured of an image are its
-coordinates Vᵀx, and nothing else. Coordinate i is known from y as (Uᵀy)_i/s_i, up to noise of standard deviation
-σ_y/s_i. All conditioning on a measurement is written in these coordinates (``guidance``).
+With A = U S Vᵀ, U (m, r) and V (D, r) of orthonormal columns, r the rank, the measured part of an image is its
+coordinates Vᵀx. Coordinate i is known from y as (Uᵀy)_i/s_i, up to noise of standard deviation σ_y/s_i. All
+conditioning on a measurement is written in these coordinates (``conditions``).
 
 =================  ============================================  ===================================================
 operator           y                                             V
@@ -23,12 +23,28 @@ from __future__ import annotations
 import abc
 import math
 import warnings
+import zipfile
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BlockMean", "ChannelMean", "LinearOperator", "Mask", "MatrixOperator", "radon_transform"]
+from experiment.registry import resolve
+
+__all__ = [
+    "MEASUREMENTS",
+    "BlockMean",
+    "ChannelMean",
+    "LinearOperator",
+    "Mask",
+    "MatrixOperator",
+    "known_pixels",
+    "make_operator",
+    "radon_transform",
+]
 
 _RANK_TOLERANCE = 1e-4
 """Singular values below this part of the largest count as zero: float32 states know no more of them."""
@@ -75,11 +91,7 @@ class LinearOperator(abc.ABC):
 
 
 class Mask(LinearOperator):
-    """The pixels where ``known``, of the images' shape without the batch, is true; the adjoint puts zeros elsewhere.
-
-    Raises:
-        ValueError: no pixel is known.
-    """
+    """The pixels where ``known``, of the images' shape without the batch, is true; the adjoint puts zeros elsewhere."""
 
     def __init__(self, known: Tensor) -> None:
         if known.dtype != torch.bool or not known.any():
@@ -99,11 +111,7 @@ class Mask(LinearOperator):
 
 
 class ChannelMean(LinearOperator):
-    """The mean over channels of images (C, H, W).
-
-    Raises:
-        ValueError: images of one channel.
-    """
+    """The mean over the channels of images (C, H, W), C ≥ 2."""
 
     def __init__(self, image_shape: tuple[int, int, int], device: torch.device | str = "cpu") -> None:
         self.channels, height, width = image_shape
@@ -121,11 +129,7 @@ class ChannelMean(LinearOperator):
 
 
 class BlockMean(LinearOperator):
-    """Means over blocks of f×f pixels of images (C, H, W).
-
-    Raises:
-        ValueError: f is less than 2 or does not divide height and width.
-    """
+    """Means over blocks of f×f pixels of images (C, H, W), f ≥ 2 a divisor of H and W."""
 
     def __init__(self, image_shape: tuple[int, int, int], factor: int, device: torch.device | str = "cpu") -> None:
         channels, height, width = image_shape
@@ -210,11 +214,8 @@ def radon_transform(
     """Parallel-beam projections of every channel of square images (C, n, n) at angles kπ/V, k = 0 … V − 1.
 
     The detector has ⌈√2 n⌉ bins as wide as a pixel, so that nothing is missed. A bin's value is the integral over the
-    strip in front of it, exact for an image that is constant on pixels: at the angle θ a pixel casts the shadow of two
-    convolved boxes of widths |cos θ| and |sin θ|. Every view sums to the sum of the image.
-
-    Raises:
-        ValueError: images that are not square, or fewer than one view.
+    strip in front of it, exact for an image that is constant on pixels: at the angle θ the shadow of a pixel is the
+    convolution of two boxes of widths |cos θ| and |sin θ|. Every view sums to the sum of the image.
     """
     _, size, width = image_shape
     if size != width:
@@ -252,3 +253,94 @@ def _shadow(s: Tensor, a: float, b: float) -> Tensor:
         return 0.5 * (s + shift).clamp(min=0) ** 2
 
     return (ramp((a + b) / 2) - ramp((a - b) / 2) - ramp((b - a) / 2) + ramp(-(a + b) / 2)) / (a * b)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From the options of sampling, such as ``config.sampling``
+
+_HALVES = {
+    **{"top": (0, 0, 0.5, 1), "bottom": (0.5, 0, 1, 1), "left": (0, 0, 1, 0.5), "right": (0, 0.5, 1, 1)},
+    **{"center": (0.25, 0.25, 0.75, 0.75)},
+}
+"""Unknown parts by name: top, left, bottom and right edge, as fractions of height and width."""
+
+
+def known_pixels(mask: str, image_shape: tuple[int, int, int]) -> Tensor:
+    """Booleans (C, H, W) from a description of what is unknown: left, right, top or bottom half; center, half as high
+    and wide; a box 'top,left,height,width' in pixels; or the file of an image of this size, white where unknown."""
+    _, height, width = image_shape
+    known = torch.ones(height, width, dtype=torch.bool)
+    parts = mask.split(",")
+    if mask in _HALVES:
+        sizes = (height, width, height, width)
+        top, left, bottom, right = (round(part * size) for part, size in zip(_HALVES[mask], sizes, strict=True))
+        known[top:bottom, left:right] = False
+    elif len(parts) == 4 and all(part.strip().isdecimal() for part in parts):
+        top, left, rows, columns = map(int, parts)
+        if min(rows, columns) < 1 or top + rows > height or left + columns > width:
+            raise ValueError(
+                f"sampling.mask={mask!r}: the box top,left,height,width is not within the {height}x{width} image"
+            )
+        known[top : top + rows, left : left + columns] = False
+    else:
+        known = _read_mask(mask, height, width)
+    if known.all() or not known.any():
+        raise ValueError(f"sampling.mask={mask!r}: {'nothing' if known.all() else 'everything'} is unknown")
+    return known.expand(image_shape).contiguous()
+
+
+def _read_mask(mask: str, height: int, width: int) -> Tensor:
+    from PIL import Image
+
+    allowed = f"{', '.join(_HALVES)}, top,left,height,width, or the file of an image"
+    if not Path(mask).suffix:
+        raise ValueError(f"sampling.mask={mask!r}: allowed are {allowed}")
+    if not Path(mask).is_file():
+        raise FileNotFoundError(f"sampling.mask={mask!r}: no such file; allowed are {allowed}")
+    try:
+        with Image.open(mask) as image:
+            pixels = np.asarray(image.convert("L"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"sampling.mask={mask!r}: not an image that can be read: {error}") from None
+    if pixels.shape != (height, width):
+        raise ValueError(
+            f"sampling.mask={mask!r}: is {pixels.shape[1]}x{pixels.shape[0]}, the images are {width}x{height}"
+        )
+    return torch.from_numpy(pixels < 128)
+
+
+def _read_matrix(path: str) -> Tensor:
+    """A matrix (m, D) from a .npy file."""
+    if not path:
+        raise ValueError("sampling.operator is not set: give a .npy file with a matrix (m, channels·height·width)")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"sampling.operator={path!r}: no such file")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        raise ValueError(f"sampling.operator={path!r}: not a .npy file that can be read: {error}") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise ValueError(f"sampling.operator={path!r}: holds no matrix of numbers")
+    return torch.from_numpy(array.astype(np.float64))
+
+
+MEASUREMENTS: dict[str, Callable[..., LinearOperator]] = {
+    "inpaint": lambda options, shape, device: Mask(known_pixels(options["mask"], shape).to(device)),
+    "colorize": lambda options, shape, device: ChannelMean(shape, device),
+    "super_resolution": lambda options, shape, device: BlockMean(shape, options["factor"], device),
+    "ct": lambda options, shape, device: radon_transform(shape, options["num_views"], device),
+    "linear": lambda options, shape, device: MatrixOperator(_read_matrix(options["operator"]).to(device), shape),
+}
+"""Values of ``sampling.condition``. An import path can name any other ``operator(options, image_shape, device)``."""
+
+
+def make_operator(
+    options: Mapping[str, object], image_shape: tuple[int, int, int], device: torch.device | str = "cpu"
+) -> LinearOperator:
+    """What ``options['condition']`` measures of images (C, H, W); ValueError or FileNotFoundError if it cannot."""
+    condition = options["condition"]
+    make = resolve(condition, MEASUREMENTS, "sampling.condition")
+    try:
+        return make(options, image_shape, device)
+    except ValueError as error:
+        raise ValueError(f"sampling.condition={condition!r}: {error}") from None

@@ -13,22 +13,22 @@ from models.ema import EMA
 from models.mlp import NoiseConditionalMLP, TimeConditionalMLP
 from models.ncsnv2 import NCSN, NCSNv2
 from models.score import ConservativeScore, NoiseLevel, ScoreModel, UnconstrainedScore, make_score_model
+from models.second_order.normalisation import Dropout, set_dropout_keys
 from models.second_order.recompute import recompute_activations
 from models.unet import DDPM, UNet
-from sde_lib import SDE
 
 __all__ = [
     "EMA",
     "NETWORKS",
     "ConservativeScore",
+    "Dropout",
     "NoiseLevel",
     "ScoreModel",
     "UnconstrainedScore",
-    "create_network",
-    "create_score_model",
     "make_network",
     "make_score_model",
     "recompute_activations",
+    "set_dropout_keys",
 ]
 
 # The names are score_sde_pytorch's: ncsnpp is both NCSN++ and DDPM++, which are one network with other options; ncsnv2
@@ -70,26 +70,3 @@ def make_network(name: str, options: Mapping[str, object], **more: object) -> nn
     if offered.get("num_classes") and "num_classes" not in declared:
         raise ValueError(f"model.num_classes={offered['num_classes']}: model.name={name!r} knows no classes")
     return build(**{field: offered[field] for field in declared if field in offered})
-
-
-def create_network(config) -> nn.Module:
-    """``make_network`` of a config's fields."""
-    training, data = config.get("training", {}), config.data
-    shape = {field: data[field] for field in ("image_size", "num_channels", "centered") if field in data}
-    num_levels = None if training.get("continuous", True) else config.model.num_scales
-    return make_network(config.model.name, config.model, **shape, num_levels=num_levels, dimension=2)
-
-
-def create_score_model(config, sde: SDE) -> ScoreModel:
-    """``make_score_model`` of a config's fields, around a new network."""
-    model = config.model
-    network = create_network(config)
-    if config.training.get("activation_checkpointing", False):
-        recompute_activations(network)
-    return make_score_model(
-        sde,
-        network,
-        parameterization=model.parameterization,
-        num_scales=None if config.training.continuous else model.num_scales,
-        scale_by_sigma=model.scale_by_sigma,
-    )

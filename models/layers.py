@@ -18,10 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.dropout import Dropout
-from models.second_order.normalisation import GroupNorm, norm_act
+from models.second_order.normalisation import Dropout, GroupNorm, norm_act
 from models.second_order.operations import Conv2d, attend, blur, blur_transposed
-from models.second_order.recompute import Recomputable
 
 __all__ = [
     "Attention",
@@ -239,8 +237,10 @@ def resampling(
 # Blocks
 
 
-class _ResidualBlock(Recomputable):
+class _ResidualBlock(nn.Module):
     """norm, activation, (resample), conv, + noise level, norm, activation, dropout, conv; plus a shortcut."""
+
+    recomputable = True
 
     def __init__(
         self,
@@ -267,7 +267,7 @@ class _ResidualBlock(Recomputable):
         self.shortcut = shortcut
         self.rescale = 1 / math.sqrt(2) if skip_rescale else 1.0
 
-    def compute(self, x: Tensor, temb: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor | None) -> Tensor:
         h = self.conv1(self.resample(norm_act(self.norm1, self.activation, x)))
         if self.time is not None:
             h = h + self.time(self.activation(temb))[:, :, None, None]
@@ -293,8 +293,10 @@ class BigGANBlock(_ResidualBlock):
         super().__init__(in_channels, out_channels, resample=resample or nn.Identity(), shortcut=shortcut, **options)
 
 
-class Attention(Recomputable):
+class Attention(nn.Module):
     """Single-head self-attention over all pixels with a residual connection, (B, C, H, W) → (B, C, H, W)."""
+
+    recomputable = True
 
     def __init__(self, channels: int, *, init_scale: float, skip_rescale: bool) -> None:
         super().__init__()
@@ -305,7 +307,7 @@ class Attention(Recomputable):
         self.out = conv1x1(channels, channels, init_scale)
         self.rescale = 1 / math.sqrt(2) if skip_rescale else 1.0
 
-    def compute(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         channels, height, width = x.shape[1:]
         h = self.norm(x)
         # (B, HW, C): the order of channels-last memory, so that nothing is copied.

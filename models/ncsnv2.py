@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiment.registry import resolve
-from models.second_order.recompute import Recomputable
 from models.unet import ACTIVATIONS
 
 __all__ = ["NCSN", "NCSNv2", "RefineNet"]
@@ -106,7 +105,7 @@ class _ConvMeanPool(nn.Module):
         return F.avg_pool2d(self.conv(x), 2)
 
 
-class ResidualBlock(Recomputable):
+class ResidualBlock(nn.Module):
     """norm, activation, conv, norm, activation, conv; plus a shortcut.
 
     Args:
@@ -114,6 +113,8 @@ class ResidualBlock(Recomputable):
         begins: the first block of a stage, whose shortcut is always a convolution and whose first keeps the width.
         pool: halve the resolution.
     """
+
+    recomputable = True
 
     def __init__(
         self,
@@ -138,7 +139,7 @@ class ResidualBlock(Recomputable):
         else:
             self.shortcut = convolution(in_channels, out_channels) if begins else nn.Identity()
 
-    def compute(self, x: Tensor, label: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
         h = self.conv1(self.activation(self.norm1(x, label)))
         h = self.conv2(self.activation(self.norm2(h, label)))
         return self.shortcut(x) + h
@@ -155,8 +156,10 @@ class _NormActConv(nn.Module):
         return self.conv(self.activation(self.norm(x, label)))
 
 
-class _ResidualConvUnits(Recomputable):
+class _ResidualConvUnits(nn.Module):
     """``count`` times x ← x + f(f(x)), with f norm, activation and convolution."""
+
+    recomputable = True
 
     def __init__(self, channels: int, count: int, norm: Norm, activation: nn.Module) -> None:
         super().__init__()
@@ -164,7 +167,7 @@ class _ResidualConvUnits(Recomputable):
             nn.ModuleList(_NormActConv(channels, norm, activation) for _ in range(2)) for _ in range(count)
         )
 
-    def compute(self, x: Tensor, label: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
         for first, second in self.units:
             x = x + second(first(x, label), label)
         return x
@@ -184,11 +187,13 @@ class _Fusion(nn.Module):
         return sum(F.interpolate(h, size=size, mode="bilinear", align_corners=True) for h in features)
 
 
-class _ChainedPooling(Recomputable):
+class _ChainedPooling(nn.Module):
     """x ← act(x), then twice p ← conv(pool(norm(p))), starting from x: the sum of x and both p.
 
     The pooling, over 5×5 pixels at stride 1, is by maximum, or in the conditional network by mean.
     """
+
+    recomputable = True
 
     def __init__(self, channels: int, norm: Norm, activation: nn.Module, pool: nn.Module) -> None:
         super().__init__()
@@ -196,7 +201,7 @@ class _ChainedPooling(Recomputable):
         self.norms = nn.ModuleList(norm(channels) for _ in range(2))
         self.convs = nn.ModuleList(_conv(channels, channels, bias=False) for _ in range(2))
 
-    def compute(self, x: Tensor, label: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
         total = path = self.activation(x)
         for norm, conv in zip(self.norms, self.convs, strict=True):
             path = conv(self.pool(norm(path, label)))

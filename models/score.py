@@ -29,6 +29,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from models.second_order.operations import gradients_of
 from sde_lib import SDE, expand
 
 __all__ = ["ConservativeScore", "NoiseLevel", "ScoreModel", "UnconstrainedScore", "make_score_model"]
@@ -136,7 +137,8 @@ class ConservativeScore(ScoreModel):
             if not x.requires_grad:
                 x = x.clone().requires_grad_()  # unlike detach(), keeps the tangent of a dual number
             log_density = self.log_density(x, t, class_labels)
-            (score,) = torch.autograd.grad(log_density.sum(), x, create_graph=differentiable)
+            with gradients_of("inputs"):
+                (score,) = torch.autograd.grad(log_density.sum(), x, create_graph=differentiable)
         return score
 
 

@@ -5,14 +5,13 @@ Every subfolder that holds figures (``*.png``) or tables (``*.md``) becomes a se
 
 from __future__ import annotations
 
-import argparse
 import html
-import sys
 from pathlib import Path
 
 import markdown
 
-from experiment.files import write_atomically
+from experiment.command_line import command
+from experiment.files import write_text
 
 __all__ = ["write_index"]
 
@@ -25,38 +24,32 @@ img { max-width: 100%; }
 """
 
 
-def write_index(folder: Path) -> Path:
+def write_index(folder: str | Path, /) -> Path:
     """Write the page; return its path.
 
     Raises:
         ValueError: no subfolder holds a figure or a table.
     """
-    sections = {
-        child: (sorted(child.glob("*.md")), sorted(child.glob("*.png")))
-        for child in (sorted(folder.iterdir()) if folder.is_dir() else ())
-        if child.is_dir()
-    }
-    sections = {child: files for child, files in sections.items() if any(files)}
+    links, sections = [], []
+    for child in sorted(path for path in Path(folder).glob("*") if path.is_dir()):
+        tables, figures = sorted(child.glob("*.md")), sorted(child.glob("*.png"))
+        if not tables and not figures:
+            continue
+        name = html.escape(child.name)
+        links.append(f'<li><a href="#{name}">{name}</a></li>')
+        parts = [_table(table) for table in tables]
+        for figure in figures:
+            source, caption = html.escape(f"{child.name}/{figure.name}"), html.escape(figure.stem.replace("_", " "))
+            parts.append(f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>')
+        sections.append(f'<section id="{name}"><h1>{name}</h1>{"".join(parts)}</section>')
     if not sections:
         raise ValueError(f"{folder}: no subfolder holds figures or tables; `make figures` makes them")
-    parts = ["<ul>"]
-    parts += [f'<li><a href="#{html.escape(child.name)}">{html.escape(child.name)}</a></li>' for child in sections]
-    parts.append("</ul>")
-    for child, (tables, figures) in sections.items():
-        name = html.escape(child.name)
-        parts.append(f'<section id="{name}"><h1>{name}</h1>')
-        parts += [_table(table) for table in tables]
-        for figure in figures:
-            source = html.escape(f"{child.name}/{figure.name}")
-            caption = html.escape(figure.stem.replace("_", " "))
-            parts.append(f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>')
-        parts.append("</section>")
+    path = Path(folder) / "index.html"
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Figures and tables</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        f"<style>{_STYLE}</style></head><body><ul>{''.join(links)}</ul>{''.join(sections)}</body></html>\n"
     )
-    path = folder / "index.html"
-    write_atomically(path, lambda file: file.write(page.encode()))
+    write_text(path, page)
     return path
 
 
@@ -67,9 +60,4 @@ def _table(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    try:
-        print(write_index(parser.parse_args().folder))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    command(write_index)

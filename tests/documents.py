@@ -21,13 +21,8 @@ from typing import Any
 from unittest import mock
 
 from absl import app, flags
+from from_config import create_score_model, get_likelihood, get_objective, get_sampler, get_sde
 from ml_collections import ConfigDict
-
-from likelihood import get_likelihood
-from losses import get_objective
-from models import create_score_model
-from sampling import get_sampler
-from sde_lib import get_sde
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("python", ".venv/bin/python", "torchrun", "accelerate", "make", "srun")

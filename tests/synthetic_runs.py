@@ -30,8 +30,15 @@ def metrics(**changes: Any) -> dict[str, Any]:
         "nfe_likelihood": 151.37,
         "num_samples": 1000,
         "checkpoint_step": 6000,
+        "nll_images": 360,
+        "asym_images": 360,
+        "test_images": 360,
+        "likelihood": "rademacher divergence, rk45, rtol 1e-05, atol 1e-05",
         "features": "classifier-digits",
-        "sampler": "pc",
+        "reference": "training images",
+        "num_reference": 1437,
+        "backend": "torch",
+        "sampler": "PC, euler_maruyama + none, 100 steps",
         "feature_test_accuracy": 0.975,
         "something_new": [1, 2],
     }
@@ -56,10 +63,10 @@ def make_run(
     (path / "eval").mkdir(parents=True)
     config = {
         "seed": 42,
-        "data": {"dataset": dataset},
-        "model": {"name": "ncsnpp", "parameterization": parameterization},
-        "training": {"qc_weight": qc_weight, "n_iters": STEPS * 100},
-        "sampling": {"method": "pc"},
+        "label": "",
+        "data": {"dataset": dataset, "path": "", "image_size": size},
+        "model": {"name": "ncsnpp", "parameterization": parameterization, "embedding_type": "fourier"},
+        "training": {"qc_weight": qc_weight, "reduce_mean": False, "log_freq": 100},
     }
     (path / "config.json").write_text(json.dumps(config))
     values = metrics(**changes)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from from_config import create_network, create_score_model, get_sde
 from reference_networks import ddpm_shapes, random_state, refinenet_shapes
 from test_run_lib import (
     CPU,
@@ -19,14 +20,12 @@ from torch import Tensor, nn
 
 import run_lib
 from checkpoints import CheckpointError, read_checkpoint
-from models import create_network, create_score_model
 from models.published import (
     PublicCheckpoint,
     convert_public_checkpoint,
     load_score_sde_checkpoint,
     official_names,
 )
-from sde_lib import get_sde
 
 DATA = Path(__file__).parent / "models" / "published"
 # How a residual block of NCSN++ constructs its parts.

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import run_evaluation
 import torch
 
-import run_evaluation
 import run_lib
 from configs.digits import get_config
 from evaluation import Features, inception_score, sample_quality
@@ -284,7 +284,7 @@ def test_protocol_of_the_paper_in_small(tmp_path, inception_weights):
     run_lib.evaluate(settings, tmp_path / "qc", runtime)
     check_metrics(tmp_path / "qc", 12, features=features, backend="torch", reference="training images")
     assert statistics.stat().st_mtime_ns == written
-    text = main.write_report([tmp_path / "qc"])
+    text = main.write_report(tmp_path / "qc")
     assert "QC-NCSN++" in text and features in text
 
 

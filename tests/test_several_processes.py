@@ -10,10 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import run_setup
 import torch
 from PIL import Image
-from run_evaluation import write_arrays
 from test_run_lib import (
     ROOT,
     environment,
@@ -25,6 +23,8 @@ from two_processes import BEGUN, RUNS, SETTINGS, config_of, runtime_of, train_br
 
 import run_lib
 from checkpoints import read_checkpoint
+from experiment import runtime
+from experiment.files import write_arrays
 
 LAST = SETTINGS["training.n_iters"]
 
@@ -113,8 +113,7 @@ def test_same_bridge(two, one):
 
 def test_same_samples(two, trained_by_one):
     """The grid made while training, and --mode=sample, of which the processes took 10 and 11 images."""
-    by_one = dataclasses.replace(runtime_of("u"), cache_dir=str(trained_by_one / "cache"))
-    run_lib.sample(config_of("u"), trained_by_one / "u", by_one)
+    run_lib.sample(config_of("u"), trained_by_one / "u", runtime_of("u"))
     # The folders' names end with a digest of the weights too, which rounding makes different.
     folders = [workdir / "u" / "samples" for workdir in (trained_by_one, two)]
     paths = [list(folder.glob(f"step_{LAST:08d}-*/samples.npz")) for folder in folders]
@@ -166,7 +165,7 @@ def test_killed_evaluation_goes_on_under_another_launcher(two, trained_by_one):
 
 def test_processes_that_see_different_folders_are_refused(monkeypatch, tmp_path):
     """Hosts without a common folder would train different models as one."""
-    monkeypatch.setattr(run_setup, "gather_object", lambda values: [*values, 6])
+    monkeypatch.setattr(runtime, "gather_object", lambda values: [*values, 6])
     with pytest.raises(run_lib.InvalidRun, match=r"disagree on the step to go on from \(0, 6\); it must be one folder"):
         run_lib.train(config_of("u"), tmp_path, runtime_of("u"))
 
@@ -174,4 +173,4 @@ def test_processes_that_see_different_folders_are_refused(monkeypatch, tmp_path)
 def test_settings_of_accelerate_do_not_change_a_run(monkeypatch):
     """What a user's settings file says about accumulation gives way to ours; sharded models are refused."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    assert run_lib.Runtime(device="cpu", accumulation_steps=2).accelerator().gradient_accumulation_steps == 2
+    assert run_lib.Runtime(device="cpu", accumulation_steps=2).accelerator.gradient_accumulation_steps == 2

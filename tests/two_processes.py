@@ -14,14 +14,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import run_evaluation  # noqa: E402
 import torch  # noqa: E402
 
 import run_lib  # noqa: E402
 from configs.digits import get_config  # noqa: E402
 from configs.dsb import digits as dsb_digits  # noqa: E402
+from experiment import runtime as experiment_runtime  # noqa: E402
 from experiment.runtime import Runtime  # noqa: E402
 from schrodinger_bridge.half_bridges import BridgeRun  # noqa: E402
+from training import Trainer  # noqa: E402
 
 CPU = run_lib.Runtime(device="auto")
 
@@ -113,14 +114,14 @@ def runtime_of(name: str) -> run_lib.Runtime:
 
 def train_with_a_signal(name: str, workdir: Path) -> int:
     """Let the second process get SIGTERM in one of the steps; returns the step at which all have stopped."""
-    take_step = run_lib.Training.train_step
+    take_step = Trainer.train_step
 
-    def step_with_signal(self, batch) -> None:
-        take_step(self, batch)
+    def step_with_signal(self) -> None:
+        take_step(self)
         if self.step == STOPPED and self.accelerator.process_index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    run_lib.Training.train_step = step_with_signal
+    Trainer.train_step = step_with_signal
     try:
         run_lib.train(config_of(name), workdir, runtime_of(name))
     except run_lib.Interrupted as interruption:
@@ -128,19 +129,19 @@ def train_with_a_signal(name: str, workdir: Path) -> int:
     else:
         raise AssertionError("it did not stop")
     finally:
-        run_lib.Training.train_step = take_step
+        Trainer.train_step = take_step
     return max(int(path.stem[5:]) for path in (workdir / "checkpoints").glob("step_*.pt"))
 
 
 def evaluate_until_killed(workdir: Path) -> None:
-    write = run_evaluation.write_arrays
+    write = experiment_runtime.write_arrays
 
     def write_and_die(path: Path, **arrays) -> None:
         write(path, **arrays)
         if path.parent.parent.name == "parts" and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run_evaluation.write_arrays = write_and_die
+    experiment_runtime.write_arrays = write_and_die
     run_lib.evaluate(config_of("u"), workdir, CPU)
 
 

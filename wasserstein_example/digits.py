@@ -7,206 +7,190 @@ K of steps by three samplers: the exponential integrator, which the paper analys
 in practice, and Heun's method for the probability-flow ODE, two network evaluations a step. FID is that of 1000 samples
 to the training set, in the features of a classifier of digits (``features.classifier``).
 
-Beside it the exact W₂ between N(m, Σ), with the mean and covariance of the training set, and the law of the same
+Next to it the exact W₂ between N(m, Σ), with the mean and covariance of the training set, and the law of the same
 sampler with that Gaussian's own score (``exact``): what discretisation, starting from the prior and stopping
 before t = 0 would cost if the data were Gaussian and nothing had to be learned. Its unit is the range of a pixel, for
 all processes.
 
-Errors. Of the samples: the delete-a-group jackknife over G = 20 groups, s² = (G − 1)/G Σ_g (FID_g − mean)², FID_g
-without group g. Of training and samples together: the range over seeds, and, as a few seeds say little, the standard
-deviation of log FID between seeds pooled over all processes.
+Errors. Of the samples: the jackknife of ``evaluation.fid_with_error``. Of training and samples together: the range
+over seeds, and, as a few seeds say little, the standard deviation of log FID between seeds pooled over all processes.
 
-Written to W: ``runs/PROCESS/seed_K/`` (runs of ``main.py``), ``results.json``, ``table.md`` (also printed) and
-``fid.png``. Interrupted, the same command continues to the same numbers; finished runs and samples are kept, also when
-more seeds, processes or steps are asked for.
+Written to W: ``runs/PROCESS/seed_K/`` (runs of ``main.py``), ``results.json``, ``table.md`` and ``fid.png``.
+Interrupted, the same command continues to the same numbers. Finished runs and samples are kept, also when other seeds,
+processes or steps are asked for; table and figure are of those that were.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
-from absl import app, flags
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from ml_collections import ConfigDict
-from run_setup import FREE_IN_TRAINING, Run, checked
 from scipy.stats import spearmanr
 
 import run_lib
 from configs.wasserstein.digits import MODELS, VP, get_config
-from data import sets
-from evaluation import JACKKNIFE_GROUPS, Features, fid_with_error
+from evaluation import fid_with_error
 from exact.gaussian_law import diagonalise, sampler_law, wasserstein
-from experiment.command_line import available_cores, parse_counts, parse_flags
-from experiment.files import write_atomically
-from experiment.jobs import run_all
+from experiment.command_line import available_cores, command
+from experiment.figures import new_figure
+from experiment.files import write_json
+from experiment.jobs import Update, run_all
+from experiment.results import markdown_table, number, write_results
 from experiment.runtime import Runtime
-from experiment.workdir import claim
+from experiment.workdir import check_at_least, claim
 from features.classifier import train_classifier
-from features.extraction import FeatureExtractor, extract_features
-from sde_lib import get_sde
+from features.extraction import FeatureExtractor, Features, dataset_features, extract_features
 
 from . import figures, theory
 
-logger = logging.getLogger(__name__)
-
-EXPERIMENT = "wasserstein_example on digits"
-VERSION = 1
-"""To be raised when a fix changes what training, sampling or FID compute; a folder of another version is refused."""
-
-
-class Sampler(NamedTuple):
-    """How it is called, the flag of its numbers of steps, their default, and network evaluations a step."""
-
-    title: str
-    flag: str
-    steps: tuple[int, ...]
-    evaluations: int
-
-
-SAMPLERS = {
-    "exponential_integrator": Sampler("exponential integrator", "steps", (5, 10, 20, 50, 100, 200, 500), 1),
-    "ancestral_sampling": Sampler("ancestral", "ancestral_steps", (5, 10, 20, 50, 100), 1),
-    "heun": Sampler("flow, Heun", "heun_steps", (5, 10, 20, 50), 2),
-}
 NAMES = {process: f"{'vp' if process in VP else 've'}_{fields['model.schedule']}" for process, fields in MODELS.items()}
 """The theory's names of the config's processes."""
+EVALUATIONS = {"exponential_integrator": 1, "ancestral_sampling": 1, "heun": 2}
+"""Network evaluations of a step; one more at the end removes noise."""
 FEATURE_SEED = 42
 """Of the feature classifier, which all runs share."""
 
 
-class Task(NamedTuple):
-    """A run: one process and seed."""
+def run(
+    workdir: str,
+    *,
+    processes: tuple[str, ...] = tuple(MODELS),
+    seeds: int = 2,
+    steps: tuple[int, ...] = (5, 10, 20, 50, 100, 200, 500),
+    ancestral_steps: tuple[int, ...] = (5, 10, 20, 50, 100),
+    heun_steps: tuple[int, ...] = (5, 10, 20, 50),
+    jobs: int = available_cores(),
+    device: str = "cpu",
+) -> str:
+    """Train, sample, compare, write all files and return the table.
 
-    process: str
-    seed: int
-    directory: str
-    cache_dir: str
-    device: str
-    plan: tuple[tuple[str, int], ...]
-    """Samplers and their numbers of steps."""
-    overrides: dict[str, object]
+    Args:
+        workdir: Folder for the runs, results.json, table.md and fid.png.
+        processes: Forward processes, names of configs/wasserstein/digits.py.
+        seeds: Seeds 0 … N−1 of every process.
+        steps: Numbers of steps K of the exponential integrator. Empty: without it.
+        ancestral_steps: Numbers of steps K of ancestral sampling. Empty: without it.
+        heun_steps: Numbers of steps K of Heun's method. Empty: without it.
+        jobs: Processes that share the runs, about 1 GB each. They change no result.
+        device: auto, cpu, cuda or mps.
 
-    def __str__(self) -> str:
-        return f"{self.process}, seed {self.seed}"
+    Raises:
+        ValueError: bad input; nothing has been written.
+    """
+    processes = tuple(dict.fromkeys(processes))
+    plan = [
+        (sampler, k) for sampler, ks in zip(EVALUATIONS, (steps, ancestral_steps, heun_steps), strict=True) for k in ks
+    ]
+    if unknown := [process for process in processes if process not in MODELS]:
+        raise ValueError(f"--processes={unknown[0]}: allowed are {', '.join(MODELS)}")
+    if not processes or not plan:
+        raise ValueError("--processes and one of --steps, --ancestral_steps, --heun_steps: give at least one value")
+    smallest = {"--seeds": seeds, "--jobs": jobs, "numbers of steps": min(k for _, k in plan)}
+    check_at_least(smallest, dict.fromkeys(smallest, 1))
+    base = get_config(processes[0])
+    iterations, count, torch_device = base.training.n_iters, base.eval.num_samples, Runtime(device).torch_device
+    settings = {"device": device, "training_steps": iterations, "num_samples": count}
+    folder = claim(workdir, "wasserstein_example on digits", settings)
 
-    @property
-    def config(self) -> ConfigDict:
-        config = get_config(self.process)
-        config.update_from_flattened_dict({"seed": self.seed, **self.overrides})
-        return config
+    models = [(process, seed) for seed in range(seeds) for process in processes]
+    tasks: dict[str, tuple] = {}
+    for process, seed in models:
+        config = get_config(process)
+        config.seed = seed
+        run_folder = folder / "runs" / process / f"seed_{seed}"
+        tasks[f"{process}, seed {seed}"] = (config, run_folder, str(folder / "cache"), device)
+    training = {name: partial(train, *task) for name, task in tasks.items()}
+    run_all(training, jobs=jobs, total=iterations * len(tasks), unit="step", description="train")
 
-    def runtime(self, on_progress: Callable[[int], None] | None = None) -> run_lib.Runtime:
-        return run_lib.Runtime(self.device, cache_dir=self.cache_dir, on_progress=on_progress)
+    extractor, _ = reference_features(base, folder / "cache", torch_device)  # not by two processes at once
+    sampling = {name: partial(sample, *task, plan) for name, task in tasks.items()}
+    cost = count * sum(evaluations(*case) for case in plan)
+    measured = run_all(sampling, jobs=jobs, total=cost * len(tasks), unit="evaluation", description="sample")
+
+    rows = [{"process": p, "seed": s, **row} for (p, s), found in zip(models, measured, strict=True) for row in found]
+    results = Results(processes, seeds, plan, rows, gaussian_rows(processes, plan), extractor.test_accuracy)
+    content = {"experiment": "wasserstein_example on digits", **results._asdict()}
+    return write_results(folder, content, table(results), {"fid": draw_fid(results)})
 
 
 def evaluations(sampler: str, steps: int) -> int:
-    """Network evaluations for one sample, the last of which removes noise."""
-    return SAMPLERS[sampler].evaluations * steps + 1
+    """Network evaluations for one sample."""
+    return EVALUATIONS[sampler] * steps + 1
 
 
-# ------------------------------------------------------------------------------------------------ training and sampling
+def train(config: ConfigDict, workdir: Path, cache_dir: str, device: str, update: Update) -> None:
+    run_lib.train(config, workdir, run_lib.Runtime(device, cache_dir=cache_dir, on_progress=update))
 
 
-def train(task: Task, update: Callable[[int], None]) -> None:
-    run_lib.train(task.config, task.directory, task.runtime(update))
-
-
-def sample(task: Task, update: Callable[[int], None]) -> list[dict]:
+def sample(
+    config: ConfigDict, workdir: Path, cache_dir: str, device: str, plan: Sequence[tuple[str, int]], update: Update
+) -> list[dict]:
     """FID of one model by every sampler and number of steps. Every finished one is kept in its own file."""
-    config = task.config
-    extractor, real = reference_features(config, task.cache_dir, task.runtime().accelerator().device)
+    extractor, real = reference_features(config, cache_dir, Runtime(device).torch_device)
     rows = []
-    for sampler, steps in task.plan:
-        path = Path(task.directory) / "fid" / f"{sampler}-{steps}.json"
-        key = {"process": task.process, "seed": task.seed, "sampler": sampler, "K": steps}
-        key["num_samples"] = config.eval.num_samples
-        row = _read_row(path, key)
-        cost = evaluations(sampler, steps)
-        if row is None:
-            runtime = task.runtime(lambda images, cost=cost: update(images * cost))
-            row = key | measure(sampling_config(config, sampler, steps), task.directory, runtime, extractor, real)
-            write_atomically(path, lambda file, row=row: file.write(json.dumps(row).encode()))
-        else:
+    for sampler, steps in plan:
+        path, cost = workdir / "fid" / f"{sampler}-{steps}.json", evaluations(sampler, steps)
+        if path.exists():
             update(config.eval.num_samples * cost)
-        rows.append(row)
+        else:
+            method = (
+                {"method": "ode", "solver": "heun"} if sampler == "heun" else {"method": "pc", "predictor": sampler}
+            )
+            config.sampling.update(num_steps=steps, **method)
+            runtime = run_lib.Runtime(
+                device, cache_dir=cache_dir, on_progress=lambda images, cost=cost: update(images * cost)
+            )
+            measured = measure(config, workdir, runtime, extractor, real)
+            write_json(path, {"sampler": sampler, "K": steps, "num_samples": config.eval.num_samples, **measured})
+        rows.append(json.loads(path.read_bytes()))
     return rows
 
 
-def _read_row(path: Path, key: Mapping[str, object]) -> dict | None:
-    """A stored row, or None if it is missing, damaged, or that of other settings."""
-    if not path.exists():
-        return None
-    try:
-        row = dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        logger.warning("%s is damaged (%s) and is made again", path, error)
-        return None
-    return row if key.items() <= row.items() and {"fid", "fid_se", "nfe"} <= row.keys() else None
-
-
-def sampling_config(config: ConfigDict, sampler: str, steps: int) -> ConfigDict:
-    config.sampling.num_steps = steps
-    if sampler == "heun":
-        config.sampling.update(method="ode", solver="heun")
-    else:
-        config.sampling.update(method="pc", predictor=sampler)
-    return config
-
-
 def measure(
-    config: ConfigDict,
-    workdir: str,
-    runtime: run_lib.Runtime,
-    extractor: FeatureExtractor,
-    real: Features,
+    config: ConfigDict, workdir: Path, runtime: run_lib.Runtime, extractor: FeatureExtractor, real: Features
 ) -> dict[str, float]:
-    """Sample and compare: FID, its jackknife error, and network evaluations as counted."""
+    """Sample and compare: network evaluations as counted, FID and its jackknife error."""
     with np.load(run_lib.sample(config, workdir, runtime) / "samples.npz", allow_pickle=False) as file:
         images, nfe = torch.from_numpy(file["images"]).permute(0, 3, 1, 2), float(file["nfe"])
-    generated = extract_features(extractor, images, config.eval.batch_size)
+    generated = extract_features(extractor, images.split(config.eval.batch_size), len(images))
     distance, error = fid_with_error(real.pool, generated.pool)
     return {"nfe": nfe, "fid": distance, "fid_se": error}
 
 
-def reference_features(config: ConfigDict, cache_dir: str, device: torch.device) -> tuple[FeatureExtractor, Features]:
-    """The feature classifier, made once, then read from ``cache_dir``, and the features of the training set."""
-    train_data, test_data = sets.get_dataset(config)
-    extractor = train_classifier(
-        train_data, test_data, seed=FEATURE_SEED, cache_dir=cache_dir, runtime=Runtime(device.type)
-    )
-    images, _ = train_data.batch(torch.arange(len(train_data)))
-    return extractor, extract_features(extractor, images, config.eval.batch_size)
+def reference_features(
+    config: ConfigDict, cache_dir: str | Path, device: torch.device
+) -> tuple[FeatureExtractor, Features]:
+    """The feature classifier and the features of the training set; made once, then read from ``cache_dir``."""
+    train_data, test_data = run_lib.load_data(config)
+    extractor = train_classifier(train_data, test_data, seed=FEATURE_SEED, cache_dir=cache_dir, device=device)
+    return extractor, dataset_features(train_data, extractor, cache_dir=cache_dir, batch_size=config.eval.batch_size)
 
 
 # ----------------------------------------------------------------------------------------------------------- the theory
 
 
-def gaussian_rows(tasks: Sequence[Task]) -> list[dict]:
+def gaussian_rows(processes: Sequence[str], plan: Sequence[tuple[str, int]]) -> list[dict]:
     """W₂ between the training set's Gaussian and the law of each sampler with its exact score."""
-    train_data, _ = sets.get_dataset(tasks[0].config)
+    train_data, _ = run_lib.load_data(get_config(processes[0]))
     levels = train_data.batch(torch.arange(len(train_data)))[0].flatten(1).double()
     # Of uniformly dequantised levels: (k + u)/L.
     mean = (levels.mean(0) + 0.5) / train_data.num_levels
     covariance = (torch.cov(levels.T) + torch.eye(levels.shape[1]) / 12) / train_data.num_levels**2
     rows = []
-    for task in {task.process: task for task in tasks}.values():
-        config = task.config
+    for process in processes:
+        config = get_config(process)
         scale = 2.0 if config.data.centered else 1.0
         data, _ = diagonalise(scale * mean - (scale - 1), scale**2 * covariance)
-        for sampler, steps in task.plan:
-            distance = wasserstein(sampler_law(get_sde(config), data, sampler, steps), data)
-            rows.append({"process": task.process, "sampler": sampler, "K": steps, "w2": distance / scale})
+        for sampler, steps in plan:
+            distance = wasserstein(sampler_law(run_lib.build_sde(config), data, sampler, steps), data)
+            rows.append({"process": process, "sampler": sampler, "K": steps, "w2": distance / scale})
     return rows
 
 
@@ -218,21 +202,18 @@ class Results(NamedTuple):
 
     processes: tuple[str, ...]
     seeds: int
-    plan: tuple[tuple[str, int], ...]
+    plan: Sequence[tuple[str, int]]
     rows: list[dict]
     gaussian: list[dict]
     feature_test_accuracy: float
 
-    @property
-    def samplers(self) -> list[str]:
-        return list(dict.fromkeys(name for name, _ in self.plan))
+    def steps(self) -> dict[str, list[int]]:
+        """Numbers of steps by sampler."""
+        return {name: [k for sampler, k in self.plan if sampler == name] for name, _ in self.plan}
 
-    def steps(self, sampler: str) -> list[int]:
-        return [steps for name, steps in self.plan if name == sampler]
-
-    def fid(self, sampler: str, steps: int) -> np.ndarray:
+    def fid(self, sampler: str, steps: int, key: str = "fid") -> np.ndarray:
         """(processes, seeds)"""
-        found = {(r["process"], r["seed"]): r["fid"] for r in self.rows if (r["sampler"], r["K"]) == (sampler, steps)}
+        found = {(r["process"], r["seed"]): r[key] for r in self.rows if (r["sampler"], r["K"]) == (sampler, steps)}
         return np.array([[found[process, seed] for seed in range(self.seeds)] for process in self.processes])
 
     def w2(self, sampler: str, steps: int) -> np.ndarray:
@@ -242,8 +223,7 @@ class Results(NamedTuple):
 
     def sampling_error(self, sampler: str, steps: int) -> float:
         """Relative, the median over models."""
-        chosen = [r["fid_se"] / r["fid"] for r in self.rows if (r["sampler"], r["K"]) == (sampler, steps)]
-        return float(np.median(chosen))
+        return float(np.median(self.fid(sampler, steps, "fid_se") / self.fid(sampler, steps)))
 
     def seed_deviation(self, sampler: str, steps: int) -> float | None:
         """Standard deviation of log FID between seeds, pooled over processes; None for one seed."""
@@ -267,35 +247,27 @@ def table(results: Results) -> str:
         "FID from its samples; the standard deviation of log FID between seeds, pooled over processes; Spearman's rank "
         "correlation, over processes, with the W₂ of the table that follows.\n"
     ]
-    titles = [theory.TITLES[NAMES[process]] for process in results.processes]
-    for sampler in results.samplers:
-        name, steps = SAMPLERS[sampler].title, results.steps(sampler)
-        columns = [results.fid(sampler, k) for k in steps]
-        rows = [(title, *(_with_range(fid[i]) for fid in columns)) for i, title in enumerate(titles)]
-        below = {
+    for sampler, steps in results.steps().items():
+        header = (theory.SAMPLER_TITLES[sampler], *(f"K = {k}" for k in steps))
+        fid, w2 = ([of(sampler, k) for k in steps] for of in (results.fid, results.w2))
+        titles = [theory.TITLES[NAMES[process]] for process in results.processes]
+        rows = [(title, *(_with_range(values[i]) for values in fid)) for i, title in enumerate(titles)]
+        for label, of in {
             "error of the samples": results.sampling_error,
             "deviation between seeds": results.seed_deviation,
             "rank correlation": results.rank_correlation,
-        }
-        rows += [(label, *(theory.number(of(sampler, k)) for k in steps)) for label, of in below.items()]
-        header = (name, *(f"K = {k}" for k in steps))
-        parts.append(theory.markdown_table(header, rows))
-        columns = [results.w2(sampler, k) for k in steps]
-        rows = [(title, *(f"{w2[i]:.2g}" for w2 in columns)) for i, title in enumerate(titles)]
-        parts.append(f"W₂ on the Gaussian with the digits' mean and covariance, exact score: {name}.\n")
-        parts.append(theory.markdown_table(header, rows))
+        }.items():
+            rows.append((label, *(number(of(sampler, k), 2) for k in steps)))
+        parts.append(markdown_table(header, rows))
+        parts.append(f"W₂ on the Gaussian with the digits' mean and covariance, exact score: {header[0]}.\n")
+        parts.append(markdown_table(header, [(t, *(number(x[i], 2) for x in w2)) for i, t in enumerate(titles)]))
     return "\n".join(parts)
 
 
 def _with_range(values: np.ndarray) -> str:
     """Mean over seeds (n,), with the smallest and the largest."""
-
-    def text(value: float) -> str:
-        return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-    if len(values) == 1:
-        return text(values[0])
-    return f"{text(values.mean())} ({text(values.min())}–{text(values.max())})"
+    extremes = f" ({number(values.min())}–{number(values.max())})" if len(values) > 1 else ""
+    return number(values.mean()) + extremes
 
 
 def draw_fid(results: Results) -> Figure:
@@ -303,173 +275,25 @@ def draw_fid(results: Results) -> Figure:
 
     Bars reach from the smallest to the largest FID of all seeds.
     """
-    figure = figures.new_figure(7.2, 5.6)
-    axes = figure.subplots(2, len(results.samplers), sharex="col", sharey="row", squeeze=False)
-    handles = []
-    for (measured, predicted), sampler in zip(axes.T, results.samplers, strict=True):
-        steps = results.steps(sampler)
+    figure, samplers = new_figure(7.2, 5.6), results.steps()
+    panels = figure.subplots(2, len(samplers), sharex="col", sharey="row", squeeze=False)
+    for (measured, predicted), (sampler, steps) in zip(panels.T, samplers.items(), strict=True):
+        fid, w2 = (np.array([of(sampler, k) for k in steps]) for of in (results.fid, results.w2))
         for i, process in enumerate(results.processes):
-            name, line = NAMES[process], "o--" if process in VP else "o-"
-            style = {"color": figures.COLOURS[name], "linewidth": 1.0, "markersize": 2.2}
-            values = np.array([results.fid(sampler, k)[i] for k in steps])
-            mean = values.mean(1)
-            reach = np.abs(np.stack((values.min(1), values.max(1))) - mean)
-            measured.errorbar(steps, mean, reach, fmt=line, capsize=1.5, elinewidth=0.8, **style)
-            predicted.plot(steps, [results.w2(sampler, k)[i] for k in steps], line, **style)
-            if measured is axes[0, 0]:
-                handles.append(Line2D([], [], linestyle=line[1:], color=style["color"], label=theory.TITLES[name]))
-        for ax in (measured, predicted):
-            ax.set(xscale="log", yscale="log")
-            ax.set_xticks(steps, [str(k) for k in steps])
-            ax.set_xticks([], minor=True)
-        measured.set_title(SAMPLERS[sampler].title)
-        predicted.set_xlabel("sampling steps K")
-    axes[0, 0].set_ylabel("trained networks:\nFID (digits features)")
-    axes[1, 0].set_ylabel("Gaussian, exact score:\nW₂ (range of a pixel)")
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
+            style, mean = figures.STYLES[NAMES[process]], fid[:, i].mean(1)
+            reach = np.abs(np.stack((fid[:, i].min(1), fid[:, i].max(1))) - mean)
+            measured.errorbar(steps, mean, reach, capsize=1.5, elinewidth=0.8, **style)
+            predicted.plot(steps, w2[:, i], **style)
+        measured.set(title=theory.SAMPLER_TITLES[sampler], ylabel="trained networks:\nFID (digits features)")
+        predicted.set(xlabel="sampling steps K", ylabel="Gaussian, exact score:\nW₂ (range of a pixel)")
+        for axes in (measured, predicted):
+            axes.set(xscale="log", yscale="log")
+            axes.set_xticks(steps, map(str, steps))
+            axes.set_xticks([], minor=True)
+            axes.label_outer()
+    figure.legend(handles=panels[1, 0].get_lines(), loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
-
-
-def make_tasks(
-    workdir: str | Path,
-    *,
-    processes: Sequence[str],
-    seeds: int,
-    steps: Mapping[str, Sequence[int]],
-    device: str = "cpu",
-    overrides: Mapping[str, object] | None = None,
-) -> list[Task]:
-    """All runs, seed by seed; W/runs/PROCESS/seed_K is the folder of one.
-
-    Args:
-        workdir: W.
-        processes: names of ``configs/wasserstein/digits.py``.
-        seeds: seeds 0 … N − 1.
-        steps: numbers of steps of each of ``SAMPLERS``; one that is not named, or has none, is left out.
-        device: of every run.
-        overrides: of fields of every config.
-
-    Raises:
-        ValueError: an unknown process, none, fewer than one seed, or no steps at all; a bad override; a folder that
-            holds another run.
-    """
-    for process in processes:
-        if process not in MODELS:
-            raise ValueError(f"--processes={process}: allowed are {', '.join(MODELS)}")
-    if not processes:
-        raise ValueError("--processes is empty: give at least one")
-    if seeds < 1:
-        raise ValueError(f"--seeds={seeds}: at least 1")
-    plan = tuple((sampler, k) for sampler in SAMPLERS for k in steps.get(sampler, ()))
-    if not plan:
-        names = ", ".join(f"--{sampler.flag}" for sampler in SAMPLERS.values())
-        raise ValueError(f"{names} are all empty: give at least one number of steps")
-    root = Path(workdir)
-    tasks = [
-        Task(process, seed, str(root / "runs" / process / f"seed_{seed}"), str(root / "cache"), device, plan, {})
-        for seed in range(seeds)
-        for process in dict.fromkeys(processes)
-    ]
-    tasks = [task._replace(overrides=dict(overrides or {})) for task in tasks]
-    for task in tasks:  # all configs and folders are good before any work starts
-        count = task.config.eval.num_samples
-        if count < 2 * JACKKNIFE_GROUPS:
-            raise ValueError(f"eval.num_samples={count}: FID and its error need at least {2 * JACKKNIFE_GROUPS}")
-        with checked():
-            Run(task.config, task.directory, task.runtime(), free_fields=FREE_IN_TRAINING)
-    return tasks
-
-
-def run(workdir: str | Path, tasks: Sequence[Task], *, jobs: int) -> Results:
-    """Train, sample and write all files to ``workdir``. The number of processes, ``jobs``, changes no result.
-
-    Raises:
-        ValueError: fewer than one job, or a folder that belongs to something else; nothing has been written.
-    """
-    if jobs < 1:
-        raise ValueError(f"--jobs={jobs}: at least 1")
-    _check_results_kept(Path(workdir) / "results.json", tasks)
-    folder = claim(workdir, EXPERIMENT, {**tasks[0].overrides, "device": tasks[0].device, "version": VERSION})
-    config, plan = tasks[0].config, tasks[0].plan
-    run_all(
-        tasks,
-        train,
-        jobs=jobs,
-        total=config.training.n_iters * len(tasks),
-        unit="step",
-        description="train",
-    )
-    device = tasks[0].runtime().accelerator().device
-    extractor, _ = reference_features(config, tasks[0].cache_dir, device)  # not by two processes at once
-    cost = config.eval.num_samples * sum(evaluations(*pair) for pair in plan)
-    rows = run_all(tasks, sample, jobs=jobs, total=cost * len(tasks), unit="evaluation", description="sample")
-    results = Results(
-        tuple(dict.fromkeys(task.process for task in tasks)),
-        len({task.seed for task in tasks}),
-        plan,
-        [row for of_task in rows for row in of_task],
-        gaussian_rows(tasks),
-        extractor.test_accuracy,
-    )
-    text = json.dumps({"experiment": EXPERIMENT, **results._asdict()}, indent=1) + "\n"
-    write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
-    write_atomically(folder / "table.md", lambda file: file.write(table(results).encode()))
-    with matplotlib.rc_context(figures.STYLE):
-        write_atomically(folder / "fid.png", partial(draw_fid(results).savefig, format="png"))
-    return results
-
-
-def _check_results_kept(path: Path, tasks: Sequence[Task]) -> None:
-    """Refuse to write fewer results over more."""
-    if not path.exists():
-        return
-    try:
-        rows = json.loads(path.read_bytes())["rows"]
-        stored = {(row["process"], row["seed"], row["sampler"], row["K"]) for row in rows}
-    except (ValueError, KeyError, TypeError):  # damaged; it is made anew from the rows of the runs
-        return
-    if lost := stored - {(task.process, task.seed, *pair) for task in tasks for pair in task.plan}:
-        raise ValueError(
-            f"--workdir={path.parent}: {path.name} holds {len(lost)} rows that are not asked for now, e.g. "
-            f"{', '.join(map(str, min(lost)))}; ask for all of them, or choose another folder"
-        )
-
-
-def define_flags() -> None:
-    """Not on import: the other programs of this project define flags of the same names."""
-    flags.DEFINE_string("workdir", None, "Folder for the runs, results.json, table.md and fid.png.", required=True)
-    flags.DEFINE_list("processes", list(MODELS), "Forward processes, names of configs/wasserstein/digits.py.")
-    flags.DEFINE_integer("seeds", 2, "Seeds 0 … N−1 of every process.")
-    for sampler in SAMPLERS.values():
-        description = f"Numbers of steps K: {sampler.title}. Empty: without it."
-        flags.DEFINE_list(sampler.flag, [str(k) for k in sampler.steps], description)
-    flags.DEFINE_integer("jobs", available_cores(), "Processes that share the runs, about 1 GB each.")
-    flags.DEFINE_string("device", "cpu", "auto, cpu, cuda or mps.")
-
-
-def main(argv: list[str]) -> None:
-    given = flags.FLAGS
-    try:
-        steps = {
-            name: parse_counts(sampler.flag, given[sampler.flag].value) if given[sampler.flag].value else ()
-            for name, sampler in SAMPLERS.items()
-        }
-        tasks = make_tasks(
-            given.workdir, processes=given.processes, seeds=given.seeds, steps=steps, device=given.device
-        )
-        print(table(run(given.workdir, tasks, jobs=given.jobs)))
-    except (ValueError, FloatingPointError, OSError, BrokenProcessPool) as error:
-        sys.exit(f"error: {error}")
-    except run_lib.Interrupted as interruption:
-        print(interruption, file=sys.stderr)
-        sys.exit(128 + interruption.signal_number)
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command resumes")
-
-
 if __name__ == "__main__":
-    define_flags()
-    app.run(main, flags_parser=parse_flags)
+    command(run)

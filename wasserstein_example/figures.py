@@ -1,66 +1,63 @@
-"""The figures of this folder: what ``theory`` computes, drawn to be read at column width."""
+"""The figures of this folder: what ``theory`` computes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from experiment.figures import COLOURS, new_figure
+
 from . import theory
 
-STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.linewidth": 0.6, "legend.fontsize": 8, "savefig.dpi": 200}
-COLOURS = {
-    name: matplotlib.colormaps["tab10"](i) for i, name in zip((0, 2, 9, 4, 3, 1, 5, 6, 7), theory.SDES, strict=True)
+FAMILIES = {name: [process for process in theory.SDES if process.startswith(name)] for name in ("ve", "vp")}
+STYLES: dict[str, dict] = {
+    process: {"color": colour, "marker": "os^Dv"[FAMILIES[process[:2]].index(process)], "linewidth": 1.1}
+    | {"markersize": 3.5, "linestyle": "-" if process.startswith("ve") else "--", "label": theory.TITLES[process]}
+    for process, colour in zip(theory.SDES, COLOURS, strict=True)
 }
-FAMILIES = {"VE": [p for p in theory.SDES if p.startswith("ve")], "VP": [p for p in theory.SDES if p.startswith("vp")]}
+"""VE solid, VP dashed; a colour for every process, a marker for each of one family."""
 
 
 def draw_w2(results: theory.Results) -> Figure:
     """W₂ to the data against K: exponential integrator and Heun, one panel per family."""
-    figure = new_figure(7.2, 3.7)
-    for ax, (family, processes) in zip(figure.subplots(1, 2), FAMILIES.items(), strict=True):
+    figure = new_figure(7.2, 4.2)
+    for axes, (family, processes) in zip(figure.subplots(1, 2), FAMILIES.items(), strict=True):
         for process in processes:
-            for sampler, line in ((theory.ANALYSED, "-"), ("heun", "--")):
-                ax.plot(*results.curve(process, sampler, "w2"), line, color=COLOURS[process], linewidth=1.2)
+            style = STYLES[process]
+            axes.plot(*results.curve(process, theory.ANALYSED, "w2"), **style | {"linestyle": "-"})
+            axes.plot(*results.curve(process, "heun", "w2"), **style | {"linestyle": ":", "label": None})
         first = [results.curve(process, theory.ANALYSED, "w2")[1][0] for process in processes]
-        _guide(ax, results.settings.steps, 1.5 * max(first), -1)
-        ax.set(xscale="log", yscale="log", xlabel="steps K", title=f"{family}, d = {results.settings.reference}")
-        handles = [Line2D([], [], color=COLOURS[p], label=theory.TITLES[p][3:]) for p in processes]
-        ax.legend(handles=handles, loc="best", frameon=False)
-    figure.axes[0].set_ylabel("W₂ to the data")
-    lines = [
+        _guide(axes, results.settings.steps, 1.5 * max(first), -1)
+        title = f"{family.upper()}, d = {results.settings.reference}"
+        axes.set(xscale="log", yscale="log", xlabel="sampling steps K", ylabel="W₂ to the data", title=title)
+    lines = [line for axes in figure.axes for line in axes.get_legend_handles_labels()[0]]
+    lines += [
         Line2D([], [], color="0.3", label="exponential integrator"),
-        Line2D([], [], color="0.3", linestyle="--", label="probability flow, Heun"),
-        Line2D([], [], color="0.6", linestyle=":", label="1/K"),
+        Line2D([], [], color="0.3", linestyle=":", label="probability flow, Heun"),
+        Line2D([], [], color="0.6", linewidth=3, alpha=0.5, label="1/K"),
     ]
-    figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
 def draw_discretisation(results: theory.Results) -> Figure:
     """The discretisation error against K, one panel per sampler."""
     figure = new_figure(7.2, 5.2)
-    axes = figure.subplots(2, 3, sharex=True, sharey=True)
-    for ax, (sampler, title) in zip(axes.flat, theory.SAMPLER_TITLES.items(), strict=True):
-        for process in theory.SDES:
-            curve = results.curve(process, sampler, "discretisation")
-            ax.plot(*curve, "-" if process.startswith("ve") else "--", color=COLOURS[process], linewidth=1.1)
-        _guide(ax, results.settings.steps, 300, -2 if sampler == "heun" else -1)
-        ax.set(xscale="log", yscale="log", title=title, ylim=(1e-8, 1e4))
-    for ax in axes[1]:
-        ax.set_xlabel("steps K")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("W₂ to K = ∞")
-    lines = [
-        Line2D([], [], color=COLOURS[p], linestyle="-" if p.startswith("ve") else "--", label=theory.TITLES[p])
-        for p in theory.SDES
-    ]
-    lines.append(Line2D([], [], color="0.6", linestyle=":", label="1/K; Heun: 1/K²"))
-    figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False)
+    panels = figure.subplots(2, 3, sharex=True, sharey=True)
+    for axes, (sampler, title) in zip(panels.flat, theory.SAMPLER_TITLES.items(), strict=True):
+        for process, style in STYLES.items():
+            axes.plot(*results.curve(process, sampler, "discretisation"), **style)
+        _guide(axes, results.settings.steps, 300, -2 if sampler == "heun" else -1)
+        axes.set(xscale="log", yscale="log", title=title, ylim=(1e-8, 1e4))
+        axes.set(xlabel="sampling steps K", ylabel="W₂ to K = ∞")
+        axes.label_outer()
+    guide = Line2D([], [], color="0.6", linewidth=3, alpha=0.5, label="1/K; Heun: 1/K²")
+    handles = [*panels[0, 0].get_legend_handles_labels()[0], guide]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -71,41 +68,26 @@ def draw_needed(results: theory.Results) -> Figure:
     reference = results.settings.reference
     for process in theory.PROCESSES:
         known = [row for row in results.needed if row["process"] == process and row["K"] is not None]
-        style = {"color": COLOURS[process], "linewidth": 1.2, "markersize": 3.5}
-        line = "o-" if process.startswith("ve") else "s--"
         points = [(1 / row["epsilon"], row["K"]) for row in known if row["d"] == reference]
-        by_epsilon.plot(*np.array(points).reshape(-1, 2).T, line, label=theory.TITLES[process], **style)
+        by_epsilon.plot(*np.array(points).reshape(-1, 2).T, **STYLES[process])
         points = sorted((row["d"], row["K"]) for row in known if row["epsilon"] == theory.HORIZON_EPSILON)
-        by_d.plot(*np.array(points).reshape(-1, 2).T, line, **style)
-    for ax, exponents, x in (
-        (by_epsilon, (1, 2), 1 / np.array(theory.EPSILONS)),
-        (by_d, (0.5, 1), np.array(results.settings.dimensions)),
+        by_d.plot(*np.array(points).reshape(-1, 2).T, **STYLES[process])
+    for axes, exponents, x in (
+        (by_epsilon, (1, 2), [1 / epsilon for epsilon in theory.EPSILONS]),
+        (by_d, (0.5, 1), results.settings.dimensions),
     ):
-        for exponent, line in zip(exponents, (":", "-."), strict=True):
-            ax.plot(x, 4 * (x / x[0]) ** exponent, line, color="0.6", linewidth=1)
-        ax.set(xscale="log", yscale="log", ylabel="K(ε)")
-        ax.set_xticks(x, [f"{value:g}" for value in x])
-        ax.set_xticks([], minor=True)
+        for exponent in exponents:
+            _guide(axes, x, 4, exponent)
+        axes.set(xscale="log", yscale="log", ylabel="steps K(ε)")
+        axes.set_xticks(x, [f"{value:g}" for value in x])
+        axes.set_xticks([], minor=True)
     by_epsilon.set(xlabel="1/ε", title=f"d = {reference}; grey: 1/ε (lower bound), 1/ε²")
     by_d.set(xlabel="dimension d", title=f"ε = {theory.HORIZON_EPSILON:g}; grey: √d (lower bound), d")
     figure.legend(*by_epsilon.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
-FIGURES: dict[str, Callable[[theory.Results], Figure]] = {
-    "w2": draw_w2,
-    "discretisation": draw_discretisation,
-    "needed": draw_needed,
-}
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Without pyplot; sizes in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _guide(ax, steps: Sequence[int], height: float, exponent: float) -> None:
-    k = np.array([min(steps), max(steps)], dtype=float)
-    ax.plot(k, height * (k / k[0]) ** exponent, ":", color="0.6", linewidth=1)
+def _guide(axes: Axes, x: Sequence[float], height: float, exponent: float) -> None:
+    """A broad grey line of the slope ``exponent`` from ``height`` at the smallest x."""
+    ends = np.array([min(x), max(x)], dtype=float)
+    axes.plot(ends, height * (ends / ends[0]) ** exponent, color="0.6", linewidth=3, alpha=0.5, zorder=0)

@@ -1,6 +1,6 @@
 """Exact W₂ between Gaussian data and the law of every sampler, for nine forward processes: computation and tables.
 
-The data are N(m, Σ) with the eigenvalues of Σ spread geometrically, at the midpoints of d equal intervals, so that
+The data are N(m, Σ) with the eigenvalues of Σ in geometric progression, at the midpoints of d equal intervals, so that
 every d has about the same error per direction. The score is exact; what is left is
 
 * the discretisation error, the distance to the law of the same sampler with infinitely many steps, and
@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from exact.gaussian_law import DETERMINISTIC, STEPS, Law, limit_law, sampler_law, wasserstein
+from exact.gaussian_law import DETERMINISTIC, Law, limit_law, sampler_law, wasserstein
+from experiment.results import markdown_table, number
 from sde_lib import (
     SDE,
     VE,
@@ -33,8 +35,11 @@ from sde_lib import (
     LinearBeta,
     PolynomialSigma,
     PowerBeta,
+    SigmaSchedule,
     SquareRootDiffusionSigma,
 )
+
+SIGMA_MIN = 0.01
 
 
 class Process(NamedTuple):
@@ -51,12 +56,21 @@ class Process(NamedTuple):
     error: str
     exponents: tuple[float, float]
 
-    @property
-    def sde(self) -> SDE:
-        return self.stretched(self.horizon)
+
+def _ve(schedule: Callable[..., SigmaSchedule], sigma_max: float, *constants: float) -> SDE:
+    return VE(schedule(SIGMA_MIN, sigma_max, *constants))
 
 
-SIGMA_MIN = 0.01
+def _polynomial(sigma_max: float) -> SDE:
+    return _ve(PolynomialSigma, sigma_max, 2.0)  # ρ = 2: g ∝ (b + at)^c with c = 3/2
+
+
+def _linear(horizon: float) -> SDE:
+    return VP(LinearBeta(horizon * 0.1, horizon * (0.1 + horizon * 19.9)))
+
+
+def _constant(horizon: float) -> SDE:
+    return VP(ConstantBeta(horizon * 0.1, horizon * 10.0))
 
 
 def _power(horizon: float, rho: float = 2.0) -> SDE:
@@ -64,53 +78,33 @@ def _power(horizon: float, rho: float = 2.0) -> SDE:
     return VP(PowerBeta(horizon * 0.1, horizon * (start + horizon * (end - start)) ** rho, rho))
 
 
+def _exponential(horizon: float) -> SDE:
+    return VP(ExponentialBeta(horizon * 0.1, horizon * 0.1 * 300.0**horizon))
+
+
 PROCESSES: dict[str, Process] = {
-    "ve_geometric": Process(
-        lambda sigma_max: VE(GeometricSigma(SIGMA_MIN, sigma_max)), 50.0, "d log(d/ε)/ε²", "ε/log(1/ε)", (2, 1)
-    ),
-    "ve_constant": Process(
-        lambda sigma_max: VE(ConstantDiffusionSigma(SIGMA_MIN, sigma_max)),
-        50.0,
-        "d^(3/2) log(d/ε)/ε³",
-        "ε/√log(d/ε)",
-        (3, 1.5),
-    ),
-    "ve_square_root": Process(
-        lambda sigma_max: VE(SquareRootDiffusionSigma(SIGMA_MIN, sigma_max)),
-        50.0,
-        "d^(5/4)/ε^(5/2)",
-        "ε^(3/2)",
-        (2.5, 1.25),
-    ),
-    "ve_polynomial": Process(  # ρ = 2: g ∝ (b + at)^c with c = 3/2
-        lambda sigma_max: VE(PolynomialSigma(SIGMA_MIN, sigma_max, 2.0)),
-        50.0,
-        "d^(9/8)/ε^(9/4)",
-        "ε^(7/4)",
-        (2.25, 1.125),
-    ),
-    "vp_linear": Process(
-        lambda horizon: VP(LinearBeta(horizon * 0.1, horizon * (0.1 + horizon * 19.9))),
-        1.0,
-        "d √log(d/ε)/ε²",
-        "ε",
-        (2, 1),
-    ),
-    "vp_constant": Process(
-        lambda horizon: VP(ConstantBeta(horizon * 0.1, horizon * 10.0)), 1.0, "d log(d/ε)/ε²", "ε", (2, 1)
-    ),
+    "ve_geometric": Process(partial(_ve, GeometricSigma), 50.0, "d log(d/ε)/ε²", "ε/log(1/ε)", (2, 1)),
+    "ve_constant": Process(partial(_ve, ConstantDiffusionSigma), 50.0, "d^(3/2) log(d/ε)/ε³", "ε/√log(d/ε)", (3, 1.5)),
+    "ve_square_root": Process(partial(_ve, SquareRootDiffusionSigma), 50.0, "d^(5/4)/ε^(5/2)", "ε^(3/2)", (2.5, 1.25)),
+    "ve_polynomial": Process(_polynomial, 50.0, "d^(9/8)/ε^(9/4)", "ε^(7/4)", (2.25, 1.125)),
+    "vp_linear": Process(_linear, 1.0, "d √log(d/ε)/ε²", "ε", (2, 1)),
+    "vp_constant": Process(_constant, 1.0, "d log(d/ε)/ε²", "ε", (2, 1)),
     "vp_power": Process(_power, 1.0, "d (log(d/ε))^(1/3)/ε²", "ε", (2, 1)),
-    "vp_exponential": Process(
-        lambda horizon: VP(ExponentialBeta(horizon * 0.1, horizon * 0.1 * 300.0**horizon)),
-        1.0,
-        "d log log(d/ε)/ε²",
-        "ε",
-        (2, 1),
-    ),
+    "vp_exponential": Process(_exponential, 1.0, "d log log(d/ε)/ε²", "ε", (2, 1)),
 }
-COSINE = VP(CosineBeta(999.0))
-"""Not in the paper, and with its end fixed: it has no horizon to stretch."""
-SDES: dict[str, SDE] = {**{name: process.sde for name, process in PROCESSES.items()}, "vp_cosine": COSINE}
+SDES: dict[str, SDE] = {name: process.stretched(process.horizon) for name, process in PROCESSES.items()}
+# Not in the paper, and with its end fixed: it has no horizon to stretch.
+SDES["vp_cosine"] = VP(CosineBeta(999.0))
+
+SAMPLER_TITLES = {
+    "euler_maruyama": "Euler–Maruyama",
+    "reverse_diffusion": "reverse diffusion",
+    "ancestral_sampling": "ancestral",
+    "exponential_integrator": "exponential integrator",
+    "probability_flow": "flow, Euler",
+    "heun": "flow, Heun",
+}
+TITLES = {name: f"{name[:2].upper()} {name[3:].replace('_', ' ')}" for name in SDES}
 
 LONG_STEPS = (2**14, 2**15, 2**16)
 """Where slopes that 8192 steps do not show yet are measured, in one dimension of the list only."""
@@ -148,7 +142,7 @@ class Settings(NamedTuple):
 def distances(settings: Settings, process: str, sampler: str) -> list[dict]:
     """Rows of W₂ to the data and to the sampler's own limit, for every K and d.
 
-    Directions are independent, so the data of all dimensions go through the sampler side by side.
+    Directions are independent, so the data of all dimensions go through the sampler together.
     """
     sde = SDES[process]
     parts = [settings.data(d) for d in settings.dimensions]
@@ -160,16 +154,9 @@ def distances(settings: Settings, process: str, sampler: str) -> list[dict]:
         split = [zip(*(column.split(settings.dimensions) for column in law), strict=True) for law in laws]
         for d, *columns in zip(settings.dimensions, *split, strict=True):
             of_sampler, of_data, of_limit = (Law(*pair) for pair in columns)
-            rows.append(
-                {
-                    "process": process,
-                    "sampler": sampler,
-                    "d": d,
-                    "K": num_steps,
-                    "w2": wasserstein(of_sampler, of_data),
-                    "discretisation": wasserstein(of_sampler, of_limit),
-                }
-            )
+            row = {"process": process, "sampler": sampler, "d": d, "K": num_steps}
+            row["w2"], row["discretisation"] = (wasserstein(of_sampler, other) for other in (of_data, of_limit))
+            rows.append(row)
     return rows
 
 
@@ -192,14 +179,9 @@ def measured_slopes(settings: Settings, rows: Sequence[dict]) -> list[dict]:
         sde = SDES[process]
         limit = limit_law(sde, data, probability_flow=sampler in DETERMINISTIC)
         errors = [wasserstein(sampler_law(sde, data, sampler, k), limit) for k in LONG_STEPS]
-        slopes.append(
-            {
-                "process": process,
-                "sampler": sampler,
-                "slope": slope(*zip(*points, strict=True)) if len(points) > 1 else None,
-                "long_slope": slope(LONG_STEPS, errors),
-            }
-        )
+        short = slope(*zip(*points, strict=True)) if len(points) > 1 else None
+        long = slope(LONG_STEPS, errors)
+        slopes.append({"process": process, "sampler": sampler, "slope": short, "long_slope": long})
     return slopes
 
 
@@ -279,152 +261,81 @@ class Results(NamedTuple):
 
     def curve(self, process: str, sampler: str, quantity: str) -> tuple[list[int], list[float]]:
         """K and the quantity in the reference dimension."""
-        chosen = [
-            row
-            for row in self.rows
-            if (row["process"], row["sampler"], row["d"]) == (process, sampler, self.settings.reference)
-        ]
+        case = (process, sampler, self.settings.reference)
+        chosen = [row for row in self.rows if (row["process"], row["sampler"], row["d"]) == case]
         return [row["K"] for row in chosen], [row[quantity] for row in chosen]
 
 
 def compute(settings: Settings) -> Results:
     """Everything but tables and figures."""
-    rows, limits = [], []
-    with tqdm(total=len(SDES) * len(STEPS), desc="W₂", leave=False) as bar:
-        for process, sde in SDES.items():
-            for sampler in STEPS:
-                rows += distances(settings, process, sampler)
-                bar.update()
-            for d in settings.dimensions:
-                data = settings.data(d)
-                sde_limit, ode_limit = (
-                    wasserstein(limit_law(sde, data, probability_flow=flow), data) for flow in (False, True)
-                )
-                limits.append({"process": process, "d": d, "sde": sde_limit, "ode": ode_limit})
+    cases = [(process, sampler) for process in SDES for sampler in SAMPLER_TITLES]
+    rows = [row for case in tqdm(cases, desc="W₂", leave=False) for row in distances(settings, *case)]
+    limits = []
+    for process, sde in SDES.items():
+        for d in settings.dimensions:
+            data = settings.data(d)
+            of_sde, of_ode = (wasserstein(limit_law(sde, data, probability_flow=flow), data) for flow in (False, True))
+            limits.append({"process": process, "d": d, "sde": of_sde, "ode": of_ode})
     slopes = measured_slopes(settings, rows)
     return Results(settings, rows, limits, slopes, needed(settings), score_errors(settings))
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
-SAMPLER_TITLES = {
-    "euler_maruyama": "Euler–Maruyama",
-    "reverse_diffusion": "reverse diffusion",
-    "ancestral_sampling": "ancestral",
-    "exponential_integrator": "exponential integrator",
-    "probability_flow": "flow, Euler",
-    "heun": "flow, Heun",
-}
-TITLES = {name: f"{name[:2].upper()} {name[3:].replace('_', ' ')}" for name in SDES}
-
 
 def tables(results: Results) -> str:
     """In Markdown."""
-    settings, d = results.settings, results.settings.reference
-    slopes = {(row["process"], row["sampler"]): row for row in results.slopes}
-    limits = {(row["process"], row["d"]): row for row in results.limits}
-    last = max(settings.steps)
-
-    by_sampler = markdown_table(
-        ("process", *(SAMPLER_TITLES[s] for s in STEPS)),
-        [
-            (
-                TITLES[p],
-                *(f"{number(row['slope'])} ({row['long_slope']:.2f})" for row in (slopes[p, s] for s in STEPS)),
-            )
-            for p in SDES
-        ],
-    )
-    w2 = markdown_table(
-        ("process", "limit, SDE", "limit, ODE", *(f"K = {last}: {title}" for title in SAMPLER_TITLES.values())),
-        [
-            (
-                TITLES[p],
-                f"{limits[p, d]['sde']:.1e}",
-                f"{limits[p, d]['ode']:.1e}",
-                *(f"{results.curve(p, s, 'w2')[1][-1]:.1e}" for s in SAMPLER_TITLES),
-            )
-            for p in SDES
-        ],
-    )
-    by_case = {(row["process"], row["d"], row["epsilon"]): row for row in results.needed}
+    settings, d, last = results.settings, results.settings.reference, max(results.settings.steps)
+    slopes = {(r["process"], r["sampler"]): f"{number(r['slope'])} ({number(r['long_slope'])})" for r in results.slopes}
+    by_sampler = [(TITLES[p], *(slopes[p, s] for s in SAMPLER_TITLES)) for p in SDES]
+    distances = {row["process"]: [row["sde"], row["ode"]] for row in results.limits if row["d"] == d}
+    for p in SDES:
+        distances[p] += [results.curve(p, s, "w2")[1][-1] for s in SAMPLER_TITLES]
+    w2 = [(TITLES[p], *map(number, distances[p])) for p in SDES]
+    count = {(row["process"], row["d"], row["epsilon"]): row["K"] or "–" for row in results.needed}
     others = [other for other in settings.dimensions if other != d]
-    rows = []
+    bounds = []
     for name, process in PROCESSES.items():
         of_epsilon, of_d = measured_exponents(results, name)
-        rows.append(
+        bounds.append(
             (
                 TITLES[name],
                 process.steps,
-                *(_count(by_case[name, d, epsilon]["K"]) for epsilon in EPSILONS),
+                *(count[name, d, epsilon] for epsilon in EPSILONS),
                 f"{number(of_epsilon)} ({process.exponents[0]:g})",
-                *(_count(by_case[name, other, HORIZON_EPSILON]["K"]) for other in others),
+                *(count[name, other, HORIZON_EPSILON] for other in others),
                 f"{number(of_d)} ({process.exponents[1]:g})",
             )
         )
-    rows.append(("lower bound", "√d/ε", *("" for _ in EPSILONS), "(1)", *("" for _ in others), "(0.5)"))
-    bounds = markdown_table(
-        (
-            "process",
-            "upper bound on K",
-            *(f"K({epsilon:g})" for epsilon in EPSILONS),
-            "exponent of 1/ε",
-            *(f"K({HORIZON_EPSILON:g}), d = {other}" for other in others),
-            "exponent of d",
-        ),
-        rows,
-    )
-    by_error = {(row["process"], row["M"]): row for row in results.score_errors}
-    errors = markdown_table(
-        ("process", *(f"M = {size:g}" for size in SCORE_ERRORS), "shift/M", "the paper's M for ε"),
-        [
-            (
-                TITLES[p],
-                *(f"{by_error[p, size]['w2']:.3g}" for size in SCORE_ERRORS),
-                f"{by_error[p, SCORE_ERRORS[-1]]['shift_per_error']:.3g}",
-                PROCESSES[p].error if p in PROCESSES else "–",
-            )
-            for p in SDES
-        ],
-    )
+    bounds.append(("lower bound", "√d/ε", *("" for _ in EPSILONS), "(1)", *("" for _ in others), "(0.5)"))
+    by_error = []
+    for p in SDES:
+        rows = [row for row in results.score_errors if row["process"] == p]
+        numbers = [*(row["w2"] for row in rows), rows[-1]["shift_per_error"]]
+        by_error.append((TITLES[p], *map(number, numbers), PROCESSES[p].error if p in PROCESSES else "–"))
+    titles = list(SAMPLER_TITLES.values())
+    counts = (f"K({epsilon:g})" for epsilon in EPSILONS), (f"K({HORIZON_EPSILON:g}), d = {other}" for other in others)
     return f"""\
 Slope of log(discretisation error) against log K, d = {d}, between K = {last // 16} and {last}; in parentheses between
 {LONG_STEPS[0]} and {LONG_STEPS[-1]}.
 
-{by_sampler}
+{markdown_table(("process", *titles), by_sampler)}
 W₂ to the data, d = {d}: in the limit of infinitely many steps, and at K = {last}.
 
-{w2}
+{markdown_table(("process", "limit, SDE", "limit, ODE", *titles), w2)}
 Steps K(ε) of the exponential integrator with the horizon at which the limit is ε/2; d = {d} unless given. Exponents:
 fitted to the measured K, in parentheses the paper's (without logarithms). –: the limit does not get down to ε/2.
 
-{bounds}
+{markdown_table(("process", "upper bound on K", *counts[0], "exponent of 1/ε", *counts[1], "exponent of d"), bounds)}
 W₂ of the exponential integrator with {SCORE_ERROR_STEPS} steps and a constant error of length M in the score, d = {d};
 how far the mean of the samples moves, divided by M.
 
-{errors}"""
+{markdown_table(("process", *(f"M = {m:g}" for m in SCORE_ERRORS), "shift/M", "the paper's M for ε"), by_error)}"""
 
 
 def measured_exponents(results: Results, process: str) -> tuple[float | None, float | None]:
     """Of 1/ε, over all ε in the reference dimension, and of d, over all dimensions at one ε, in K(ε)."""
     known = [row for row in results.needed if row["process"] == process and row["K"] is not None]
-    reference = results.settings.reference
-    of_epsilon = [(1 / row["epsilon"], row["K"]) for row in known if row["d"] == reference]
+    of_epsilon = [(1 / row["epsilon"], row["K"]) for row in known if row["d"] == results.settings.reference]
     of_d = [(row["d"], row["K"]) for row in known if row["epsilon"] == HORIZON_EPSILON]
-    first, second = (slope(*zip(*points, strict=True)) if len(points) > 1 else None for points in (of_epsilon, of_d))
-    return first, second
-
-
-def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _count(value: int | None) -> str:
-    return "–" if value is None else str(value)
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = [list(row) for row in (header, *rows)]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
-    cells.insert(1, ["-" * width for width in widths])
-    return "".join(f"| {' | '.join(map(str.ljust, row, widths))} |\n" for row in cells)
+    return tuple(slope(*zip(*points, strict=True)) if len(points) > 1 else None for points in (of_epsilon, of_d))

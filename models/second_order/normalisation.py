@@ -24,10 +24,64 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from models.dropout import Dropout
-from models.second_order.operations import asked_for, is_higher_order, view
+from experiment.randomness import mix32, random_bits
+from models.second_order.operations import is_higher_order, view, wanted
 
-__all__ = ["GroupNorm", "norm_act"]
+__all__ = ["Dropout", "GroupNorm", "norm_act", "set_dropout_keys"]
+
+# ---------------------------------------------------------------------------------------------------------------
+# Dropout
+
+
+class Dropout(nn.Module):
+    """In training, each number of (B, C, H, W) becomes 0 with probability p and is else divided by 1 − p.
+
+    The masks belong to a sample: not to the batch, the process or the device. Number j of a sample becomes 0 if
+
+        a·mix(j) + b mod 2⁶⁴  <  p·2⁶⁴
+
+    under the sample's key, two random integers a and b of 64 bits. Multiply-shift hashing is pairwise independent;
+    mix, a fixed scrambling of j, is there because a hash that is linear in j would make patterns of neighbours. Under
+    the same keys a second evaluation sees the same network, which is what the quasi-conservative loss needs, when it
+    takes its probes in chunks, and recomputation.
+
+    Attributes:
+        keys: int64 (B, 2), used until others are set; None: keys from torch's global stream, others at every call.
+
+    Sources: Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov (JMLR 2014); Dietzfelbinger, "Universal hashing
+    and k-wise independent random variables via integer arithmetic without primes" (STACS 1996) for the hash.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.keys: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = self.factor(x)
+        return x if factor is None else x * factor
+
+    def factor(self, x: Tensor) -> Tensor | None:
+        """What the numbers of x (B, C, H, W) are multiplied by, 0 or 1/(1 − p); None where that is 1 for all."""
+        if not self.training or self.p == 0:
+            return None
+        keys = random_bits((len(x), 2), device=x.device) if self.keys is None else self.keys
+        channels, height, width = x.shape[1:]
+        # In the order of channels-last memory, which is that of x.
+        position = torch.arange(height * width * channels, device=x.device).view(height, width, channels)
+        multiplier, offset = keys[:, :, None, None, None].unbind(1)
+        bits = (multiplier * mix32(position)).add_(offset)
+        # The bits are those of a signed integer, between −2⁶³ and 2⁶³. As a factor, because torch.where is slow, and
+        # slower still to differentiate.
+        factor = (bits >= round((self.p - 0.5) * 2**64)).to(x.dtype).mul_(1 / (1 - self.p))
+        return factor.permute(0, 3, 1, 2)
+
+
+def set_dropout_keys(layers: Sequence[Dropout], keys: Tensor) -> None:
+    """Give each layer its keys for the batch that comes next: int64 (B, layers, 2)."""
+    for layer, own in zip(layers, keys.unbind(1), strict=True):
+        layer.keys = own
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Group normalisation
@@ -47,7 +101,7 @@ class _GroupNorm(Function):
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
-        for_x, for_weight, for_bias = (*asked_for(ctx, 3), False, False)[:3]
+        for_x, for_weight, for_bias = wanted(ctx, "inputs", "weights", "weights")
         if not torch.is_grad_enabled():
             return (
                 *_group_norm_backward(g, x, weight, mean, rstd, ctx.groups, [for_x, for_weight, for_bias]),
@@ -79,10 +133,10 @@ class _GroupNormInput(Function):
     def backward(ctx, c: Tensor) -> tuple[Tensor | None, ...]:
         g, x, weight, mean, rstd, ju = ctx.saved_tensors
         groups, eps = ctx.groups, ctx.eps
-        for_g, for_x, *for_weight = asked_for(ctx, 3 if weight is not None else 2)
+        for_g, for_x, for_weight = wanted(ctx, "cotangents", "inputs", "weights")
         jc = _GroupNormInput.apply(c, x, None, mean, rstd, groups, eps)
         for_g = (jc if weight is None else jc * _per_channel(weight[None])) if for_g else None
-        for_weight = (g * jc).sum((0, 2, 3)) if any(for_weight) else None
+        for_weight = (g * jc).sum((0, 2, 3)) if for_weight else None
         if not for_x:
             return for_g, None, for_weight, None, None, None, None
 
@@ -254,7 +308,7 @@ class _NormAct(Function):
         x, weight, z = ctx.saved_tensors
         constants, eps = ctx.constants, ctx.eps
         groups = constants.rstd.shape[1]
-        asked = asked_for(ctx, 3)
+        asked = wanted(ctx, "inputs", "weights", "weights")
         if not torch.is_grad_enabled():
             total = g_z if g is None else constants.slope * g
             if g is not None and g_z is not None:
@@ -287,7 +341,7 @@ class _NormActInput(Function):
     @staticmethod
     def backward(ctx, c: Tensor) -> tuple[Tensor | None, ...]:
         g, x, weight, z, ju = ctx.saved_tensors
-        constants, eps, asked = ctx.constants, ctx.eps, asked_for(ctx, 4)
+        constants, eps, asked = ctx.constants, ctx.eps, wanted(ctx, "cotangents", "inputs", "weights", "inputs")
         if not any(asked[1:]):
             return _NormActTangent.apply(c, x, weight, z, constants, eps), None, None, None, None, None
         if torch.is_grad_enabled():
@@ -311,7 +365,7 @@ class _NormActTangent(Function):
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         c, x, weight, z = ctx.saved_tensors
-        constants, eps, asked = ctx.constants, ctx.eps, asked_for(ctx, 4)
+        constants, eps, asked = ctx.constants, ctx.eps, wanted(ctx, "cotangents", "inputs", "weights", "inputs")
         if not any(asked[1:]):
             return _NormActInput.apply(g, x, weight, z, constants, eps), None, None, None, None, None
         if torch.is_grad_enabled():
@@ -345,10 +399,9 @@ def _by_torch(
     return [next(found) if needed else None for needed in asked]
 
 
-def norm_act(norm: nn.Module, activation: nn.Module, x: Tensor, dropout: nn.Module | None = None) -> Tensor:
+def norm_act(norm: GroupNorm, activation: nn.Module, x: Tensor, dropout: Dropout | None = None) -> Tensor:
     """``dropout(activation(norm(x)))`` for images (B, C, H, W)."""
-    own = dropout is None or isinstance(dropout, Dropout)
-    if is_higher_order() and own and isinstance(norm, GroupNorm) and isinstance(activation, nn.SiLU):
+    if is_higher_order() and isinstance(activation, nn.SiLU):
         factor = None if dropout is None else dropout.factor(x)
         return _NormAct.apply(x, view(norm.weight), view(norm.bias), norm.num_groups, norm.eps, factor)[0]
     y = activation(norm(x))

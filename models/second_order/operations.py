@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -30,33 +29,37 @@ from torch.autograd import Function
 
 __all__ = [
     "Conv2d",
-    "asked_for",
     "attend",
     "blur",
     "blur_transposed",
     "concatenate",
     "differentiated_twice",
+    "gradients_of",
     "higher_order",
     "is_higher_order",
+    "setting",
     "view",
+    "wanted",
 ]
 
-_HIGHER_ORDER: ContextVar[bool] = ContextVar("higher_order", default=False)
+_higher_order = False
+_gradients_of = "everything"
 
 
 def is_higher_order() -> bool:
     """Whether layers use the functions of this file."""
-    return not torch.compiler.is_compiling() and _HIGHER_ORDER.get()
+    return _higher_order
 
 
 @contextlib.contextmanager
 def higher_order() -> Iterator[None]:
     """Let layers use the functions of this file within the context."""
-    token = _HIGHER_ORDER.set(True)
+    global _higher_order
+    before, _higher_order = _higher_order, True
     try:
         yield
     finally:
-        _HIGHER_ORDER.reset(token)
+        _higher_order = before
 
 
 def differentiated_twice(x: Tensor) -> bool:
@@ -70,26 +73,44 @@ def differentiated_twice(x: Tensor) -> bool:
         and x.requires_grad
         and not torch.is_autocast_enabled(x.device.type)
         and forward_ad.unpack_dual(x).tangent is None
-        and not torch._C._are_functorch_transforms_active()
+        and torch.func.debug_unwrap(x) is x
     )
 
 
-def asked_for(ctx, count: int) -> list[bool]:
-    """Which of the first ``count`` inputs, tensors, the engine wants the gradient of in this pass.
+@contextlib.contextmanager
+def gradients_of(what: str) -> Iterator[None]:
+    """Within the context backward passes through the functions of this file form the gradients of ``what`` alone:
 
-    ctx.needs_input_grad says what has a gradient at all; the products for the Jacobian would then compute those of the
-    weights, too. The engine does not answer for leaves, so weights must come as views.
+    * 'inputs', the images, and not of weights: for Jᵀv;
+    * 'cotangents', which a backward pass that is differentiated was given and in which it is linear: for the
+      derivative of Jᵀu along u, which is Jv.
+
+    torch does not tell such a function which of its gradients a pass needs. The setting is that of the process, because
+    torch runs backward passes in threads of its own; two threads that differentiate at a time must not differ in it.
     """
-    nodes = [node for node, _ in ctx.next_functions[:count]]
-    return [
-        node is not None
-        and (node.name() == "torch::autograd::AccumulateGrad" or torch._C._will_engine_execute_node(node))
-        for node in nodes
-    ]
+    global _gradients_of
+    before, _gradients_of = _gradients_of, what
+    try:
+        yield
+    finally:
+        _gradients_of = before
+
+
+def setting() -> str:
+    """What ``gradients_of`` was given; 'everything' outside of it."""
+    return _gradients_of
+
+
+def wanted(ctx, *kinds: str) -> list[bool]:
+    """Of which of its first inputs a function forms the gradient now, given their kinds: 'cotangents', 'inputs' or
+    'weights'."""
+    excluded = {"everything": (), "inputs": ("weights",), "cotangents": ("weights", "inputs")}[_gradients_of]
+    return [needed and kind not in excluded for needed, kind in zip(ctx.needs_input_grad, kinds, strict=False)]
 
 
 def view(parameter: Tensor | None) -> Tensor | None:
-    """The same tensor as a view of itself, which is no leaf."""
+    """The same tensor as a node of its own in the graph: what functions of one evaluation contribute to its gradient is
+    added up there, before it joins that of other evaluations."""
     return None if parameter is None else parameter.view_as(parameter)
 
 
@@ -109,8 +130,7 @@ class _Conv(Function):
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        asked = asked_for(ctx, len(ctx.next_functions))
-        asked += [False] * (3 - len(asked))
+        asked = wanted(ctx, "cotangents", "weights", "weights")  # linear in x, as in a cotangent
         if not torch.is_grad_enabled():
             return *_convolution_backward(g, x, weight, ctx.geometry, asked), None
         return (
@@ -133,7 +153,7 @@ class _ConvInput(Function):
     @staticmethod
     def backward(ctx, c: Tensor) -> tuple[Tensor | None, ...]:
         g, weight = ctx.saved_tensors
-        for_g, for_weight = asked_for(ctx, 2)
+        for_g, for_weight = wanted(ctx, "cotangents", "weights")
         if not torch.is_grad_enabled():
             product = F.conv2d(c, weight, None, *ctx.geometry) if for_g else None
             return product, _convolution_backward(g, c, weight, ctx.geometry, [False, for_weight, False])[1], None, None
@@ -157,7 +177,7 @@ class _ConvWeight(Function):
     @staticmethod
     def backward(ctx, c: Tensor) -> tuple[Tensor | None, ...]:
         g, x = ctx.saved_tensors
-        for_g, for_x = asked_for(ctx, 2)
+        for_g, for_x, *_ = ctx.needs_input_grad
         return (
             _Conv.apply(x, c, None, ctx.geometry) if for_g else None,
             _ConvInput.apply(g, c, x.detach(), ctx.geometry) if for_x else None,
@@ -303,7 +323,7 @@ class _Outer(Function):
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
-        for_a, for_b = asked_for(ctx, 2)
+        for_a, for_b = ctx.needs_input_grad
         return _Weighted.apply(g, b) if for_a else None, _WeightedBack.apply(g, a) if for_b else None
 
 
@@ -318,7 +338,7 @@ class _Weighted(Function):
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         w, b = ctx.saved_tensors
-        for_w, for_b = asked_for(ctx, 2)
+        for_w, for_b = ctx.needs_input_grad
         return _Outer.apply(g, b) if for_w else None, _WeightedBack.apply(w, g) if for_b else None
 
 
@@ -333,7 +353,7 @@ class _WeightedBack(Function):
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         w, a = ctx.saved_tensors
-        for_w, for_a = asked_for(ctx, 2)
+        for_w, for_a = ctx.needs_input_grad
         return _Outer.apply(a, g) if for_w else None, _Weighted.apply(w, g) if for_a else None
 
 
@@ -362,7 +382,7 @@ class _SoftmaxInput(Function):
     @staticmethod
     def backward(ctx, c: Tensor) -> tuple[Tensor | None, Tensor | None]:
         u, p = ctx.saved_tensors
-        for_u, for_p = asked_for(ctx, 2)
+        for_u, for_p = ctx.needs_input_grad
         for_u = _SoftmaxInput.apply(c, p) if for_u else None
         if not for_p:
             return for_u, None

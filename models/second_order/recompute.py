@@ -15,61 +15,52 @@ Source: Griewank, Walther, "Evaluating Derivatives" (SIAM, 2008), Chapter 12, fo
 
 from __future__ import annotations
 
-import abc
 import contextlib
 from collections.abc import Callable, Sequence
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
 
-from models.dropout import Dropout
-from models.second_order.operations import higher_order, is_higher_order
+from models.second_order.normalisation import Dropout
+from models.second_order.operations import gradients_of, higher_order, is_higher_order, setting, view, wanted
 
-__all__ = ["Recomputable", "recompute_activations", "recomputed"]
-
-
-class Recomputable(nn.Module, abc.ABC):
-    """A block whose ``compute`` maps tensors to one tensor; its only randomness is dropout under given keys.
-
-    While ``recompute`` is set, training keeps of it no more than its inputs.
-    """
-
-    recompute = False
-
-    @abc.abstractmethod
-    def compute(self, *inputs: Tensor | None) -> Tensor:
-        """What the block does."""
-
-    def forward(self, *inputs: Tensor | None) -> Tensor:
-        if not (self.recompute and self.training and torch.is_grad_enabled()):
-            return self.compute(*inputs)
-        dropouts = [module for module in self.modules() if isinstance(module, Dropout)]
-        keys = [dropout.keys for dropout in dropouts]
-        # Known here alone: backward, which evaluates again, is outside of the network.
-        context = higher_order if is_higher_order() else contextlib.nullcontext
-
-        def compute(*inputs: Tensor | None) -> Tensor:
-            # By the time of backward the layers may have been given the keys of another batch.
-            for dropout, own in zip(dropouts, keys, strict=True):
-                dropout.keys = own
-            with context():
-                return self.compute(*inputs)
-
-        return recomputed(compute, inputs, tuple(self.parameters()))
+__all__ = ["recompute_activations", "recomputed"]
 
 
-def recompute_activations(network: nn.Module) -> int:
-    """Set ``recompute`` in all blocks of a network; returns how many there are.
+def recompute_activations(network: nn.Module) -> None:
+    """Have the training of a network keep no more than the inputs of its blocks.
+
+    Blocks are its modules with ``recomputable = True``: they map tensors to one tensor, and their only randomness is
+    ``Dropout`` under given keys.
 
     Raises:
         ValueError: there are none.
     """
-    blocks = [module for module in network.modules() if isinstance(module, Recomputable)]
+    blocks = [module for module in network.modules() if getattr(module, "recomputable", False)]
     if not blocks:
         raise ValueError("training.activation_checkpointing=True: the network has no blocks for it")
     for block in blocks:
-        block.recompute = True
-    return len(blocks)
+        block.forward = MethodType(_forward, block)  # a method, so that a copy of the block has its own
+
+
+def _forward(block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    evaluate = MethodType(type(block).forward, block)
+    if not (block.training and torch.is_grad_enabled()):
+        return evaluate(*inputs)
+    dropouts = [module for module in block.modules() if isinstance(module, Dropout)]
+    keys = [dropout.keys for dropout in dropouts]
+    # Known here alone: backward, which evaluates again, is outside of the network.
+    context = higher_order if is_higher_order() else contextlib.nullcontext
+
+    def function(*inputs: Tensor | None) -> Tensor:
+        # By the time of backward the layers may have been given the keys of another batch.
+        for dropout, own in zip(dropouts, keys, strict=True):
+            dropout.keys = own
+        with context():
+            return evaluate(*inputs)
+
+    return recomputed(function, inputs, tuple(block.parameters()))
 
 
 def recomputed(
@@ -99,43 +90,40 @@ def recomputed(
         with autocast:
             return (function(*(next(rest) if there else None for there in given)),)
 
-    (value,) = _apply(call, tensors, parameters)
+    # A block is given an image and, of what depends on weights alone, the noise level's embedding.
+    (value,) = _apply(call, parameters, ("inputs", *("weights" for _ in tensors[1:])), tensors)
     return value
 
 
 def _apply(
-    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], parameters: Sequence[Tensor]
+    function: Callable[..., Sequence[Tensor]],
+    parameters: Sequence[Tensor],
+    kinds: Sequence[str],
+    inputs: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    # Views, because the engine does not tell whether the gradient of a leaf is asked for.
-    views = [x.view_as(x) for x in (*inputs, *parameters)]
-    return _Recomputed.apply(function, parameters, *views)
+    return _Recomputed.apply(function, parameters, kinds, *(view(tensor) for tensor in (*inputs, *parameters)))
 
 
 class _Recomputed(torch.autograd.Function):
-    """``function`` of inputs, with ``parameters`` that it uses besides; both follow once more as ``tensors``, from
-    which the graph learns of them."""
+    """``function`` of inputs of the given kinds, with ``parameters`` that it uses besides; both follow once more as
+    ``tensors``, from which the graph learns of them."""
 
     @staticmethod
     def forward(
-        ctx, function: Callable[..., Sequence[Tensor]], parameters: Sequence[Tensor], *tensors: Tensor
+        ctx, function: Callable[..., Sequence[Tensor]], parameters: Sequence[Tensor], kinds: Sequence[str], *tensors
     ) -> tuple[Tensor, ...]:
-        inputs = tensors[: len(tensors) - len(parameters)]
-        ctx.function, ctx.parameters = function, parameters
+        inputs = tensors[: len(kinds)]
+        ctx.function, ctx.parameters, ctx.kinds = function, parameters, kinds
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
         return tuple(function(*inputs))
 
     @staticmethod
     def backward(ctx, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        function, inputs, parameters = ctx.function, ctx.saved_tensors, ctx.parameters
-        count = len(inputs)
-        # ctx.needs_input_grad says what has a gradient, not what is asked for now; computing all would multiply the
-        # cost with every order. (torch's hooks for several gradients rest on the same question to the engine.)
-        asked = [
-            index
-            for index, (node, _) in enumerate(ctx.next_functions)
-            if node is not None and torch._C._will_engine_execute_node(node)
-        ]
+        function, inputs, parameters, count = ctx.function, ctx.saved_tensors, ctx.parameters, len(ctx.kinds)
+        what = setting()
+        needed = wanted(ctx, "", "", "", *ctx.kinds, *("weights" for _ in parameters))[3:]
+        asked = [index for index, flag in enumerate(needed) if flag]
         present = [index for index, cotangent in enumerate(cotangents) if cotangent is not None]
 
         def derivative(*arguments: Tensor) -> Sequence[Tensor]:
@@ -147,15 +135,21 @@ class _Recomputed(torch.autograd.Function):
                 ]
                 y = function(*x)
                 outputs = [(y[i], v) for i, v in zip(present, arguments[count:], strict=True) if y[i].requires_grad]
-                wanted = [(*x, *parameters)[i] for i in asked]
+                tensors = [(*x, *parameters)[i] for i in asked]
                 if not outputs:
-                    return [torch.zeros_like(tensor) for tensor in wanted]
+                    return [torch.zeros_like(tensor) for tensor in tensors]
                 values, directions = zip(*outputs, strict=True)
-                return torch.autograd.grad(values, wanted, directions, create_graph=nested, materialize_grads=True)
+                with gradients_of(what):
+                    return torch.autograd.grad(values, tensors, directions, create_graph=nested, materialize_grads=True)
 
         arguments = [*inputs, *(cotangents[i] for i in present)]
-        found = _apply(derivative, arguments, parameters) if torch.is_grad_enabled() else derivative(*arguments)
-        gradients: list[Tensor | None] = [None] * len(ctx.next_functions)
+        if torch.is_grad_enabled():
+            kinds = ["weights" if kind == "weights" else "inputs" for kind in ctx.kinds]
+            kinds += ["cotangents"] * len(present)
+            found = _apply(derivative, parameters, kinds, arguments)
+        else:
+            found = derivative(*arguments)
+        gradients: list[Tensor | None] = [None] * len(needed)
         for index, gradient in zip(asked, found, strict=True):
             gradients[index] = gradient
-        return None, None, *gradients
+        return None, None, None, *gradients

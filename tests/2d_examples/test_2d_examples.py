@@ -9,15 +9,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from from_config import get_objective
 from scipy import stats
 from scipy.spatial.distance import cdist
 
+from experiment.runtime import Runtime
 from models.mlp import NoiseConditionalMLP
-from sde_lib import VE, GeometricSigma
 
 configs = importlib.import_module("2d_examples.configs")
 experiment = importlib.import_module("2d_examples.experiment")
-figures = importlib.import_module("2d_examples.figures")
+main = importlib.import_module("2d_examples.main")
 table = importlib.import_module("2d_examples.table")
 
 PAIRS = [f"{dataset}-{model}" for dataset in configs.DATASETS for model in configs.MODELS]
@@ -31,10 +32,19 @@ TINY = {
 }
 
 
-def tiny_run(tmp_path, name="gaussian_8-u", **overrides):
+def tiny(name="gaussian_8-u", **overrides):
     config = configs.get_config(name)
     config.update_from_flattened_dict({**TINY, **overrides})
-    return experiment.Run(config, tmp_path / name)
+    return config
+
+
+def points_of(config):
+    return experiment.points(config, "test points", config.data.num_test)
+
+
+def loss_terms(config, x0):
+    objective = get_objective(config, experiment.initial_model(config))
+    return objective(x0, experiment.generator(config, "train", 0))
 
 
 # ------------------------------------------------------------------------------------------------------------- network
@@ -73,9 +83,10 @@ def test_network_sizes():
     assert count == linear + (64 + 128) + 2 + 257  # and a β for every unit that a Swish follows
 
 
-def test_hutchinson_in_the_plane_is_seeded(tmp_path):
-    run = tiny_run(tmp_path, **{"likelihood.divergence": "rademacher"})
-    first, second = (experiment.evaluate_score(run, run.model).metrics["nll"] for _ in range(2))
+def test_hutchinson_in_the_plane_is_seeded():
+    config = tiny(**{"likelihood.divergence": "rademacher"})
+    model = experiment.initial_model(config)
+    first, second = (experiment.evaluate_score(config, model)[0]["nll"] for _ in range(2))
     assert first == second
 
 
@@ -89,11 +100,14 @@ def test_unknown_activation():
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_every_pair_resolves_and_trains(name, tmp_path):
-    run = tiny_run(tmp_path, name)
-    before = [p.detach().clone() for p in run.model.parameters()]
-    experiment.train(run)
-    assert any(not torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
-    rows = [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
+    config = tiny(name)
+    experiment.check(config)
+    main.run(tmp_path, "train", config=config)
+    before = experiment.initial_model(config).parameters()
+    model, step = experiment.trained_model(config, tmp_path)
+    assert step == 6
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert all(("qc" in row) == name.endswith("-qc") for row in rows)
 
@@ -130,33 +144,33 @@ def test_unknown_pairs(name):
 )
 def test_bad_fields_are_named(tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
-        tiny_run(tmp_path, **overrides)
+        main.run(tmp_path, "train", config=tiny(**overrides))
     assert not any(tmp_path.iterdir())
 
 
-def test_models_of_a_seed_share_weights_points_and_noise(tmp_path):
-    u, qc = tiny_run(tmp_path), tiny_run(tmp_path, "gaussian_8-qc")
-    for a, b in zip(u.model.parameters(), qc.model.parameters(), strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(u.test_points, qc.test_points)
-    assert not torch.equal(u.test_points, u.points("training points", len(u.test_points)))
-    x0 = u.test_points
-    terms_u, terms_qc = (run.objective(x0, run.generator("train", 0)) for run in (u, qc))
-    torch.testing.assert_close(terms_u["dsm"], terms_qc["dsm"])
+def test_models_of_a_seed_share_weights_points_and_noise():
+    u, qc = tiny(), tiny("gaussian_8-qc")
+    weights = (experiment.initial_model(config).parameters() for config in (u, qc))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    x0 = points_of(u)
+    assert torch.equal(x0, points_of(qc))
+    assert not torch.equal(x0, experiment.points(u, "training points", len(x0)))
+    torch.testing.assert_close(loss_terms(u, x0)["dsm"], loss_terms(qc, x0)["dsm"])
 
 
-def test_one_antisymmetric_probe_is_exact_in_the_plane(tmp_path):
+def test_one_antisymmetric_probe_is_exact_in_the_plane():
     values = {}
     for estimator in ("exact", "antisymmetric", "trace"):
-        run = tiny_run(tmp_path, "spiral_2-qc", **{"training.qc_estimator": estimator})
-        values[estimator] = run.objective(run.test_points, run.generator("train", 0))["qc"].item()
+        config = tiny("spiral_2-qc", **{"training.qc_estimator": estimator})
+        values[estimator] = loss_terms(config, points_of(config))["qc"].item()
     assert values["antisymmetric"] == pytest.approx(values["exact"], rel=1e-5)
     assert values["trace"] != pytest.approx(values["exact"], rel=1e-3)
 
 
 def test_an_interrupted_run_continues_to_the_same_weights(tmp_path):
-    whole, broken = tiny_run(tmp_path / "a", "gaussian_8-qc"), tiny_run(tmp_path / "b", "gaussian_8-qc")
-    experiment.train(whole)
+    """Killed after five steps, it goes on from the checkpoint of step 3, with the data in the same order."""
+    config = tiny("gaussian_8-qc")
+    experiment.trainer(config, tmp_path / "whole", Runtime("cpu")).run()
 
     class Killed(Exception):
         pass
@@ -169,23 +183,21 @@ def test_an_interrupted_run_continues_to_the_same_weights(tmp_path):
             raise Killed
 
     with pytest.raises(Killed):
-        experiment.train(broken, kill)
-    resumed = tiny_run(tmp_path / "b", "gaussian_8-qc")
-    experiment.train(resumed)
-    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        experiment.trainer(config, tmp_path / "broken", Runtime("cpu", on_progress=kill)).run()
+    experiment.trainer(config, tmp_path / "broken", Runtime("cpu")).run()
+    whole, resumed = (experiment.trained_model(config, tmp_path / name)[0] for name in ("whole", "broken"))
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert (whole.workdir / "metrics.jsonl").read_text() == (resumed.workdir / "metrics.jsonl").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
-def test_the_exact_score_is_measured_as_exact(tmp_path):
-    run = tiny_run(tmp_path, "gaussian_8-u", **{"data.num_test": 400, "likelihood.rtol": 1e-6, "likelihood.atol": 1e-8})
-    evaluation = experiment.evaluate_score(run, run.distribution.score)
-    metrics = evaluation.metrics
-    eps = torch.full((400,), run.likelihood.eps, dtype=torch.float64)
-    log_prob = run.distribution.log_prob(run.test_points.double(), eps)
+def test_the_exact_score_is_measured_as_exact():
+    config = tiny(**{"data.num_test": 400, "likelihood.rtol": 1e-6, "likelihood.atol": 1e-8})
+    distribution, real = experiment.noised_distribution(config), points_of(config)
+    metrics, arrays = experiment.evaluate_score(config, distribution.score)
+    log_prob = distribution.log_prob(real.double(), torch.full((400,), 1e-5, dtype=torch.float64))
     # Change of variables with the exact prior is exact up to the solver and the score's float32.
     assert metrics["nll_matched_prior"] == pytest.approx(-float(log_prob.mean()), abs=1e-5)
     # With N(0, 9I) instead, the difference of the priors at the latents: narrower than x_1, so it costs likelihood.
@@ -194,7 +206,7 @@ def test_the_exact_score_is_measured_as_exact(tmp_path):
     assert metrics["asym"] < 1e-10
     assert metrics["nasym"] < 1e-10
     # Precision is about the samples, recall about the data: not the other way round.
-    real, generated = run.test_points.numpy(), evaluation.samples
+    real, generated = real.numpy(), arrays["samples"]
     near = {
         name: np.mean((cdist(a, b) <= np.sort(cdist(b, b), axis=1)[:, 3]).any(1))
         for name, a, b in (("precision", generated, real), ("recall", real, generated))
@@ -202,36 +214,25 @@ def test_the_exact_score_is_measured_as_exact(tmp_path):
     assert metrics["precision"] == pytest.approx(near["precision"], abs=1e-9)
     assert metrics["recall"] == pytest.approx(near["recall"], abs=1e-9)
     assert near["precision"] != near["recall"]
-    assert set(metrics) == set(experiment.METRICS)
-    assert evaluation.samples.shape == (400, 2)
-    np.testing.assert_allclose(evaluation.curves["t"], np.arange(1, 11) / 10)
+    assert list(metrics) == list(table.METRICS)
+    assert generated.shape == (400, 2)
+    np.testing.assert_allclose(arrays["t"], np.arange(1, 11) / 10)
 
 
-def test_a_perturbed_score_is_measured_as_constructed(tmp_path):
+def test_a_perturbed_score_is_measured_as_constructed():
     """s* + r (−x₂, x₁): score error ½ r² E‖x_t‖², Asym (2r)² = 4 r²."""
-    run = tiny_run(tmp_path, "gaussian_8-u", **{"data.num_test": 300})
-    r = 0.01
+    config = tiny(**{"data.num_test": 300})
+    distribution, r = experiment.noised_distribution(config), 0.01
 
     def score(x, t):
-        return run.distribution.score(x, t) + r * torch.stack([-x[:, 1], x[:, 0]], 1)
+        return distribution.score(x, t) + r * torch.stack([-x[:, 1], x[:, 0]], 1)
 
-    evaluation = experiment.evaluate_score(run, score)
-    assert evaluation.metrics["asym"] == pytest.approx(4 * r**2, rel=1e-4)
+    metrics, arrays = experiment.evaluate_score(config, score)
+    assert metrics["asym"] == pytest.approx(4 * r**2, rel=1e-4)
     sigma = 0.1 * 30.0 ** (np.arange(1, 11) / 10)
-    mean_square = float((run.test_points**2).sum(1).mean()) + 2 * sigma**2
+    mean_square = float((points_of(config) ** 2).sum(1).mean()) + 2 * sigma**2
     # ‖x_t‖² of 300 points: relative standard error about 2σ‖x₀‖√300⁻¹/‖x₀‖² < 0.06 at every level.
-    np.testing.assert_allclose(evaluation.curves["score_error"], 0.5 * r**2 * mean_square, rtol=0.24)
-
-
-def test_entropy_of_a_gaussian_in_closed_form():
-    distributions = importlib.import_module("distributions")
-    sde = VE(GeometricSigma(0.1, 3.0))
-    covariance = torch.tensor([[1.0, 0.3], [0.3, 0.5]])
-    gaussian = distributions.Gaussian(sde, torch.tensor([0.5, -1.0]), covariance)
-    for t in (0.0, 0.5):
-        noised = covariance.double() + float(sde.std(torch.tensor(t, dtype=torch.float64))) ** 2 * torch.eye(2)
-        expected = 1 + math.log(2 * math.pi) + 0.5 * math.log(float(torch.linalg.det(noised)))
-        assert experiment.exact_entropy(gaussian, t) == pytest.approx(expected, abs=1e-7)
+    np.testing.assert_allclose(arrays["score_error"], 0.5 * r**2 * mean_square, rtol=0.24)
 
 
 # --------------------------------------------------------------------------------------------------------------- table
@@ -251,22 +252,23 @@ def test_paired_difference_is_the_paired_t_interval():
 
 
 def test_table_end_to_end(tmp_path, monkeypatch):
-    for module in (configs, table, figures):
-        monkeypatch.setattr(module, "DATASETS", {"gaussian_8": configs.DATASETS["gaussian_8"]})
-    tasks = table.make_tasks(tmp_path, seeds=2, overrides=TINY)
-    assert len(tasks) == 3 * 2 + 1
-    results = table.make_table(tmp_path, tasks, jobs=1)
-    assert json.loads((tmp_path / "results.json").read_text()) == results
+    monkeypatch.setattr(main, "DATASETS", ["gaussian_8"])
+    monkeypatch.setattr(main, "get_config", tiny)
+    text = main.run(tmp_path, "table", seeds=2, jobs=1)
+    results = json.loads((tmp_path / "results.json").read_text())
     rows = results["rows"]
     assert {(row["model"], row["seed"]) for row in rows} == {
         *((model, seed) for model in configs.MODELS for seed in (0, 1)),
         (table.EXACT, 0),
     }
-    assert all(math.isfinite(row[metric]) for row in rows for metric in experiment.METRICS)
+    assert all(math.isfinite(row[metric]) for row in rows for metric in table.METRICS)
     assert all(row["asym"] < 1e-6 for row in rows if row["model"] == "c")
-    text = (tmp_path / "table.md").read_text()
-    for expected in ("| U |", "| C |", "| QC |", "| exact score |", "5.034, 5.063, 5.087", "QC − U", "±"):
+    assert rows[0]["cross_entropy"] == pytest.approx(rows[0]["entropy"], rel=0.2)
+    assert (tmp_path / "table.md").read_text() == text
+    for expected in ("| U ", "| C ", "| QC ", "| exact score ", "5.034, 5.063, 5.087", "QC − U", "±"):
         assert expected in text
+    pictures = {path.name for path in tmp_path.glob("*.png") if path.stat().st_size > 5_000}
+    assert pictures == {"densities.png", "samples.png", "fields.png", "curves.png", "nll_by_seed.png"}
 
     # A second call does nothing again: finished runs are read, not computed.
     def stamps():
@@ -275,34 +277,50 @@ def test_table_end_to_end(tmp_path, monkeypatch):
 
     before = stamps()
     assert len(before) == 6 + 7
-    assert table.make_table(tmp_path, tasks, jobs=1) == results
+    monkeypatch.setattr(main, "draw_table", lambda *arguments: {})
+    assert main.run(tmp_path, "table", seeds=2, jobs=1) == text
     assert stamps() == before
 
     # An evaluation that is damaged, or of other weights than the last, is made again.
     damaged, early = (tmp_path / "runs" / "gaussian_8-u" / f"seed_{seed}" / "eval" / "metrics.json" for seed in (0, 1))
     damaged.write_text(damaged.read_text()[:40])
     early.write_text(json.dumps({**json.loads(early.read_text()), "step": 3, "nll": 99.0}))
-    assert table.make_table(tmp_path, tasks, jobs=1) == results
+    assert main.run(tmp_path, "table", seeds=2, jobs=1) == text
+    monkeypatch.setattr(main, "get_config", lambda name: tiny(name, **{"training.n_iters": 7}))
     with pytest.raises(ValueError, match=r"other settings: training\.n_iters was 6, is 7"):
-        other = table.make_tasks(tmp_path, seeds=2, overrides={**TINY, "training.n_iters": 7})
-        table.make_table(tmp_path, other, jobs=1)
-
-    paths = figures.draw_table(tmp_path, results, tasks)
-    assert {path.name for path in paths} == {
-        "densities.png", "samples.png", "fields.png", "curves.png", "nll_by_seed.png"
-    }  # fmt: skip
-    assert all(path.stat().st_size > 5_000 for path in paths)
+        main.run(tmp_path, "table", seeds=2, jobs=1)
 
 
-@pytest.mark.parametrize(("seeds", "jobs", "flag"), [(0, 1, "--seeds=0"), (1, 0, "--jobs=0")])
-def test_table_refuses_bad_numbers(tmp_path, seeds, jobs, flag):
-    with pytest.raises(ValueError, match=flag):
-        table.make_table(tmp_path, table.make_tasks(tmp_path, seeds=seeds, overrides=TINY), jobs=jobs)
+def test_evaluation_of_one_run(tmp_path):
+    config = tiny("gaussian_8-qc")
+    with pytest.raises(ValueError, match="train first"):
+        main.run(tmp_path, "eval", config=config)
+    assert not any(tmp_path.iterdir())
+    main.run(tmp_path, "train", config=config)
+    text = main.run(tmp_path, "eval", config=config)
+    assert text.splitlines()[0].split() == ["step", "6"]
+    assert [line.split()[0] for line in text.splitlines()[1:]] == list(table.METRICS)
+    assert (tmp_path / "eval" / "run.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": 0}, "--seeds=0: at least 1"),
+        ({"jobs": 0}, "--jobs=0: at least 1"),
+        ({"mode": "tabel"}, "--mode=tabel: allowed are train, eval, table"),
+        ({"mode": "train"}, "--config: needed"),
+        ({"config": configs.get_config()}, "--config: needed"),
+    ],
+)
+def test_bad_flags_are_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        main.run(tmp_path, **({"mode": "table"} | options))
     assert not any(tmp_path.iterdir())
 
 
 def test_table_refuses_a_workdir_of_another_experiment(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"--workdir=.*main\.py"):
-        table.make_table(tmp_path, table.make_tasks(tmp_path, seeds=1, overrides=TINY), jobs=1)
+        main.run(tmp_path, "table", seeds=1, jobs=1)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

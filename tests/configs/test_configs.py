@@ -11,15 +11,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from from_config import create_score_model, get_dataset, get_likelihood, get_objective, get_sampler, get_sde
 from ml_collections import ConfigDict
 
 from configs.presets import NCSNPP_FIELDS
-from data.sets import get_dataset
-from likelihood import get_likelihood
-from losses import get_objective
-from models import create_score_model
-from sampling import get_sampler
-from sde_lib import get_sde
 
 ROOT = Path(__file__).parents[2]
 SHARED = ("__init__.py", "checks.py", "defaults.py", "fields.py", "presets.py", "ranges.py")

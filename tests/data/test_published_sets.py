@@ -20,13 +20,6 @@ from data import load_dataset
 
 
 NATIVE = {"mnist": (28, 1), "cifar10": (32, 3), "cifar100": (32, 3), "svhn": (32, 3), "celeba": (64, 3)}
-FILES = {
-    "mnist": ["MNIST/raw/train-images-idx3-ubyte", "MNIST/raw/t10k-labels-idx1-ubyte"],
-    "cifar10": [f"cifar-10-batches-py/{file}" for file in ("data_batch_5", "test_batch", "batches.meta")],
-    "cifar100": [f"cifar-100-python/{file}" for file in ("train", "test", "meta")],
-    "svhn": ["train_32x32.mat, test_32x32.mat"],
-    "celeba": ["celeba/list_eval_partition.txt", "celeba/img_align_celeba/"],
-}
 
 
 def md5(path: Path) -> str:
@@ -41,7 +34,6 @@ def test_missing_torchvision_set(tmp_path, name):
         f"data.root={tmp_path}",
         name,
         "--config.data.download=True",
-        *FILES[name],
         dataset=name.upper(),
         image_size=size,
         num_channels=channels,

@@ -15,11 +15,12 @@ import ml_collections
 import numpy as np
 import pytest
 import torch
+from from_config import get_dataset
 from image_files import refused, save
 from PIL import Image
 from traps import Trap
 
-from data import TensorSplit, get_dataset, load_dataset, sets
+from data import TensorSplit, load_dataset, sets
 
 # ------------------------------------------------------------------------------------------------------------ digits
 

@@ -27,8 +27,8 @@ from exact.distributions import (
     NoisedDistribution,
     Spirals,
     checkerboard,
+    entropy,
     get_distribution,
-    spiral_2,
 )
 from experiment.randomness import SampleGenerators
 from sde_lib import SDE, VE, VP, GeometricSigma, LinearBeta
@@ -185,7 +185,7 @@ def test_boxes_by_normal_cdfs(name, noise):
 
 def test_spirals_by_adaptive_quadrature():
     sde, t = NOISES["sigma 0.1"]
-    distribution = spiral_2(sde)
+    distribution = Spirals(sde)
     x = noised(distribution.sample(8, torch.Generator().manual_seed(5)), sde, t)
     a, side = 2.3 / 3, 2.3 / 6
 
@@ -547,10 +547,10 @@ def test_noise_below_what_is_resolved_is_refused():
     with pytest.raises(ValueError, match=r"sigma/alpha = 0; need it above 0"):
         checkerboard(vp).score(x, torch.tensor([0.5, 0.0]))
     with pytest.raises(ValueError, match=r"sigma/alpha = 0\.027.*smallest_noise=0\.1"):
-        spiral_2(vp).log_prob(x, torch.tensor([0.5, 0.005]))
+        Spirals(vp).log_prob(x, torch.tensor([0.5, 0.005]))
     assert Spirals(vp, smallest_noise=0.02).log_prob(x, torch.tensor([0.5, 0.005])).isfinite().all()
     # The paper's smallest noise, in single precision.
-    assert spiral_2(PAPER).score(x, PAPER.time_at_std(torch.tensor([0.1, 0.1]))).isfinite().all()
+    assert Spirals(PAPER).score(x, PAPER.time_at_std(torch.tensor([0.1, 0.1]))).isfinite().all()
 
 
 @every_set
@@ -559,3 +559,12 @@ def test_by_name(name):
     x = torch.randn(3, 2)
     assert torch.equal(distribution.log_prob(x, torch.rand(3)).isfinite(), torch.ones(3, dtype=torch.bool))
     assert distribution.dimension == 2 and type(distribution) is type(TWO_DIMENSIONAL[name](PAPER))
+
+
+def test_entropy_of_a_gaussian_in_closed_form():
+    covariance = torch.tensor([[1.0, 0.3], [0.3, 0.5]])
+    gaussian = Gaussian(PAPER, torch.tensor([0.5, -1.0]), covariance)
+    for t in (0.0, 0.5):
+        noised = covariance.double() + float(PAPER.std(torch.tensor(t, dtype=torch.float64))) ** 2 * torch.eye(2)
+        expected = 1 + math.log(2 * math.pi) + 0.5 * math.log(float(torch.linalg.det(noised)))
+        assert entropy(gaussian, t) == pytest.approx(expected, abs=1e-7)

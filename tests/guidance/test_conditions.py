@@ -10,6 +10,7 @@ import torch
 from oracles import SDES, affine_law, assert_moments_match, gaussian_2d, mixture_2d
 from torch import Tensor
 
+from configs.defaults import base_config
 from exact.distributions import Gaussian, GaussianMixture
 from experiment.randomness import SampleGenerators, normal_like
 from guidance.conditions import (
@@ -18,8 +19,19 @@ from guidance.conditions import (
     DiffusionPosteriorSampling,
     MeasurementProjection,
     PseudoinverseGuidance,
+    check_condition,
+    condition_on_measurement,
+    is_measurement,
 )
-from guidance.measurements import BlockMean, ChannelMean, LinearOperator, Mask, MatrixOperator, radon_transform
+from guidance.measurements import (
+    BlockMean,
+    ChannelMean,
+    LinearOperator,
+    Mask,
+    MatrixOperator,
+    make_operator,
+    radon_transform,
+)
 from likelihood import LikelihoodEvaluator
 from sampling import CountedScore, ODESampler, PCSampler
 from sde_lib import SDE, VE, GeometricSigma, expand
@@ -504,3 +516,28 @@ def test_no_noise_and_no_prior_variance():
     with pytest.raises(ValueError, match=r"prior_variance=0\.0, noise_std=0\.0"):
         PseudoinverseGuidance(sde, gaussian_2d(sde).score, first_half(), torch.zeros(1, 4), prior_variance=0.0)
     assert math.isfinite(PseudoinverseGuidance(sde, gaussian_2d(sde).score, first_half(), torch.zeros(1, 4)).weight)
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def test_conditions_by_name_and_import_path():
+    data = correlated(SDES["ve"], 1.0)
+    options = dict(base_config().sampling) | dict(condition="user_classes:first_row", measurement_noise=0.2)
+    options |= dict(guidance_weight=0.5, conditioning="pigdm")
+    check_condition(options)
+    assert is_measurement(options["condition"]) and not is_measurement("class") and not is_measurement("")
+    operator = make_operator(options, (1, 2, 4))
+    x = torch.arange(8.0).view(1, 1, 2, 4)
+    y = operator(x)
+    assert y.tolist() == [[0, 1, 2, 3]]
+    given = data.sde, data.score, operator, y
+    score, projection = condition_on_measurement(options, *given, prior_variance=0.3)
+    assert score == PseudoinverseGuidance(*given, 0.2, 0.3, 0.5) and projection is None
+    score, projection = condition_on_measurement(options | dict(conditioning="dps"), *given, prior_variance=0.3)
+    assert score is projection and score == DiffusionPosteriorSampling(*given, 0.5)
+    by_name, by_path = (
+        condition_on_measurement(options | dict(conditioning=name), *given, prior_variance=0.3)
+        for name in ("projection", "guidance.conditions:_projection")
+    )
+    assert by_name == by_path == (data.score, MeasurementProjection(data.sde, operator, y, 0.2))

@@ -74,7 +74,7 @@ def test_labels_belong_to_their_images(tmp_path, monkeypatch):
     monkeypatch.setattr(run_setup.Objective, "forward", recording)
     config = conditional_config(data__uniform_dequantization=False, data__random_flip=False)
     run_lib.train(config, tmp_path, run_lib.Runtime(device="cpu", accumulation_steps=2))
-    train, _ = run_setup.datasets.get_dataset(config)
+    train, _ = run_setup.dataget_dataset(config)
     label_of = {image.numpy().tobytes(): int(label) for image, label in zip(train.images, train.labels, strict=True)}
     given, withheld = 0, 0
     for x0, labels, _ in seen:

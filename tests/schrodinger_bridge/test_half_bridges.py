@@ -305,7 +305,7 @@ def test_configs_of_the_plane_step(pair, tmp_path):
 @pytest.mark.parametrize(("module", "arguments"), [(digits, ("3-8",)), (mnist, ("all",)), (celeba, ())])
 def test_networks_of_images_fit_their_images(module, arguments):
     """At full width: the mean map of the configured size has the images' shape, and is the identity at first."""
-    from models import create_network
+    from from_config import create_network
 
     config = module.get_config(*arguments)
     network = create_network(config)

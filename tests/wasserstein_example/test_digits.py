@@ -14,34 +14,41 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from from_config import get_dataset, get_sde
 from PIL import Image
 
 from checkpoints import read_checkpoint
 from configs.wasserstein import cifar10
 from configs.wasserstein.digits import MODELS, get_config
-from data import sets
 from data.pixels import scale, to_unit_interval, unscale
 from evaluation import fid, fid_with_error, frechet_distance
 from exact.distributions import Gaussian
 from sampling import ODESampler, PCSampler
-from sde_lib import get_sde
 from wasserstein_example import digits, theory
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = {
-    "training.n_iters": 8,
-    "training.batch_size": 4,
-    "training.snapshot_freq_for_preemption": 1,
-    "eval.num_samples": 40,
-    "eval.batch_size": 20,
-}
 PROCESSES = ("ve_v1", "vp_v2")
-STEPS = {"exponential_integrator": (2, 20), "ancestral_sampling": (3,), "heun": (2,)}
+STEPS = dict(steps=(2, 20), ancestral_steps=(3,), heun_steps=(2,))
+PLAN = [("exponential_integrator", 2), ("exponential_integrator", 20), ("ancestral_sampling", 3), ("heun", 2)]
 
 
-def make_tasks(workdir: Path, **options) -> list[digits.Task]:
-    options = dict(processes=PROCESSES, seeds=1, steps=STEPS, overrides=TINY) | options
-    return digits.make_tasks(workdir, **options)
+def tiny_config(process: str):
+    """8 steps of training, which are next to none, and 40 samples."""
+    config = get_config(process)
+    config.training.update(n_iters=8, batch_size=4, snapshot_freq_for_preemption=1)
+    config.eval.update(num_samples=40, batch_size=20)
+    return config
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "get_config", tiny_config)
+        yield
+
+
+def run(folder: Path, **options) -> str:
+    return digits.run(str(folder), **dict(processes=PROCESSES, seeds=1, jobs=1) | STEPS | options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -49,10 +56,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, digits.Results]:
+def finished(tmp_path_factory, small) -> Path:
     """The whole experiment in small, uninterrupted."""
     folder = tmp_path_factory.mktemp("digits")
-    return folder, digits.run(folder, make_tasks(folder), jobs=1)
+    run(folder)
+    return folder
 
 
 # --------------------------------------------------------------------------------------------------- what is compared
@@ -82,13 +90,12 @@ def test_processes_are_those_of_the_paper_and_theory():
         ("vp", "heun", 5),
     ],
 )
-def test_gaussian_prediction_agrees_with_monte_carlo(tmp_path, process, sampler, steps):
+def test_gaussian_prediction_agrees_with_monte_carlo(process, sampler, steps):
     """Samples of ``sampling`` with the exact score of digits dequantised by drawing. Few steps, at which W₂ is far
     above what 4000 samples of 64 dimensions add to it."""
-    tasks = make_tasks(tmp_path, processes=[process], steps={sampler: [steps]})
-    [row] = digits.gaussian_rows(tasks)
-    config = tasks[0].config
-    data, _ = sets.get_dataset(config)
+    [row] = digits.gaussian_rows([process], [(sampler, steps)])
+    config = get_config(process)
+    data, _ = get_dataset(config)
     images = data.batch(torch.arange(len(data)))[0].repeat(20, 1, 1, 1)
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x0 = to_unit_interval(images, data.num_levels, dequantization=noise).flatten(1)
@@ -107,33 +114,15 @@ def test_gaussian_prediction_agrees_with_monte_carlo(tmp_path, process, sampler,
 
 
 def test_samples_are_those_of_the_sampler_and_steps_that_are_reported(finished):
-    folder, results = finished
-    for row in results.rows:
+    for row in json.loads((finished / "results.json").read_text())["rows"]:
         assert row["nfe"] == digits.evaluations(row["sampler"], row["K"])
-    samples = folder / "runs" / "vp_v2" / "seed_0" / "samples"
+    samples = finished / "runs" / "vp_v2" / "seed_0" / "samples"
     names = {path.name.rpartition("-")[0] for path in samples.iterdir()}
     pc = ("exponential_integrator-none-2", "exponential_integrator-none-20", "ancestral_sampling-none-3")
     assert names == {"step_00000008-ode-heun-2", *(f"step_00000008-pc-{name}" for name in pc)}
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
-
-
-def test_fewer_results_do_not_replace_more(finished, tmp_path):
-    folder, _ = finished
-    before = contents(folder)
-    for fewer in (dict(processes=PROCESSES[:1]), dict(steps=STEPS | {"heun": ()})):
-        with pytest.raises(ValueError, match=r"results\.json holds \d rows that are not asked for now, e\.g\. "):
-            digits.run(folder, make_tasks(folder, **fewer), jobs=1)
-    assert contents(folder) == before
-
-
-def test_row_without_its_numbers_is_made_again(tmp_path):
-    key = {"process": "ve", "K": 5}
-    whole = {**key, "fid": 1.0, "fid_se": 0.1, "nfe": 5}
-    for row, expected in ((whole, whole), (key, None), ({**whole, "K": 6}, None)):
-        (tmp_path / "row.json").write_text(json.dumps(row))
-        assert digits._read_row(tmp_path / "row.json", key) == expected
 
 
 def test_jackknife_error_is_the_deviation_between_sets_of_samples():
@@ -175,61 +164,55 @@ def test_statistics_of_the_table():
 
 
 def test_whole_experiment(finished):
-    folder, results = finished
-    stored = json.loads((folder / "results.json").read_text())
+    stored = json.loads((finished / "results.json").read_text())
     keys = {(row["process"], row["seed"], row["sampler"], row["K"]) for row in stored["rows"]}
-    plan = {(sampler, k) for sampler, steps in STEPS.items() for k in steps}
-    assert keys == {(p, 0, *pair) for p in PROCESSES for pair in plan} and len(stored["rows"]) == 8
+    assert keys == {(p, 0, *case) for p in PROCESSES for case in PLAN} and len(stored["rows"]) == 8
     assert len(stored["gaussian"]) == 8 and stored["feature_test_accuracy"] > 0.97
-    # 8 steps of training are next to none.
     assert all(row["fid"] > 5 and row["fid_se"] > 0 for row in stored["rows"])
-    assert (folder / "table.md").read_text() == digits.table(results)
-    with Image.open(folder / "fid.png") as image:
+    with Image.open(finished / "fid.png") as image:
         assert image.format == "PNG" and image.width > 1000 and len(np.unique(np.asarray(image))) > 20
 
 
 def test_work_that_is_done_is_reported_and_not_done_again(finished, tmp_path, monkeypatch):
-    folder, results = finished
-    shutil.copytree(folder, tmp_path / "copy")
-    [task, *_] = make_tasks(tmp_path / "copy")
+    folder = shutil.copytree(finished, tmp_path / "copy")
     done: list[int] = []
-    digits.train(task, done.append)
-    assert sum(done) == 8
+
+    def run_all(tasks, **options):
+        return [task(done.append) for task in tasks.values()]
+
+    monkeypatch.setattr(digits, "run_all", run_all)
     monkeypatch.setattr(digits, "measure", lambda *arguments: pytest.fail("sampled again"))
-    done.clear()
-    rows = digits.sample(task, done.append)
-    assert rows == results.rows[:4] and sum(done) == 40 * (3 + 21 + 4 + 5)
+    assert run(folder) == (finished / "table.md").read_text()
+    assert sum(done) == 2 * (8 + 40 * (3 + 21 + 4 + 5))
+    assert (folder / "results.json").read_bytes() == (finished / "results.json").read_bytes()
 
 
-def test_more_steps_are_added_and_what_is_damaged_or_of_other_settings_is_made_again(finished, tmp_path, caplog):
-    folder, results = finished
-    shutil.copytree(folder, tmp_path / "copy")
-    [task] = make_tasks(tmp_path / "copy", processes=["vp_v2"], steps={"exponential_integrator": (2, 3, 20)})
-    stored = Path(task.directory) / "fid"
-    (stored / "exponential_integrator-2.json").write_text("{")
-    other = json.loads((stored / "exponential_integrator-20.json").read_text()) | {"num_samples": 50, "fid": 0.1}
-    (stored / "exponential_integrator-20.json").write_text(json.dumps(other))
+def test_more_steps_are_added(finished, tmp_path, monkeypatch):
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    config, workdir = tiny_config("vp_v2"), folder / "runs" / "vp_v2" / "seed_0"
     done: list[int] = []
-    rows = digits.sample(task, done.append)
-    assert "exponential_integrator-2.json is damaged" in caplog.text
+    plan = [("exponential_integrator", k) for k in (2, 3, 20)]
+    rows = digits.sample(config, workdir, str(folder / "cache"), "cpu", plan, done.append)
     assert [row["K"] for row in rows] == [2, 3, 20] and sum(done) == 40 * (3 + 4 + 21)
-    assert rows[0] in results.rows and rows[2] in results.rows
+    stored = [row | {"process": "vp_v2", "seed": 0} for row in rows]
+    before = json.loads((finished / "results.json").read_text())["rows"]
+    assert stored[0] in before and stored[2] in before and (workdir / "fid" / "exponential_integrator-3.json").exists()
 
 
 SCRIPT = """
 import sys
 from pathlib import Path
-from test_wasserstein_digits import digits, make_tasks
-digits.run(sys.argv[1], make_tasks(Path(sys.argv[1])), jobs=1)
+from test_digits import digits, run, tiny_config
+digits.get_config = tiny_config
+run(Path(sys.argv[1]))
 """
 
 
 def test_killed_at_any_moment_and_resumed_ends_with_identical_results(finished, tmp_path):
     """SIGKILL while training and while sampling, against the uninterrupted run."""
-    folder, results = finished
     broken = tmp_path / "broken"
-    shutil.copytree(folder / "cache", broken / "cache")
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    shutil.copytree(finished / "cache", broken / "cache")
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     for trace in ("runs/ve_v1/seed_0/checkpoints/*.pt", "runs/*/seed_0/fid/*.json"):
         process = subprocess.Popen(
@@ -245,13 +228,13 @@ def test_killed_at_any_moment_and_resumed_ends_with_identical_results(finished, 
         process.kill()
         assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     assert not (broken / "results.json").exists()
-    assert digits.run(broken, make_tasks(broken), jobs=1) == results
+    run(broken)
     for name in ("results.json", "table.md"):
-        assert (broken / name).read_bytes() == (folder / name).read_bytes()
-    for task in make_tasks(broken):
+        assert (broken / name).read_bytes() == (finished / name).read_bytes()
+    for process in PROCESSES:
         whole, resumed = (
-            read_checkpoint(root / "runs" / task.process / "seed_0" / "checkpoints" / "step_00000008.pt")
-            for root in (folder, broken)
+            read_checkpoint(root / "runs" / process / "seed_0" / "checkpoints" / "step_00000008.pt")
+            for root in (finished, broken)
         )
         for name, tensor in whole["ema"]["model"].items():
             assert torch.equal(tensor, resumed["ema"]["model"][name])
@@ -263,17 +246,18 @@ def test_killed_at_any_moment_and_resumed_ends_with_identical_results(finished, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(processes=["ve", "ve_v4"]), "--processes=ve_v4: allowed are ve, ve_v1, "),
-        (dict(processes=[]), "--processes is empty"),
+        (dict(processes=("ve", "ve_v4")), "--processes=ve_v4: allowed are ve, ve_v1, "),
+        (dict(processes=()), "--processes .*give at least one"),
         (dict(seeds=0), "--seeds=0: at least 1"),
-        (dict(steps={"heun": ()}), "--steps, --ancestral_steps, --heun_steps are all empty"),
-        (dict(overrides={"training.n_iters": 0}), "training.n_iters=0: at least 1"),
-        (dict(overrides={"eval.num_samples": 39}), "eval.num_samples=39: .* at least 40"),
+        (dict(jobs=0), "--jobs=0: at least 1"),
+        (dict(steps=(), ancestral_steps=(), heun_steps=()), "--heun_steps: give at least one"),
+        (dict(heun_steps=(5, 0)), "numbers of steps=0: at least 1"),
+        (dict(device="gpu"), "--device=gpu: allowed are"),
     ],
 )
 def test_bad_input(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        make_tasks(tmp_path / "new", **changes)
+        run(tmp_path / "new", **changes)
     assert not (tmp_path / "new").exists()
 
 
@@ -282,35 +266,13 @@ def test_bad_input(tmp_path, changes, message):
     [
         ({"experiment.json": '{"experiment": "circles", "settings": {}}'}, "belongs to the experiment 'circles'"),
         ({"config.json": "{}"}, "holds a run of main.py"),
-        ({"runs/ve_v1/seed_0/config.json": "{}"}, "holds another run: data.dataset was 'CIFAR10', is 'digits'"),
-        ({"runs/ve_v1/seed_0/experiment.json": "{}"}, "belongs to one of the examples"),
     ],
 )
 def test_folder_of_something_else_is_refused_before_any_work(tmp_path, monkeypatch, files, message):
     monkeypatch.setattr(digits, "run_all", lambda *arguments, **options: pytest.fail("work was started"))
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=message):
-        digits.run(tmp_path, make_tasks(tmp_path), jobs=1)
+        run(tmp_path)
     assert contents(tmp_path) == before
-
-
-def test_no_jobs(tmp_path):
-    with pytest.raises(ValueError, match="--jobs=0: at least 1"):
-        digits.run(tmp_path / "new", make_tasks(tmp_path / "new"), jobs=0)
-    assert not (tmp_path / "new").exists()
-
-
-def test_mistake_is_answered_in_one_line(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "wasserstein_example.digits", f"--workdir={tmp_path / 'w'}", "--heun_steps=5,0"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 1 and done.stderr == "error: --heun_steps=0: allowed are integers from 1 on\n"
-    assert not (tmp_path / "w").exists()

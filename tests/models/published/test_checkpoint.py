@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from from_config import create_network
 
 from checkpoints import CheckpointError, read_checkpoint
-from models import create_network
 from models.published import PublicCheckpoint, load_score_sde_checkpoint, official_names
 from models.published.names import entries
 

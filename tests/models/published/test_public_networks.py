@@ -9,15 +9,13 @@ from functools import partial
 
 import pytest
 import torch
+from from_config import create_network, create_score_model, get_objective, get_sde
 from ml_collections import ConfigDict
 from reference_networks import ddpm, ddpm_shapes, random_state, refinenet, refinenet_shapes
 from torch import Tensor, nn
 
 from checkpoints import CheckpointError
-from losses import get_objective
-from models import create_network, create_score_model
 from models.published import load_score_sde_checkpoint, official_names
-from sde_lib import get_sde
 
 
 def small(path: str, **fields) -> ConfigDict:

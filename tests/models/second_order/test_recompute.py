@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from from_config import create_score_model, get_objective, get_sde
 from oracles import SDES
 from torch import nn
 
-from benchmarks import qc_precision
-from benchmarks.qc_memory import peak_memory
+from benchmarks.measure import peak_memory
 from configs.defaults import base_config
 from experiment.randomness import SampleGenerators, random_bits
-from losses import Objective, get_objective
-from models import create_score_model
-from models.dropout import Dropout
+from losses import Objective
 from models.score import ConservativeScore, NoiseLevel, UnconstrainedScore
-from models.second_order.recompute import Recomputable, recompute_activations, recomputed
-from sde_lib import get_sde
+from models.second_order.normalisation import Dropout
+from models.second_order.recompute import recompute_activations, recomputed
 
 MODELS = {"u": (UnconstrainedScore, {}), "c": (ConservativeScore, {}), "qc": (UnconstrainedScore, {"qc_weight": 0.1})}
 
@@ -39,7 +39,7 @@ def objective_of(small_unet, model: str, *, recompute: bool, dtype=torch.float64
     score, weight = MODELS[model]
     network = small_unet(dropout=0.3, dtype=dtype, **settings.pop("network", {})).train()
     if recompute:
-        assert recompute_activations(network) > 5
+        recompute_activations(network)
     return Objective(score(network, NoiseLevel(SDES["ve"])), **weight, **settings)
 
 
@@ -66,7 +66,6 @@ def test_other_networks(name):
         config.training.sde = "vpsde" if name == "ddpm" else "vesde"
         torch.manual_seed(0)
         objective = get_objective(config, create_score_model(config, get_sde(config))).double()
-        assert any(block.recompute for block in objective.modules() if isinstance(block, Recomputable)) == recompute
         results.append(gradients_and_loss(objective, torch.rand(2, 3, 16, 16, dtype=torch.float64)))
     assert_close(results[1], results[0], 1e-10)
 
@@ -134,17 +133,25 @@ def test_third_derivatives_of_a_function_of_several_inputs():
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
-def test_evaluation_does_not_recompute(small_unet):
+def test_training_recomputes_and_evaluation_does_not(small_unet):
+    """A copy of the network, as the moving average has one, recomputes with its own weights."""
     network = small_unet()
     recompute_activations(network)
-    calls = []
-    for block in network.modules():
-        if isinstance(block, Recomputable):
-            block.register_forward_hook(lambda *_: calls.append(1))
-    x = torch.rand(1, 1, 8, 8, dtype=torch.float64, requires_grad=True)
-    blocks = sum(isinstance(block, Recomputable) for block in network.modules())
-    value = network(x, torch.ones(1, dtype=torch.float64))
-    assert len(calls) == blocks and "Recomputed" not in str(value.grad_fn)
+    copied = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(0.9)
+    x, label = torch.rand(1, 1, 8, 8, dtype=torch.float64, requires_grad=True), torch.ones(1, dtype=torch.float64)
+    plain = network(x, label)
+    for training in (False, True):
+        evaluated = []
+        hook = network.encoder[0].block.conv1.register_forward_hook(lambda *_, e=evaluated: e.append(1))
+        value = network.train(training)(x, label)
+        torch.autograd.grad(value.sum(), x)
+        hook.remove()
+        assert len(evaluated) == 1 + training
+        torch.testing.assert_close(value, plain, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(copied.train()(x, label), plain)
 
 
 # ------------------------------------------------------------------------------------------------------------- dropout
@@ -200,15 +207,3 @@ def test_loss_with_dropout_does_not_depend_on_the_batch(small_unet):
     other = objective(x0, SampleGenerators((1, "loss"), range(4)))["loss"]
     evaluated = objective.eval()(x0, SampleGenerators((0, "loss"), range(4)))["loss"]
     assert len({round(value.item(), 6) for value in (together, other, evaluated)}) == 3
-
-
-# ----------------------------------------------------------------------------------------------------------- precision
-
-
-def test_precision_benchmark_measures(monkeypatch, capsys):
-    """Rounding to bfloat16 errs more than to TF32, and that more than float32."""
-    monkeypatch.setattr(qc_precision, "RATIOS", (0.2,))
-    qc_precision.linear_table()
-    row = capsys.readouterr().out.strip().splitlines()[-1]
-    float32, tf32, _, bf16 = (float(cell.split(",")[1]) for cell in row.strip("| ").split("|")[1:])
-    assert float32 < 1e-4 < tf32 < 0.02 < bf16
