@@ -9,7 +9,7 @@ import torch
 from oracles import SDES
 from torch import Tensor, nn
 
-from benchmarks.training_step import operations_of_passes
+from benchmarks.measure import operations_of
 from experiment.randomness import SampleGenerators, random_bits
 from losses import Objective
 from models.score import ConservativeScore, NoiseLevel, UnconstrainedScore
@@ -20,6 +20,7 @@ from models.second_order.operations import (
     blur_transposed,
     concatenate,
     differentiated_twice,
+    gradients_of,
     higher_order,
 )
 from models.second_order.recompute import recompute_activations
@@ -170,12 +171,29 @@ def test_where_the_written_out_derivatives_are_used(small_unet):
     assert not torch.func.vmap(lambda row: torch.tensor(differentiated_twice(row)))(x).any()
 
 
-def test_products_with_the_jacobian_cost_one_evaluation_each():
+def test_products_with_the_jacobian_cost_one_evaluation_each(small_unet):
     """Without the gradients of weights. An evaluation is L operations in layers, which are linear, and A in attention,
     the products of two activations each, which take twice as many for each product with the Jacobian; backward passes
     of a loss that depends on value and products take 2L + 2A and 6L + 10A."""
-    found = operations_of_passes(dict(nf=16, num_res_blocks=1, batch_size=2), torch.device("cpu"))
-    evaluation, jtu, jv, plain, both = found.values()
+    shape = dict(image_size=32, num_channels=3, nf=16, ch_mult=(1, 2, 2, 2), attn_resolutions=(16,))
+    network = small_unet(dtype=torch.float32, **shape).train()
+    x, label, results = torch.rand(2, 3, 32, 32, requires_grad=True), torch.ones(2), []
+    u, v = torch.ones_like(x).requires_grad_(), torch.ones_like(x)
+
+    def product(at: Tensor, cotangent: Tensor, what: str) -> Tensor:
+        with gradients_of(what):
+            return torch.autograd.grad(results[-1], at, cotangent, create_graph=True)[0]
+
+    evaluation, jtu, jv, plain, both = (
+        operations_of(lambda work=work: results.append(work()))
+        for work in (
+            lambda: network(x, label),
+            lambda: product(x, u, "inputs"),
+            lambda: product(u, v, "cotangents"),
+            lambda: (results[0] ** 2).sum().backward(retain_graph=True),
+            lambda: sum((result**2).sum() for result in results[:3]).backward(),
+        )
+    )
     attention = jtu - evaluation
     layers = evaluation - attention
     assert 0 < attention < 0.15 * layers
