@@ -66,8 +66,8 @@ class Trainer:
         save_freq: steps between checkpoints.
         milestone_freq: checkpoints at multiples of this are kept for ever; 0 keeps none.
         keep: how many of the newest checkpoints are kept.
-        begin: gives a state to start from where there is no checkpoint: ``step``, ``model``, ``ema``, ``optimizer``,
-            and ``source``, which errors name it by.
+        begin: gives a state to start from where there is no checkpoint: ``step``, ``model``, ``ema``, ``optimizer`` and
+            ``source``, which errors name it by.
         record: what every checkpoint says about the run besides; plain values.
         check_record: told the record of a checkpoint that the run resumes from; raises a ValueError to refuse it.
         observe: further quantities of the present weights, logged with every row, and at step 0 before the first.
@@ -246,8 +246,9 @@ class Trainer:
                 if stopping:
                     raise Interrupted(stopping)
                 self._call_hooks(log)
-            if self.signals is not None:
-                self.signals.finish()
+            # One that came while hooks were called, or that other processes have not heard of.
+            if stopping := self.signal_number if self.signals is None else self.signals.finish():
+                raise Interrupted(stopping)
 
     def train_step(self) -> None:
         """One step of the optimiser."""

@@ -1,308 +1,163 @@
 """Variance of the quasi-conservative term's gradient, per unit of time: the paper's estimator against the default.
 
-python -m benchmarks.qc_variance --config=configs/digits.py:u --workdir=runs/digits/u [--probes=100] [--times=0.1,0.75]
+python -m benchmarks.qc_variance --workdir=runs/digits/u [--probes=100] [--compile]
 
 Weights, images and noise stay the same; only the probe changes. The variance is that of the gradient over the probes,
 summed over all parameters. An estimator that is r times as good by variance × time needs r times less of it for the
 same accuracy of the mean over many probes.
 
-Two kinds of field: s(x) = Wx with a random matrix W = S + rN, S symmetric, N antisymmetric and r such that NAsym is
-1e-3; and the network of a run, its NAsym being what it is.
-
-``paper`` is our own writing of what the public code does (benchmarks/public_code.py): the same function as the run's
-network, in its modules and memory format, its estimator and its order of passes.
+Two kinds of field: s(x) = Wx with a random matrix W of NAsym 1e-3; and the network of a run. ``paper`` is the same
+function by the public code (benchmarks/public_code.py).
 """
 
 from __future__ import annotations
 
-import statistics
-import sys
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from absl import app, flags
-from ml_collections import ConfigDict
-from ml_collections.config_flags import config_flags
-from run_evaluation import load_for_evaluation, run_for_evaluation, spread
-from run_setup import InvalidRun, Run, Runtime, check_compile, checked
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from benchmarks.clock import clock_of
+import run_lib
+from benchmarks.measure import conditions, in_turn
 from benchmarks.public_code import in_public_style, qc_backward
-from conservativeness import EXACT_MAX_DIMENSION, Products, asymmetry
-from experiment.command_line import parse_flags
+from conservativeness import EXACT_MAX_DIMENSION, asymmetry
+from data import Split
+from experiment.command_line import command
 from experiment.randomness import SampleGenerators, normal_like, rademacher_like
+from experiment.results import markdown_table
 from models.second_order.compiled import CompiledProducts
-from sde_lib import ScoreFunction, expand
+from sde_lib import expand
 
-PAPER = "paper: trace"
-DEFAULT = "antisymmetric (default)"
 LINEAR_DIMENSION = 256
-LINEAR_NASYM = 1e-3
-LEAST_PROBES = 10
-"""For a standard error that means something."""
+TIMES = (None, 0.1, 0.75)  # of images: evenly spaced, or one
+PAPER, DEFAULT = "paper: trace", "antisymmetric (default)"
+HEADER = (
+    *("field", "NAsym", "estimator", "ms per gradient", "standard deviation / norm of the mean"),
+    *("paper's variance over it", "paper's variance × time over it"),
+)
 
 
 class Batch(NamedTuple):
-    """Perturbed images x (B, ...), their times t (B,) and the weights σ² (B,) of the term."""
+    """Perturbed images x (B, ...), times t (B,) and weights σ² (B,) of the term, and the seed of its probes."""
 
     x: Tensor
     t: Tensor
     weight: Tensor
+    seed: int
 
 
-Gradient = Callable[[Batch, SampleGenerators], Sequence[Tensor]]
-"""The gradient of ½ mean(σ² Asym) for one random probe per image: one tensor per parameter."""
+def run(workdir: str, *, batch_size: int = 32, probes: int = 100, device: str = "cpu", compile: bool = False) -> str:
+    """Measure gradients of the moving average of the newest checkpoint.
+
+    Args:
+        workdir: Folder of the run.
+        batch_size: Images.
+        probes: Gradients of every variant; at least 10, for a standard error that means something.
+        device: auto, cpu, cuda or mps.
+        compile: Have the default estimator compiled, too.
+    """
+    runtime = run_lib.Runtime(device)
+    score = run_lib.load(workdir, device=runtime.torch_device)
+    if probes < 10:
+        raise ValueError(f"--probes={probes}: at least 10")
+    if compile:
+        run_lib.check_compile(score.config, score.device)
+    _, test = run_lib.load_data(score.config, runtime)
+    if not 1 <= batch_size <= len(test):
+        raise ValueError(f"--batch_size={batch_size}: allowed are 1 to {len(test)}")
+    dataset, seed, ones = score.config.data.dataset, score.config.seed, torch.ones(batch_size, device=score.device)
+    field = LinearField(LINEAR_DIMENSION, 1e-3**0.5, seed).to(score.device)
+    points = Batch(ones[:, None].repeat(1, LINEAR_DIMENSION), ones, ones, seed)  # which do not matter
+    rows = compare(f"linear, {LINEAR_DIMENSION} dimensions", field, field, points, probes)
+    # A new one, which knows what is trained.
+    model = run_lib.build_score_model(score.config, score.sde, score.images).to(score.device).eval()
+    model.load_state_dict(score.model.state_dict())
+    for time in TIMES:
+        title = f"{dataset}, {'all times' if time is None else f't = {time:g}'}"
+        batch = make_batch(score, test, batch_size, time)
+        rows += compare(title, model, in_public_style(model), batch, probes, compile)
+    text = f"{dataset}, step {score.step}, {batch_size} images, {conditions(score.device)}"
+    return f"{text}\n{markdown_table(HEADER, rows)}"
 
 
-def paper_gradient(
-    score: ScoreFunction, parameters: list[nn.Parameter], batch: Batch, generator: SampleGenerators
-) -> Sequence[Tensor]:
-    """As the public code has it (benchmarks/public_code.py)."""
-    for parameter in parameters:
-        parameter.grad = None
-    v = rademacher_like(batch.x, generator)
-    qc_backward(score, batch.x, batch.t, v, lambda asym: 0.5 * (batch.weight * asym).mean())
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+class LinearField(nn.Linear):
+    """s(x) = Wx with W = S + rN, random parts of about the same norm, symmetric and not: NAsym = r²/(1 + r²)."""
+
+    def __init__(self, dimension: int, r: float, seed: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(dimension, dimension, bias=False, dtype=dtype)
+        noise = torch.randn(self.weight.shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+        self.weight.data.copy_(noise + noise.T + r * (noise - noise.T))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x)
 
 
-def our_gradient(
-    score: ScoreFunction,
-    parameters: list[nn.Parameter],
-    batch: Batch,
-    generator: SampleGenerators,
-    *,
-    estimator: str,
-    products: Products | None = None,
-) -> Sequence[Tensor]:
-    """That of training."""
-    options = dict(probes=1, estimator=estimator, generator=generator, create_graph=True, products=products)
-    result = asymmetry(score, batch.x.clone(), batch.t, **options)
-    return torch.autograd.grad(0.5 * (batch.weight * result.asym).mean(), parameters, materialize_grads=True)
+def make_batch(score: run_lib.TrainedScore, test: Split, batch_size: int, time: float | None) -> Batch:
+    """Test images, evenly spaced, at one time, or at times that are evenly spaced, too."""
+    indices, seed = run_lib.evenly_spaced(range(batch_size), batch_size, len(test)), score.config.seed
+    generator = SampleGenerators((seed, "qc variance"), indices)
+    x0 = score.images.to_model(test.batch(indices)[0], generator).to(score.device)
+    # Neighbours in the set are often of one class, so the times are dealt out in another order.
+    order = torch.randperm(batch_size, generator=torch.Generator().manual_seed(seed))
+    t = (order + 0.5) / batch_size * score.sde.end_time if time is None else torch.full((batch_size,), time)
+    t = t.to(x0)
+    mean, std = score.sde.marginal(x0, t)
+    return Batch(mean + expand(std, x0) * normal_like(x0, generator), t, std**2, seed)
 
 
-# ---------------------------------------------------------------------------------------------------------- statistics
+def compare(title: str, model: nn.Module, public: nn.Module, batch: Batch, probes: int, compile: bool = False) -> list:
+    """Rows of the table, for a score and the same in the public code's style."""
+    variants = {
+        PAPER: partial(gradient, public, batch, paper=True),
+        "trace": partial(gradient, model, batch, estimator="trace"),
+        DEFAULT: partial(gradient, model, batch),
+    }
+    if compile:
+        variants["antisymmetric, compiled"] = partial(gradient, model, batch, products=CompiledProducts(model))
+    timed = in_turn(variants, probes, batch.x.device)
+    gradients = {name: torch.stack(found.results) for name, found in timed.items()}
+    squares = {name: (g - g.mean(0)).double().square().sum(1) for name, g in gradients.items()}
+    norm = gradients[DEFAULT].mean(0).double().norm()
+    exact = batch.x[0].numel() <= EXACT_MAX_DIMENSION
+    nasym = asymmetry(model, batch.x, batch.t, probes=None if exact else 16).nasym.mean()
+    rows = []
+    for name, found in timed.items():
+        deviation = (squares[name].sum() / (probes - 1)).sqrt()
+        ratio, error = ratio_with_error(squares[PAPER], squares[name])
+        factors = (1, timed[PAPER].median / found.median)
+        ratios = [f"{f * ratio:.3g} ± {f * error:.1g}" for f in factors] if name != PAPER else ["1", "1"]
+        rows.append((title, f"{nasym:.1e}", name, f"{1e3 * found.median:.1f}", f"{deviation / norm:.2g}", *ratios))
+    return rows
 
 
-def deviations(gradients: Tensor) -> Tensor:
-    """‖gᵢ − ḡ‖² (n,), float64, of gradients (n, P)."""
-    return (gradients - gradients.mean(0)).double().square().sum(1)
+def gradient(model: nn.Module, batch: Batch, number: int, *, paper: bool = False, **options) -> Tensor:
+    """That of ½ mean(σ² Asym), (P,), for one random probe per image."""
+    model.zero_grad()
+    generator = SampleGenerators((batch.seed, "qc probe", number), range(len(batch.x)))
+
+    if paper:
+        v = rademacher_like(batch.x, generator)
+        qc_backward(model, batch.x, batch.t, v, lambda asym: 0.5 * (batch.weight * asym).mean())
+    else:
+        options |= {"probes": 1, "generator": generator, "create_graph": True}
+        asym = asymmetry(model, batch.x.clone(), batch.t, **options).asym
+        (0.5 * (batch.weight * asym).mean()).backward()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
 
 
 def ratio_with_error(numerator: Tensor, denominator: Tensor) -> tuple[float, float]:
-    """The ratio of two variances, and its standard error by the jackknife, from their deviations (n,) each.
+    """The ratio of the variances of gradients, and its standard error, from ‖gᵢ − ḡ‖² (n,) of each.
 
-    The logarithm is what is jackknifed: a ratio of variances is far from normal.
+    The error is that of the logarithm by the jackknife: a ratio of variances is far from normal.
     """
     n = len(numerator)
-
-    def without_each(deviation: Tensor) -> Tensor:
-        # Leaving out gᵢ takes n/(n−1) ‖gᵢ − ḡ‖² from the sum of squares about the mean.
-        return (deviation.sum() - n / (n - 1) * deviation) / (n - 2)
-
-    ratio = float(numerator.sum() / denominator.sum())
-    logs = (without_each(numerator) / without_each(denominator)).log()
+    # Leaving out gᵢ takes n/(n−1) ‖gᵢ − ḡ‖² from the sum of squares about the mean.
+    log_a, log_b = ((d.sum() - n / (n - 1) * d).log() for d in (numerator, denominator))
+    ratio, logs = float(numerator.sum() / denominator.sum()), log_a - log_b
     return ratio, ratio * float(((n - 1) / n * (logs - logs.mean()).square().sum()).sqrt())
 
 
-# ---------------------------------------------------------------------------------------------------------- comparison
-
-
-def make_batch(run: Run, batch_size: int, level: float | None) -> Batch:
-    """Test images, evenly spaced, at one time, or at times that are spread over all evenly."""
-    indices = spread(torch.arange(batch_size), batch_size, len(run.test_data))
-    generator = SampleGenerators((run.config.seed, "qc variance"), indices.tolist())
-    images, _ = run.test_data.batch(indices)
-    x0 = run.to_model(images, generator, dequantize=run.config.data.uniform_dequantization).to(run.device)
-    # Neighbours in the set are often of one class, so the times are dealt out in another order.
-    order = torch.randperm(batch_size, generator=torch.Generator().manual_seed(run.config.seed))
-    t = (order + 0.5) / batch_size * run.sde.end_time if level is None else torch.full((batch_size,), level)
-    t = t.to(x0)
-    mean, std = run.sde.marginal(x0, t)
-    return Batch(mean + expand(std, x0) * normal_like(x0, generator), t, std**2)
-
-
-def compare(
-    config: ConfigDict,
-    workdir: str,
-    runtime: Runtime,
-    batch_size: int,
-    probes: int,
-    times: Sequence[float] = (),
-    compiled: bool = False,
-) -> str:
-    """The table, for the moving average of the newest checkpoint in ``workdir``.
-
-    Args:
-        config, workdir, runtime: of the run; the precision is that of the network in all variants.
-        batch_size: images.
-        probes: gradients of every variant.
-        times: further rows for images that are all at one time.
-        compiled: whether the default estimator is also compiled.
-
-    Raises:
-        InvalidRun: bad config, working directory or number.
-    """
-    with checked():
-        if probes < LEAST_PROBES:
-            raise ValueError(f"--probes={probes}: at least {LEAST_PROBES}")
-        run = run_for_evaluation(config, workdir, runtime, None)
-        if not 1 <= batch_size <= len(run.test_data):
-            raise ValueError(f"--batch_size={batch_size}: allowed are 1 to {len(run.test_data)}")
-        for level in times:
-            if not 0 < level <= run.sde.end_time:
-                raise ValueError(f"--times={level}: allowed are times above 0, up to {run.sde.end_time:g}")
-        if compiled:
-            check_compile(run.device, config.model.parameterization)
-        if run.num_classes:
-            raise ValueError(f"model.num_classes={run.num_classes}: only networks without classes")
-        step = load_for_evaluation(run, None)
-    model = run.ema.model.eval()
-    for averaged, trained in zip(model.parameters(), run.score_model.parameters(), strict=True):
-        averaged.requires_grad_(trained.requires_grad)
-    paper_model = in_public_style(model)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(runtime.precision)
-
-    def score_of(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
-            value = network(x, t)
-        return value.to(x.dtype)
-
-    score, paper_score = partial(score_of, model), partial(score_of, paper_model)
-    variants = _variants(score, _trained(model), paper_score, _trained(paper_model))
-    if compiled:
-        products = CompiledProducts(_InPrecision(model, score_of))
-        variants["antisymmetric, compiled"] = partial(variants[DEFAULT], products=products)
-    fields = [_linear_field(batch_size, run.config.seed, run.device)]
-    for level in (None, *times):
-        name = f"{config.data.dataset}, {'all times' if level is None else f't = {level:g}'}"
-        fields.append((name, score, make_batch(run, batch_size, level), variants))
-
-    lines = [
-        f"{config.data.dataset}, step {step}, {batch_size} images, {probes} probes each, {run.device}, "
-        f"{runtime.precision}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, "
-        f"{clock_of(run.device)[1]}\n",
-        "| field | NAsym | estimator | ms per gradient | standard deviation / norm of the mean "
-        "| paper's variance over it | paper's variance × time over it |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    with tqdm(total=probes * sum(len(field[-1]) for field in fields), unit="gradient") as bar:
-        for title, field_score, batch, own_variants in fields:
-            gradients, seconds = _measure(run, batch, own_variants, probes, bar)
-            squares = {name: deviations(rows) for name, rows in gradients.items()}
-            norm = float(gradients[DEFAULT].mean(0).double().norm())
-            exact = batch.x[0].numel() <= EXACT_MAX_DIMENSION
-            nasym = asymmetry(field_score, batch.x, batch.t, probes=None if exact else 16).nasym.mean()
-            for name in own_variants:
-                ratio, error = ratio_with_error(squares[PAPER], squares[name])
-                faster = seconds[PAPER] / seconds[name]
-                deviation = float((squares[name].sum() / (probes - 1)).sqrt())
-                row = (title, f"{nasym:.1e}", name, f"{1e3 * seconds[name]:.1f}", f"{deviation / norm:.2g}")
-                if name == PAPER:
-                    row += ("1", "1")
-                else:
-                    row += tuple(f"{factor * ratio:.3g} ± {factor * error:.1g}" for factor in (1, faster))
-                lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
-
-
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-class _InPrecision(nn.Module):
-    """A network under the precision that ``score_of`` evaluates it in."""
-
-    def __init__(self, network: nn.Module, score_of: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.network, self.score_of = network, score_of
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.score_of(self.network, x, t)
-
-
-def _variants(
-    score: ScoreFunction,
-    parameters: list[nn.Parameter],
-    paper_score: ScoreFunction,
-    paper_parameters: list[nn.Parameter],
-) -> dict[str, Gradient]:
-    return {
-        PAPER: partial(paper_gradient, paper_score, paper_parameters),
-        "trace": partial(our_gradient, score, parameters, estimator="trace"),
-        DEFAULT: partial(our_gradient, score, parameters, estimator="antisymmetric"),
-    }
-
-
-def _linear_field(
-    batch_size: int, seed: int, device: torch.device
-) -> tuple[str, ScoreFunction, Batch, dict[str, Gradient]]:
-    """Its name, score, points (the gradient does not depend on them) and variants."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(LINEAR_DIMENSION, LINEAR_DIMENSION, generator=generator)
-    layer = nn.Linear(LINEAR_DIMENSION, LINEAR_DIMENSION, bias=False)
-    # The two parts have the same norm, about, so that NAsym = r²/(1 + r²).
-    r = (LINEAR_NASYM / (1 - LINEAR_NASYM)) ** 0.5
-    with torch.no_grad():
-        layer.weight.copy_((noise + noise.T + r * (noise - noise.T)) / LINEAR_DIMENSION**0.5)
-    layer.to(device)
-    x = torch.randn(batch_size, LINEAR_DIMENSION, generator=generator).to(device)
-    ones = torch.ones(batch_size, device=device)
-
-    def score(x: Tensor, t: Tensor) -> Tensor:
-        return layer(x)
-
-    variants = _variants(score, _trained(layer), score, _trained(layer))
-    return f"linear, {LINEAR_DIMENSION} dimensions", score, Batch(x, ones, ones), variants
-
-
-def _measure(
-    run: Run, batch: Batch, variants: dict[str, Gradient], probes: int, bar: tqdm
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Gradients (probes, P) and the median of seconds, by variant. All variants have the same probes, in turn."""
-    gradients: dict[str, list[Tensor]] = {name: [] for name in variants}
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    clock, _ = clock_of(run.device)
-    for probe in range(-1, probes):  # the first is not counted
-        for name, gradient in variants.items():
-            generator = SampleGenerators((run.config.seed, "qc probe", probe + 1), range(len(batch.x)))
-            started = clock()
-            found = gradient(batch, generator)
-            duration = clock() - started
-            if probe >= 0:
-                seconds[name].append(duration)
-                gradients[name].append(torch.cat([part.flatten() for part in found]).cpu())
-                bar.update()
-    return (
-        {name: torch.stack(rows) for name, rows in gradients.items()},
-        {name: statistics.median(values) for name, values in seconds.items()},
-    )
-
-
-def main(argv: list[str]) -> None:
-    given = flags.FLAGS
-    try:
-        times = [float(value) for value in given.times]
-    except ValueError:
-        sys.exit(f"error: --times={','.join(given.times)}: allowed are numbers, separated by commas")
-    try:
-        runtime = Runtime(given.device, given.precision)
-        print(compare(given.config, given.workdir, runtime, given.batch_size, given.probes, times, given.compile))
-    except InvalidRun as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Of the run.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Of the run, trained.")
-    flags.DEFINE_string("device", "cpu", "auto, cpu, cuda or mps.")
-    flags.DEFINE_string("precision", "fp32", "fp32, bf16 or fp16, of the network.")
-    flags.DEFINE_bool("compile", False, "Have the default estimator compiled, too.")
-    flags.DEFINE_integer("batch_size", 32, "Images.")
-    flags.DEFINE_integer("probes", 100, f"Gradients of every variant; at least {LEAST_PROBES}.")
-    flags.DEFINE_list("times", [], "Rows for images that are all at one time.")
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=parse_flags)
+    command(run)

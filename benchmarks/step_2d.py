@@ -1,77 +1,58 @@
-"""A training step of the 2-D examples: U, C, and QC with each estimator, side by side.
+"""A training step of the 2-D examples: U, C, and QC with each estimator, in turn.
 
-python -m benchmarks.step_2d [--device=cpu] [--repeats=40]
+python -m benchmarks.step_2d [--rounds=40]
 """
 
 from __future__ import annotations
 
 import importlib
-import statistics
-import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 
-from absl import app, flags
+import torch
 
-from experiment.command_line import parse_flags
+from benchmarks.measure import conditions, in_turn
+from benchmarks.training_step import take
+from experiment.command_line import command
+from experiment.results import markdown_table
+from run_lib import Runtime
 
-VARIANTS = {
-    "U": ("u", {}),
-    "C": ("c", {}),
-    "QC, exact, on all points": ("qc", {"training.qc_estimator": "exact", "training.qc_stride": 1}),
-    "QC, trace, on all points": ("qc", {"training.qc_estimator": "trace", "training.qc_stride": 1}),
-    "QC, antisymmetric, on all points": ("qc", {"training.qc_stride": 1}),
-    "QC, antisymmetric, every second step on all points": ("qc", {"training.qc_interval": 2, "training.qc_stride": 1}),
-    "QC, antisymmetric, on every second point (default)": ("qc", {}),
+ALL = {"training.qc_stride": 1}
+VARIANTS: dict[str, dict] = {
+    "U": {},
+    "C": {},
+    "QC, exact, on all points": ALL | {"training.qc_estimator": "exact"},
+    "QC, trace, on all points": ALL | {"training.qc_estimator": "trace"},
+    "QC, antisymmetric, on all points": ALL,
+    "QC, antisymmetric, every second step on all points": ALL | {"training.qc_interval": 2},
+    "QC, antisymmetric, on every second point (default)": {},
 }
 
 
-def main(argv: list[str]) -> None:
-    repeats = flags.FLAGS.repeats
-    if repeats < 1:
-        sys.exit(f"error: --repeats={repeats}: at least 1")
+def run(*, device: str = "cpu", rounds: int = 40) -> str:
+    """Time pairs of steps, so that a term that is due every second step counts half.
 
-    import torch
-    from tqdm import trange
-
-    from benchmarks.clock import clock_of
-    from experiment.runtime import Runtime
-
-    configs = importlib.import_module("2d_examples.configs")
-    experiment = importlib.import_module("2d_examples.experiment")
+    Args:
+        device: auto, cpu or cuda.
+        rounds: Rounds; the medians are printed.
+    """
+    configs, experiment = (importlib.import_module(f"2d_examples.{name}") for name in ("configs", "experiment"))
     torch.set_num_threads(1)
-    try:
-        runtime = Runtime(flags.FLAGS.device)
-        device = runtime.torch_device
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    runtime = Runtime(device)
 
-    clock, kind = clock_of(device)
-    trainers = {}
-    for name, (model, overrides) in VARIANTS.items():
-        config = configs.get_config(f"gaussian_8-{model}")
+    variants = {}
+    for name, overrides in VARIANTS.items():
+        config = configs.get_config(f"gaussian_8-{name.split(',')[0].lower()}")
         config.update_from_flattened_dict(overrides)
-        trainers[name] = experiment.trainer(config, Path(), runtime)
-
-    def take(name: str) -> float:
-        started = clock()
-        trainers[name].train_step()
-        return 1e3 * (clock() - started)
-
-    # A sample is a pair of consecutive steps, so that a term that is due every second step counts half.
-    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for repeat in trange(-2, repeats, unit="round"):
-        for name in VARIANTS:
-            pair = (take(name) + take(name)) / 2
-            if repeat >= 0:
-                times[name].append(pair)
-    reference = statistics.median(times["U"])
-    print(f"batch 5000, one thread, {device}, torch {torch.__version__}, median of {repeats}, {kind}\n")
-    print("| variant | ms per step | relative to U |\n|---|---|---|")
-    for name, values in times.items():
-        print(f"| {name} | {statistics.median(values):.1f} | {statistics.median(values) / reference:.2f} |")
+        with tempfile.TemporaryDirectory() as folder:  # without a checkpoint
+            variants[name] = partial(take, experiment.trainer(config, Path(folder), runtime), 2)
+    timed = in_turn(variants, rounds, runtime.torch_device, warm_up=2)
+    ms = {name: 1e3 * found.median / 2 for name, found in timed.items()}
+    rows = [(name, f"{time:.1f}", f"{time / ms['U']:.2f}") for name, time in ms.items()]
+    table = markdown_table(("variant", "ms per step", "relative to U"), rows)
+    return f"batch 5000, {conditions(runtime.torch_device)}\n{table}"
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("device", "cpu", "auto, cpu, cuda or mps.")
-    flags.DEFINE_integer("repeats", 40, "Rounds; the medians are printed.")
-    app.run(main, flags_parser=parse_flags)
+    command(run)

@@ -417,7 +417,6 @@ def test_settings_of_the_optimiser_are_those_of_the_config(tmp_path):
         (dict(model__sigma_min=20.0), r"model\.sigma_min=20\.0"),
         (dict(training__continuous=False), r"needs model\.embedding_type='positional'"),
         (dict(training__init_from="nowhere.pt"), r"nowhere\.pt"),
-        (dict(sampling__predictor="x:y"), r"sampling\.predictor='x:y'"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

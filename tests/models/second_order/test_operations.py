@@ -9,18 +9,18 @@ import torch
 from oracles import SDES
 from torch import Tensor, nn
 
-from benchmarks.training_step import operations_of_passes
+from benchmarks.measure import operations_of
 from experiment.randomness import SampleGenerators, random_bits
 from losses import Objective
 from models.score import ConservativeScore, NoiseLevel, UnconstrainedScore
 from models.second_order.normalisation import Dropout, GroupNorm, norm_act
 from models.second_order.operations import (
     Conv2d,
-    attend,
     blur,
     blur_transposed,
     concatenate,
     differentiated_twice,
+    gradients_of,
     higher_order,
 )
 from models.second_order.recompute import recompute_activations
@@ -65,17 +65,16 @@ CASES: dict[str, Callable[[], tuple[Callable[[Tensor], Tensor], Sequence[Tensor]
     "strided": lambda: (layer := conv(8, 4, 3, stride=2), tuple(layer.parameters()), (2, 8, 6, 5)),
     "one channel": lambda: (layer := conv(8, 1, 3, padding=1), tuple(layer.parameters()), (2, 8, 4, 4)),
     "without bias": lambda: (layer := conv(8, 3, 1, bias=False), tuple(layer.parameters()), (2, 8, 3, 3)),
-    "normalisation": lambda: (layer := norm(), tuple(layer.parameters()), (2, 8, 3, 4)),
-    "with activation": lambda: (layer := norm(), _activated(layer), tuple(layer.parameters()), (2, 8, 3, 4))[1:],
+    "with activation": lambda: (
+        layer := norm(),
+        _activated(layer),
+        tuple(layer.parameters()),
+        (2, 8, 3, 4),
+    )[1:],
     "with dropout": lambda: (layer := norm(), _with_dropout(layer), tuple(layer.parameters()), (2, 8, 3, 4))[1:],
     "blur": lambda: (lambda x: blur(x, KERNEL, stride=2, padding=1), (), (2, 3, 6, 5)),
     "blur without remainder": lambda: (lambda x: blur(x, KERNEL, stride=2, padding=1), (), (2, 3, 7, 7)),
     "transposed blur": lambda: (lambda x: blur_transposed(x, KERNEL, stride=2, padding=1), (), (2, 3, 4, 5)),
-    "attention": lambda: (
-        lambda x: attend(x.flatten(2), x[:, :3].flatten(2).cos(), x[:, :3].flatten(2)),
-        (),
-        (2, 4, 2, 3),
-    ),
     "concatenation": lambda: (lambda x: concatenate(x, x[:, :2] ** 2), (), (2, 3, 4, 4)),
 }
 
@@ -172,12 +171,29 @@ def test_where_the_written_out_derivatives_are_used(small_unet):
     assert not torch.func.vmap(lambda row: torch.tensor(differentiated_twice(row)))(x).any()
 
 
-def test_products_with_the_jacobian_cost_one_evaluation_each():
+def test_products_with_the_jacobian_cost_one_evaluation_each(small_unet):
     """Without the gradients of weights. An evaluation is L operations in layers, which are linear, and A in attention,
     the products of two activations each, which take twice as many for each product with the Jacobian; backward passes
     of a loss that depends on value and products take 2L + 2A and 6L + 10A."""
-    found = operations_of_passes(dict(nf=16, num_res_blocks=1, batch_size=2), torch.device("cpu"))
-    evaluation, jtu, jv, plain, both = found.values()
+    shape = dict(image_size=32, num_channels=3, nf=16, ch_mult=(1, 2, 2, 2), attn_resolutions=(16,))
+    network = small_unet(dtype=torch.float32, **shape).train()
+    x, label, results = torch.rand(2, 3, 32, 32, requires_grad=True), torch.ones(2), []
+    u, v = torch.ones_like(x).requires_grad_(), torch.ones_like(x)
+
+    def product(at: Tensor, cotangent: Tensor, what: str) -> Tensor:
+        with gradients_of(what):
+            return torch.autograd.grad(results[-1], at, cotangent, create_graph=True)[0]
+
+    evaluation, jtu, jv, plain, both = (
+        operations_of(lambda work=work: results.append(work()))
+        for work in (
+            lambda: network(x, label),
+            lambda: product(x, u, "inputs"),
+            lambda: product(u, v, "cotangents"),
+            lambda: (results[0] ** 2).sum().backward(retain_graph=True),
+            lambda: sum((result**2).sum() for result in results[:3]).backward(),
+        )
+    )
     attention = jtu - evaluation
     layers = evaluation - attention
     assert 0 < attention < 0.15 * layers

@@ -10,8 +10,7 @@ from from_config import create_score_model, get_objective, get_sde
 from oracles import SDES
 from torch import nn
 
-from benchmarks import qc_precision
-from benchmarks.qc_memory import peak_memory
+from benchmarks.measure import peak_memory
 from configs.defaults import base_config
 from experiment.randomness import SampleGenerators, random_bits
 from losses import Objective
@@ -208,15 +207,3 @@ def test_loss_with_dropout_does_not_depend_on_the_batch(small_unet):
     other = objective(x0, SampleGenerators((1, "loss"), range(4)))["loss"]
     evaluated = objective.eval()(x0, SampleGenerators((0, "loss"), range(4)))["loss"]
     assert len({round(value.item(), 6) for value in (together, other, evaluated)}) == 3
-
-
-# ----------------------------------------------------------------------------------------------------------- precision
-
-
-def test_precision_benchmark_measures(monkeypatch, capsys):
-    """Rounding to bfloat16 errs more than to TF32, and that more than float32."""
-    monkeypatch.setattr(qc_precision, "RATIOS", (0.2,))
-    qc_precision.linear_table()
-    row = capsys.readouterr().out.strip().splitlines()[-1]
-    float32, tf32, _, bf16 = (float(cell.split(",")[1]) for cell in row.strip("| ").split("|")[1:])
-    assert float32 < 1e-4 < tf32 < 0.02 < bf16
