@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: install test demo figures wasserstein clean
 
-# The stamp is renewed when the requirements change.
+# Installs again when requirements.txt has changed.
 install: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt
@@ -19,8 +19,8 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2
 
-# U, from its checkpoint at step 1800 QC, and C, on the bundled digits. The U model itself goes on to step 2500, which
-# makes it the control of QC. Every command resumes, or does nothing where its work is done.
+# On the bundled digits: U for 2500 steps; QC from U's checkpoint of step 1800, also to step 2500, so that U is its
+# control; and C. Every command resumes, or does nothing if its work is done.
 DEMO := runs/digits
 RUN := $(BIN)/python main.py --cache_dir=$(DEMO)/cache
 demo: install
@@ -33,7 +33,7 @@ demo: install
 	$(RUN) --config=configs/digits.py:c --workdir=$(DEMO)/c --mode=eval
 	$(BIN)/python -m report.main $(DEMO)/c $(DEMO)/u $(DEMO)/qc --output $(DEMO)
 
-# Every figure and table of the small experiments and of the demo, on one page. Resumes like the demo.
+# The figures and tables of the small experiments and of the demo, on one page. Resumes as the demo does.
 FIGURES := runs/figures
 figures: install demo
 	$(BIN)/python -m gaussian_example.main --workdir=$(FIGURES)/gaussian_example
@@ -44,7 +44,7 @@ figures: install demo
 	$(BIN)/python -m report.main $(DEMO)/c $(DEMO)/u $(DEMO)/qc --output $(FIGURES)/digits
 	$(BIN)/python -m report.index $(FIGURES)
 
-# Nine forward processes: exact theory, then all of them trained on digits, on the same page. Resumes.
+# Nine forward processes, in exact theory and trained on digits, on the same page. Resumes as the demo does.
 wasserstein: install
 	$(BIN)/python -m wasserstein_example.main --workdir=$(FIGURES)/wasserstein_example
 	$(BIN)/python -m wasserstein_example.digits --workdir=$(FIGURES)/wasserstein_digits

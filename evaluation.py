@@ -243,7 +243,7 @@ def kid(
     The mean of ``mmd2`` over random subsets drawn without replacement. A subset never takes more than half
     of the smaller set: small sets shrink it to that, because the error is estimated from how subsets differ.
 
-    Subsets of n out of N overlap, so the spread v (a variance) over B subsets understates the error of their mean. The
+    Subsets of n out of N overlap, so the variance v over B subsets understates the error of their mean. The
     variance of the mean is estimated as v (n/(N − n) + 1/B), N the smaller set: the delete-d jackknife (Shao and Wu
     1989, d = N − n) and the choice of subsets. It errs on the large side, up to about a factor of two in the standard
     error, when the two distributions are equal or the sets differ much in size.

@@ -17,6 +17,7 @@ result, and the number of processes changes nothing but rounding. Each recipe im
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import logging
@@ -30,7 +31,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from checkpoints import CheckpointError, CheckpointStore, load_state_dict_strictly, read_checkpoint
+from checkpoints import CheckpointError, CheckpointStore, check_whole, load_state_dict_strictly, read_checkpoint
 from configs.checks import check
 from data.pixels import ImageFormat
 from experiment.files import write_arrays, write_json, write_text
@@ -148,7 +149,6 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
                 weight_decay=config.optim.weight_decay,
                 fused=True,
             )
-            stack.enter_context(runtime.exclusive(workdir / ".training.lock"))
             batches = TrainingBatches(train_data, seed=config.seed, batch_size=training.batch_size)
 
             def class_labels(labels: Tensor, generator: SampleGenerators | None) -> Tensor | None:
@@ -219,6 +219,7 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
                 description=f"train {workdir.name}",
             )
             _check_stride(config, loop.parts[0])
+            stack.enter_context(runtime.exclusive(workdir / ".training.lock"))
         yield loop
 
 
@@ -234,15 +235,15 @@ def _state_to_begin_with(config: ConfigDict, model: ScoreModel, optimizer: torch
     else:
         state = read_checkpoint(path)
     if "record" in state:
-        _check_version(state, path)
-        return state
-    from models.published import convert_public_checkpoint
+        _check_own(state, path)
+    else:
+        from models.published import convert_public_checkpoint
 
-    _refuse_public_conservative(config, path)
-    state = convert_public_checkpoint(path, model, optimizer)
-    if state["optimizer"] is None:
-        logger.warning("training.init_from=%s has no optimiser state: Adam's moments start from zero", path)
-    return state
+        _refuse_public_conservative(config, path)
+        state = convert_public_checkpoint(path, model, optimizer)
+        if state["optimizer"] is None:
+            logger.warning("training.init_from=%s has no optimiser state: Adam's moments start from zero", path)
+    return {**state, "source": f"training.init_from={path}"}
 
 
 def _record(config: ConfigDict, images: ImageFormat, train_data: Split) -> dict:
@@ -260,6 +261,7 @@ def _check_data(record: dict, train_data: Split, workdir: Path) -> None:
     """A run goes on with the data that it began with. Of image files, dates are all that is compared."""
     from data import FileSplit
 
+    _check_version(record, workdir)
     if record.get("data") == train_data.fingerprint:
         return
     if isinstance(train_data, FileSplit):
@@ -304,6 +306,8 @@ def evaluate(
                 )
             score = _trained_score(config, workdir, checkpoint, runtime)
             train_data, test_data = load_data(config, runtime)
+            if score.trained_on not in (None, train_data.fingerprint):
+                logger.warning("data.path=%s: other data than those that the model was trained on", config.data.path)
             sampler = build_sampler(config, score.sde)
             if enabled.enable_sampling:
                 from features.quality import SampleQuality
@@ -565,6 +569,7 @@ class TrainedScore:
     ) -> None:
         self.config, self.model, self.images, self.step = config, model, images, step
         self.runtime, self.workdir = runtime, workdir
+        self.trained_on: str | None = None  # the fingerprint of the training data, if it is known
         self.classifier: torch.nn.Module | None = None  # where sampling is guided by it
 
     @property
@@ -607,12 +612,19 @@ class TrainedScore:
         Raises:
             ValueError: a bad option.
         """
-        config = ConfigDict(self.config)
+        score = copy.copy(self)
+        score.config = config = self.config.copy_and_resolve_references()
+        if unknown := options.keys() - config.sampling.keys():
+            raise ValueError(f"sampling.{min(unknown)}: no such field")
         config.sampling.update(options)
         check(config)
+        _check_classes(config, self.images)
+        if config.sampling.condition not in ("", "class_free"):
+            raise ValueError(f"sampling.condition={config.sampling.condition!r}: only with --mode=sample")
         generator = SampleGenerators((seed, "samples"), range(n))
         like = torch.zeros((n, *self.shape), device=self.device)
-        return build_sampler(config, self.sde)(self, like, generator, progress=progress).x
+        sampler = build_sampler(config, self.sde)
+        return sampler(score._sampling_score(range(n)), like, generator, progress=progress).x
 
     def draw(self, indices: Sequence[int], sampler, *, progress: bool = False) -> tuple[np.ndarray, float]:
         """Samples number ``indices`` as grey levels, uint8 (B, H, W, C), and network evaluations per sample."""
@@ -736,7 +748,7 @@ def load(
         path: a run's folder, one of its checkpoint files, or a public ``.pth``.
         step: which checkpoint of the folder; the newest by default.
         device: where to compute.
-        config: of a public ``.pth``, which does not say how its network is built.
+        config: of a public ``.pth``, which does not say how its network is built; of one of ours, in place of its own.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it cannot be read.
@@ -750,11 +762,11 @@ def load(
             raise CheckpointError(f"{path}: no checkpoint in {store.directory}")
     else:
         state = read_checkpoint(path)
-    if "record" in state:
-        _check_version(state, path)
+    if config is None:
+        if "record" not in state:
+            raise ValueError(f"{path} is a public checkpoint: give load(…, config=…) the config it was trained with")
+        _check_own(state, path)
         config = _config_from_json(state["record"]["config"])
-    elif config is None:
-        raise ValueError(f"{path} is a public checkpoint: give load(…, config=…) the config it was trained with")
     check(config)
     return _score_from_state(state, path, config, torch.device(device))
 
@@ -784,6 +796,7 @@ def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | N
         state, source = read_checkpoint(checkpoint), checkpoint
     score = _score_from_state(state, source, config, runtime.torch_device)
     score.runtime, score.workdir = runtime, workdir
+    score.trained_on = state["record"]["data"] if "record" in state else None
     runtime.check_agreement("the checkpoint's step", score.step, workdir)
     _check_classes(config, score.images)
     if runtime.compile:
@@ -803,7 +816,7 @@ def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | N
 def _score_from_state(state: dict, source: object, config: ConfigDict, device: torch.device) -> TrainedScore:
     sde = build_sde(config)
     if "record" in state:
-        _check_version(state, source)
+        _check_own(state, source)
         images, step = ImageFormat(**state["record"]["images"]), state["step"]
         model = build_score_model(config, sde, images)
         load_state_dict_strictly(model, state["ema"]["model"], source)
@@ -915,7 +928,7 @@ def build_sampler(config: ConfigDict, sde: SDE):
     return make_sampler(sde, config.sampling, num_scales=config.model.num_scales, continuous=config.training.continuous)
 
 
-def load_data(config: ConfigDict, runtime: Runtime) -> tuple[Split, Split]:
+def load_data(config: ConfigDict, runtime: Runtime | None = None) -> tuple[Split, Split]:
     from data import load_dataset
 
     data = config.data
@@ -995,9 +1008,13 @@ def _check_workdir(config: ConfigDict, workdir: Path, free_fields: tuple[str, ..
         raise ValueError(f"--workdir={workdir} holds another run: {different}")
 
 
-def _check_version(state: dict, source: object) -> None:
-    record = state["record"]
-    if not isinstance(record, dict) or record.get("version") != CHECKPOINT_VERSION:
+def _check_own(state: dict, source: object) -> None:
+    check_whole(state, source)
+    _check_version(state["record"], source)
+
+
+def _check_version(record: dict, source: object) -> None:
+    if record.get("version") != CHECKPOINT_VERSION:
         raise CheckpointError(
             f"{source}: a checkpoint of another version, or of another program; version {CHECKPOINT_VERSION} is read"
         )
@@ -1012,8 +1029,9 @@ def _refuse_public_conservative(config: ConfigDict, source: object) -> None:
 
 
 def _write_config(config: ConfigDict, workdir: Path, runtime: Runtime) -> None:
-    if runtime.is_main:
-        write_text(workdir / "config.json", config.to_json(indent=1, sort_keys=True) + "\n")
+    path, text = workdir / "config.json", config.to_json(indent=1, sort_keys=True) + "\n"
+    if runtime.is_main and not (path.exists() and path.read_text() == text):
+        write_text(path, text)
 
 
 def weights_key(module: torch.nn.Module) -> str:

@@ -16,7 +16,7 @@ sub-VP    β/2                   β (1 − e^{−2B})             α = e^{−B/2
 ========  ====================  ==========================  =====================
 
 with B(t) = ∫₀ᵗ β. A schedule is a frozen dataclass with three closed forms: σ(t), d(σ²)/dt and the inverse of σ for
-VE; β(t), B(t) and the inverse of B for VP and sub-VP (docs/add_your_own_sde.md):
+VE; β(t), B(t) and the inverse of B for VP and sub-VP (docs/extending.md):
 
 ===========  =============================================  ===========  =============================================
 VE           σ(t)                                           VP, sub-VP   β(t)

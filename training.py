@@ -66,7 +66,8 @@ class Trainer:
         save_freq: steps between checkpoints.
         milestone_freq: checkpoints at multiples of this are kept for ever; 0 keeps none.
         keep: how many of the newest checkpoints are kept.
-        begin: gives a state to start from where there is no checkpoint: ``step``, ``model``, ``ema``, ``optimizer``.
+        begin: gives a state to start from where there is no checkpoint: ``step``, ``model``, ``ema``, ``optimizer`` and
+            ``source``, which errors name it by.
         record: what every checkpoint says about the run besides; plain values.
         check_record: told the record of a checkpoint that the run resumes from; raises a ValueError to refuse it.
         observe: further quantities of the present weights, logged with every row, and at step 0 before the first.
@@ -154,9 +155,11 @@ class Trainer:
             state = None if begin is None else begin()
             if state is None:
                 return
-            self._load(state, "the checkpoint to begin with")
+            self._load(state, state["source"])
             if self.step >= self.n_iters:
-                raise ValueError(f"training.n_iters={self.n_iters}: {self.step} steps have been done already")
+                raise ValueError(
+                    f"training.n_iters={self.n_iters}: {state['source']} has done {self.step} steps already"
+                )
             return
         source = self.store.path(state.get("step", 0))
         check_whole(state, source)
@@ -243,8 +246,9 @@ class Trainer:
                 if stopping:
                     raise Interrupted(stopping)
                 self._call_hooks(log)
-            if self.signals is not None:
-                self.signals.finish()
+            # One that came while hooks were called, or that other processes have not heard of.
+            if stopping := self.signal_number if self.signals is None else self.signals.finish():
+                raise Interrupted(stopping)
 
     def train_step(self) -> None:
         """One step of the optimiser."""
@@ -253,6 +257,8 @@ class Trainer:
         if self.learning_rate is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(self.step)
+        # accelerate keeps the number of passes for a whole process, and counts on after a step that was broken off.
+        accelerator.gradient_accumulation_steps, accelerator.step = len(self.parts), 0
         for positions in self.parts:
             with accelerator.accumulate(self.objective):
                 terms = dict(self.loss(self.objective, self.step, positions))

@@ -98,7 +98,7 @@ FIELDS: dict[str, Field] = {
     "model.progressive_combine": Field("sum", "how input_skip is merged", choices("sum", "cat")),
     "model.init_scale": Field(0.0, "initial scale of the last layer of every branch", not_negative),
     "model.num_classes": Field(0, "of the data set, for a network that is given the class; 0: it is not", at_least(0)),
-    "sampling.method": Field("pc", "kind of sampler", choices("pc", "ode", "few_step")),
+    "sampling.method": Field("pc", "kind of sampler", choices("pc", "ode", "few_step", or_path=True)),
     "sampling.num_steps": Field(0, "steps; 0: model.num_scales", at_least(0)),
     "sampling.noise_removal": Field(True, "leave out the noise of the last step"),
     "sampling.predictor": Field("reverse_diffusion", "of pc", choices(*PREDICTORS, or_path=True)),

@@ -4,8 +4,9 @@ python main.py --config=configs/digits.py:u --workdir=runs/digits/u --mode=train
 python main.py --config=configs/digits.py:u --workdir=runs/digits/u --mode=eval
 python main.py --config=configs/digits.py:u --workdir=runs/digits/u --mode=train_classifier
 
-`make demo` trains and evaluates all three; the expected numbers are in the README, the choice of qc_weight in
-docs/choosing_qc_weight.md. Data are dequantised in training too: of 17 grey levels the bits/dim would suffer.
+`make demo` trains and evaluates all three. The expected numbers are in the README, the choice of qc_weight in
+docs/choosing_qc_weight.md. Data are dequantised in training, too: with only 17 grey levels bits/dim
+would suffer otherwise.
 """
 
 from configs.presets import preset

@@ -1,4 +1,4 @@
-"""U- and QC-NCSN++ on an .npz of one's own, sized for a CPU: 32×32 colour (rgb32) or 28×28 grey images (grey28).
+"""U- and QC-NCSN++ on an .npz of yours, sized for a CPU: 32×32 colour (rgb32) or 28×28 grey images (grey28).
 
 python main.py --config=configs/own_images.py:rgb32_u --config.data.path=FILE.npz --workdir=runs/own/u --mode=train
 python main.py --config=configs/own_images.py:rgb32_qc --config.data.path=FILE.npz --workdir=runs/own/qc --mode=train \

@@ -10,6 +10,7 @@ executed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,9 @@ def _mnist(root: Path, download: bool) -> Arrays:
     return [(half.data.numpy()[..., None], half.targets.numpy()) for half in halves]
 
 
-def _cifar(name: str) -> Callable[[Path, bool], Arrays]:
-    def read(root: Path, download: bool) -> Arrays:
-        halves = [_from_torchvision(name, half, root, download, train=half == "train") for half in ("train", "test")]
-        return [(half.data, np.asarray(half.targets)) for half in halves]
-
-    return read
+def _cifar(name: str, root: Path, download: bool) -> Arrays:
+    halves = [_from_torchvision(name, half, root, download, train=half == "train") for half in ("train", "test")]
+    return [(half.data, np.asarray(half.targets)) for half in halves]
 
 
 def _svhn(root: Path, download: bool) -> Arrays:
@@ -127,8 +125,8 @@ def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 SETS: dict[str, tuple[Callable[[Path, bool], Arrays], int]] = {
     "mnist": (_mnist, 10),
-    "cifar10": (_cifar("CIFAR10"), 10),
-    "cifar100": (_cifar("CIFAR100"), 100),
+    "cifar10": (partial(_cifar, "CIFAR10"), 10),
+    "cifar100": (partial(_cifar, "CIFAR100"), 100),
     "svhn": (_svhn, 10),
     "imagenet32": (_imagenet32, 1000),
 }

@@ -1,1 +1,1 @@
-"""What every command needs: files, working directories, logs, randomness, flags, jobs side by side."""
+"""What every command needs: files, working directories, randomness, flags, jobs in parallel, tables, figures."""

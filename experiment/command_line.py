@@ -23,6 +23,8 @@ from functools import partial
 from absl import app, flags
 from ml_collections import config_flags
 
+flags.disclaim_key_flags()  # they belong to the program that defines them, whose --help lists them
+
 __all__ = ["available_cores", "command", "one_line_errors", "parse_flags", "run_main"]
 
 

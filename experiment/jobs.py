@@ -1,4 +1,4 @@
-"""Independent runs side by side: one process and one torch thread each, one progress bar for all of them."""
+"""Independent tasks in parallel: one process and one torch thread each, one progress bar for all of them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import torch
 from tqdm import tqdm
+
+from experiment.runtime import Interrupted
 
 __all__ = ["Update", "run_all"]
 
@@ -34,8 +36,8 @@ def run_all(
     """The results of all tasks, ``jobs`` at a time.
 
     Every task runs on one torch thread, whatever ``jobs`` is, so that the results do not depend on it. With one job
-    (or one task) that happens in this process, otherwise in spawned ones. They end with this process, however it
-    ends; a task must therefore bear being killed at any moment.
+    (or one task) that happens in this process, otherwise in spawned ones. Those end when this one ends, however that
+    happens, so a task must survive being killed at any moment.
 
     Args:
         tasks: by name, for messages, what to do: a ``functools.partial`` of a function at the top level of its module,
@@ -51,8 +53,8 @@ def run_all(
         ValueError: fewer than one job.
         KeyboardInterrupt: Ctrl-C; all tasks are ended first.
         concurrent.futures.process.BrokenProcessPool: a process was killed from outside, for its memory perhaps.
-        Exception: what a task raised, its message headed by the name of the task (a RuntimeError if its type does not
-            take a message); the other tasks are ended first.
+        Exception: what a task raised, with the task's name before its message (a RuntimeError if its type takes no
+            message); the other tasks are ended first.
     """
     if jobs < 1:
         raise ValueError(f"jobs={jobs}: at least 1")
@@ -74,7 +76,7 @@ def _run_in_processes(tasks: Mapping[str, Callable], jobs: int, bar: tqdm) -> li
         jobs, multiprocessing.get_context("spawn"), _prepare_process, (os.getpid(), stop, steps_done)
     )
     try:
-        # The processes inherit the blocked signal: Ctrl-C reaches this process alone, which ends the others.
+        # The processes inherit the blocked signal: Ctrl-C reaches only this process, which ends the others.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             futures = [pool.submit(_run_task, *item, index) for index, item in enumerate(tasks.items())]
@@ -97,6 +99,8 @@ def _run_in_processes(tasks: Mapping[str, Callable], jobs: int, bar: tqdm) -> li
 def _named(name: str, task: Callable[[Update], Result], update: Update) -> Result:
     try:
         return task(update)
+    except Interrupted:
+        raise
     except Exception as error:
         message = f"{name}: {error}"
         error.args = (message,)

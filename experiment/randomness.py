@@ -1,9 +1,8 @@
 """Random numbers that belong to a sample, not to a batch.
 
-A sample's noise is drawn from its own generator, seeded by (seed, purpose, index). What is drawn for it then
-depends neither on the batch it is processed in, nor on the number of processes, nor on the device: the numbers
-are drawn on the CPU and moved. Training keys its generators by (seed, step), so that resuming at a step continues
-the very same stream without replaying anything.
+A sample's noise is drawn from a generator of its own, seeded by (seed, purpose, index). It depends neither on the batch
+the sample is in, nor on the number of processes, nor on the device: numbers are drawn on the CPU and moved. In training
+the key contains the step, so that a run which resumes at a step draws the same numbers without replaying any.
 
 The functions ``normal_like``, ``rademacher_like``, ``uniform`` and ``random_bits`` accept the per-sample generators, an
 ordinary ``torch.Generator``, or ``None`` for torch's global stream; everything in the project draws through them.

@@ -16,17 +16,17 @@ __all__ = ["markdown_table", "mean_and_error", "number", "with_error", "write_re
 
 
 def markdown_table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """A table whose columns line up in plain text, too."""
+    """A table whose columns are aligned in plain text, too."""
     lines = [[str(cell) for cell in line] for line in (header, *rows)]
     widths = [max(3, *(len(line[k]) for line in lines)) for k in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])
     return "".join(f"| {' | '.join(map(str.ljust, line, widths))} |\n" for line in lines)
 
 
-def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean of independent values (N,) and its standard error, std/√N; NaN for N = 1."""
+def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float | None]:
+    """Mean of independent values (N,) and its standard error, std/√N; None for N = 1."""
     values = np.asarray(values, dtype=np.float64)
-    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
     return float(values.mean()), error
 
 

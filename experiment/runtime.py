@@ -60,6 +60,9 @@ class Interrupted(Exception):
         super().__init__(f"stopped by {signal.Signals(signal_number).name}; the same command resumes")
         self.signal_number = signal_number
 
+    def __reduce__(self) -> tuple:  # it may come from another process
+        return Interrupted, (self.signal_number,)
+
 
 @contextlib.contextmanager
 def checked() -> Iterator[None]:

@@ -30,7 +30,7 @@ def take_lock(path: Path) -> FileLock:
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(f"{path.parent} is in use by another process; wait for it, or stop it") from None
+        raise ValueError(f"--workdir: {path.parent} is in use by another process; wait for it, or stop it") from None
     return lock
 
 
@@ -53,11 +53,11 @@ def claim(
 ) -> Path:
     """Mark a folder as that of ``experiment``, in ``workdir/experiment.json``; it is made if it is not there.
 
-    ``settings`` are what decides the results; a folder keeps those it was first claimed with. ``exclusive``: until this
-    process ends no other can claim it. ``free_fields``: see ``differences``.
+    ``settings`` decide the results; a folder keeps those it was first claimed with. ``exclusive``: no other process can
+    claim the folder until this one ends. ``free_fields``: see ``differences``.
 
     To be called once all other input has been checked, before anything is computed or written. A folder that
-    ``experiment`` itself has claimed before is left as it is.
+    ``experiment`` has claimed before is not changed.
 
     Returns:
         The folder.

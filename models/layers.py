@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.second_order.normalisation import Dropout, GroupNorm, norm_act
-from models.second_order.operations import Conv2d, attend, blur, blur_transposed
+from models.second_order.operations import Conv2d, blur, blur_transposed
 
 __all__ = [
     "Attention",
@@ -312,5 +312,7 @@ class Attention(nn.Module):
         h = self.norm(x)
         # (B, HW, C): the order of channels-last memory, so that nothing is copied.
         query, key, value = (layer(h).permute(0, 2, 3, 1).flatten(1, 2) for layer in (self.query, self.key, self.value))
-        h = attend(channels**-0.5 * query, key, value).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        # Plain products: torch's fused kernels cannot be differentiated twice.
+        weights = torch.softmax((channels**-0.5 * query) @ key.transpose(1, 2), dim=-1).to(value.dtype)
+        h = (weights @ value).unflatten(1, (height, width)).permute(0, 3, 1, 2)
         return self.rescale * (x + self.out(h))

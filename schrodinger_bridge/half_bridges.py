@@ -23,23 +23,24 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
-from data.splits import TensorSplit
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from checkpoints import CheckpointError
+from configs.dsb.common import check
+from data import TensorSplit
 from experiment.files import write_json
 from experiment.randomness import seed_from
 from experiment.registry import resolve
 from experiment.runtime import Runtime
 from experiment.workdir import claim, flatten
-from models import EMA, create_network
+from models import EMA, make_network
 from models.mlp import TimeConditionalMLP
 from sde_lib import expand
 from training import Trainer
 
 from .marginals import ImageMarginal, Key, get_marginals, moments
-from .matching import ALGORITHMS, Regression, ipf_regression
+from .matching import ALGORITHMS, Regression
 from .metrics import mean_squared_displacement, wasserstein
 from .process import BACKWARD, FORWARD, LABEL_RANGE, MeanMap, Reference, TransitionMean, opposite, simulate, step_sizes
 
@@ -100,20 +101,14 @@ class BridgeRun:
     """
 
     def __init__(self, config: ConfigDict, workdir: str | Path, runtime: Runtime) -> None:
-        if "bridge" not in config:
-            raise ValueError("--config: no config of a bridge; those are in configs/dsb")
+        check(config)
         self.config, self.workdir, self.runtime, bridge = config, Path(workdir), runtime, config.bridge
         self.accelerator, self.device = runtime.accelerator, runtime.torch_device
         self.num_half_bridges = 2 * bridge.num_ipf
         self.regression = resolve(bridge.algorithm, ALGORITHMS, "bridge.algorithm")
-        if bridge.coupling == "independent" and self.regression is ipf_regression:
-            raise ValueError("bridge.coupling='independent': IPF starts from the coupling of the reference; take imf")
-        training, processes = config.training, self.accelerator.num_processes
-        if training.batch_size % processes or training.cache_size % training.batch_size:
-            raise ValueError(
-                f"training.batch_size={training.batch_size}, training.cache_size={training.cache_size}: the cache must "
-                f"be a multiple of the batch, and that of {processes} process(es)"
-            )
+        size, processes = config.training.batch_size, self.accelerator.num_processes
+        if size % processes:
+            raise ValueError(f"training.batch_size={size}: must be a multiple of the {processes} process(es)")
         self.gammas = step_sizes(bridge.ladder, bridge.num_steps, bridge.gamma_min, bridge.gamma_max)
         with self.accelerator.main_process_first():  # which may download data
             self.marginals = get_marginals(config.data, config.final)
@@ -141,16 +136,15 @@ class BridgeRun:
             raise ValueError("model.embedding_type='fourier': takes a logarithm, but the first edge has the label 0")
         if model.dropout:
             raise ValueError(f"model.dropout={model.dropout}: bridges are learned without, it must be 0")
-        return create_network(self.config)
-
-    # -- learning
+        channels, size, _ = shape
+        images = dict(image_size=size, num_channels=channels, centered=self.config.data.centered)
+        return make_network(model.name, model, **images)
 
     def train(self) -> None:
         """All half-bridges that are left, each measured when it is done.
 
         Raises:
-            ValueError: the folder belongs to something else, or to a run of other settings, or is in use, or has more
-                half-bridges than asked for.
+            ValueError: the folder is that of something else, in use, or has more half-bridges than asked for.
             CheckpointError: networks that it should have are missing or damaged.
             FloatingPointError: loss or samples are not finite.
             Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
@@ -162,8 +156,7 @@ class BridgeRun:
         finished = max(0, len(self.history) - 1)
         if finished > self.num_half_bridges:
             raise ValueError(
-                f"bridge.num_ipf={self.config.bridge.num_ipf}: this run has begun iteration {(finished + 1) // 2}; at "
-                "least that"
+                f"bridge.num_ipf={self.config.bridge.num_ipf}: at least {(finished + 1) // 2}, already begun"
             )
         if not self.history:
             self._measure(0)
@@ -174,7 +167,7 @@ class BridgeRun:
             self._learn(number)
             if number >= finished:
                 self._measure(number + 1)
-            if self.runtime.is_main and not self.config.training.keep_half_bridges:
+            if number > 1 and self.runtime.is_main and not self.config.training.keep_half_bridges:
                 shutil.rmtree(self._folder(number - 2) / "checkpoints", ignore_errors=True)
 
     def _settings(self) -> dict[str, object]:
@@ -199,6 +192,10 @@ class BridgeRun:
         mean_map = self.mean_maps[direction]
         average = EMA(mean_map, self.config.model.ema_rate)
         betas = (optim.beta1, optim.beta2)
+
+        def cosine(step: int) -> float:
+            return optim.lr * (0.5 * (1 + math.cos(math.pi * step / training.n_iters)))
+
         trainer = Trainer(
             mean_map,
             torch.optim.Adam(mean_map.parameters(), lr=optim.lr, betas=betas, eps=optim.eps, fused=True),
@@ -208,7 +205,7 @@ class BridgeRun:
             batch_size=training.batch_size,
             objective=Objective(mean_map),
             ema=average,
-            learning_rate=self._cosine_decay if optim.cosine_decay else None,
+            learning_rate=cosine if optim.cosine_decay else None,
             grad_clip=optim.grad_clip,
             log_freq=training.log_freq,
             save_freq=training.save_freq,
@@ -216,15 +213,11 @@ class BridgeRun:
             runtime=self.runtime,
             description=f"half-bridge {number + 1} of {self.num_half_bridges}",
         )
-        if number + 1 < len(self.history) and trainer.step < training.n_iters:
-            # What it was learned from may be gone.
+        if number < len(self.history) - 1 and trainer.step < training.n_iters:  # what it was learned from may be gone
             raise CheckpointError(f"{trainer.store.path(training.n_iters)}: missing or damaged, and needed to go on")
         trainer.run()
         self.averages[direction] = average
         self.accelerator.free_memory()
-
-    def _cosine_decay(self, step: int) -> float:
-        return self.config.optim.lr * (0.5 * (1 + math.cos(math.pi * step / self.config.training.n_iters)))
 
     def _loss(self, number: int) -> Callable[[nn.Module, int, range], dict[str, Tensor]]:
         training = self.config.training
@@ -256,13 +249,8 @@ class BridgeRun:
         return self.regression(learned, x, self.mean_map(simulated), self.reference, noise, **options)
 
     def _batch(self, cache: Regression, step: int, positions: range) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs (b, …), edges (b,) and targets (b, …): one random edge of one random chain of each part.
-
-        Args:
-            cache: of this process.
-            step: since the first half-bridge began.
-            positions: (b,) in the batch of all processes.
-        """
+        """Inputs (b, …), edges (b,) and targets (b, …): one random edge of one random chain of each part. The step is
+        counted from the first half-bridge on, positions are those in the batch of all processes."""
         training = self.config.training
         generator = torch.Generator().manual_seed(seed_from(self.config.seed, "batch", step))
         part = training.cache_size // training.batch_size
@@ -272,8 +260,6 @@ class BridgeRun:
         mine = slice(positions.start, positions.stop)
         edge, chain = edge[mine].to(self.device), chain[mine].to(self.device)
         return cache.inputs[edge, chain], edge + 1, cache.targets[edge, chain]
-
-    # -- chains
 
     def mean_map(self, direction: str) -> MeanMap:
         """What a direction moves by: averaged weights, or the reference while the forward direction has none."""
@@ -301,8 +287,6 @@ class BridgeRun:
         noise = self._noise(count, start.shape, slice(None), (*key, direction))
         sharp = self.ends[direction].sharp
         return simulate(self.mean_map(direction), x, self.gammas, direction, noise, noise_removal=sharp)[0].cpu()
-
-    # -- measuring
 
     def _measure(self, number: int) -> None:
         """A row of the history: what ``number`` half-bridges have learned, 0 the reference. Every process computes it.

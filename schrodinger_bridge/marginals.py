@@ -100,12 +100,8 @@ def _centre_and_scale(draw: DrawPoints) -> tuple[np.ndarray, float]:
 
 
 class PointMarginal:
-    """Points in the plane, moved and scaled to mean 0 and a mean standard deviation of ``scale`` per coordinate.
-
-    Args:
-        name: one of ``POINT_SETS``, or 'module:function'.
-        scale: see above.
-        field: what an error calls ``name``.
+    """Points in the plane, of ``POINT_SETS`` or by 'module:function', moved and scaled to mean 0 and a mean standard
+    deviation of ``scale`` per coordinate.
 
     Raises:
         ValueError: unknown name.
@@ -158,14 +154,8 @@ class GaussianMarginal:
 
 
 class ImageMarginal:
-    """Images of a set or of one of its classes, uniformly dequantised, drawn with replacement.
-
-    Args:
-        halves: training and test images.
-        class_label: the class, or −1 for all of them.
-        centered: values in [−1, 1] rather than [0, 1].
-        name: of the set.
-        field: what an error calls the config's section.
+    """Training and test images of a set or, with a ``class_label`` other than −1, of one of its classes, uniformly
+    dequantised, in [−1, 1] if ``centered`` and else in [0, 1], drawn with replacement.
 
     Raises:
         ValueError: there are no such images in one of the halves.

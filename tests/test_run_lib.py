@@ -38,6 +38,8 @@ TINY = {
     "training.snapshot_sampling": False,
     "data.random_flip": True,
     "sampling.num_steps": 3,
+    "likelihood.solver": "heun",
+    "likelihood.num_steps": 3,
     "eval.batch_size": 16,
     "eval.num_samples": 20,
     "eval.asym_levels": 2,
@@ -90,7 +92,7 @@ def environment() -> dict[str, str]:
 
 
 def test_killed_at_any_moment_and_resumed_ends_with_identical_weights(tmp_path):
-    """SIGKILL at random moments, then SIGTERM, against an uninterrupted run: bit-identical weights, averages,
+    """SIGKILL at a random moment, then SIGTERM, against an uninterrupted run: bit-identical weights, averages,
     optimiser and log."""
     longer = "--config.training.n_iters=40"
     options = dict(cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -98,7 +100,7 @@ def test_killed_at_any_moment_and_resumed_ends_with_identical_weights(tmp_path):
 
     broken = tmp_path / "broken"
     moments = np.random.default_rng(0)
-    for signal_number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
+    for signal_number in (signal.SIGKILL, signal.SIGTERM):
         process = subprocess.Popen(command(broken, "train", longer), **options)
         before = lines_logged(broken)
         deadline = time.monotonic() + 60
@@ -115,13 +117,10 @@ def test_killed_at_any_moment_and_resumed_ends_with_identical_weights(tmp_path):
     assert without_times(rows(tmp_path / "whole")) == without_times(rows(broken))
 
 
-def test_resuming_in_process_equals_one_go(tmp_path):
-    for model in ("u", "c"):
-        run_lib.train(tiny_config(model), tmp_path / model / "whole", CPU)
-        parts = tmp_path / model / "parts"
-        for n_iters in (5, 12):
-            run_lib.train(tiny_config(model, training__n_iters=n_iters), parts, CPU)
-        assert_identical(weights(tmp_path / model / "whole", 12), weights(parts, 12))
+def test_a_conservative_model_resumes(tmp_path):
+    for folder, n_iters in (("whole", 4), ("parts", 1), ("parts", 4)):
+        run_lib.train(tiny_config("c", training__n_iters=n_iters), tmp_path / folder, CPU)
+    assert_identical(weights(tmp_path / "whole", 4), weights(tmp_path / "parts", 4))
 
 
 def test_truncated_newest_checkpoint_falls_back_and_still_ends_the_same(tmp_path, caplog):
@@ -143,13 +142,16 @@ def test_a_finished_run_is_left_alone(tmp_path):
 
 
 def test_accumulation_gives_the_same_training(tmp_path):
-    config = tiny_config("qc")
-    run_lib.train(config, tmp_path / "one", CPU)
-    run_lib.train(config, tmp_path / "four", run_lib.Runtime(device="cpu", accumulation_steps=4))
-    one, four = weights(tmp_path / "one", 12), weights(tmp_path / "four", 12)
+    """And one runtime does not change what another does in the same process."""
+    config = tiny_config("qc", training__n_iters=4)
+    for folder, passes in (("one", 1), ("four", 4), ("again", 1)):
+        runtime = run_lib.Runtime(device="cpu", accumulation_steps=passes) if passes > 1 else CPU
+        run_lib.train(config, tmp_path / folder, runtime)
+    one, four = weights(tmp_path / "one", 4), weights(tmp_path / "four", 4)
     for name in one:
         if name.startswith("model"):
             torch.testing.assert_close(four[name], one[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert_identical(one, weights(tmp_path / "again", 4))
 
 
 def test_mixed_precision_trains_alike(tmp_path, forget_accelerator):
@@ -196,18 +198,18 @@ def evaluated(trained: Path, workdir: Path, **overrides) -> dict:
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(trained, tmp_path, monkeypatch):
-    """Batches of 1, 7 and all: the same images, bits and asymmetries, the last partial batch included."""
-    _shorten_test_set(monkeypatch, 9)
+    """Batches of 1, 3 and all: the same images, bits and asymmetries, the last partial batch included."""
+    _shorten_test_set(monkeypatch, 5)
     results = {}
-    for batch_size in (1, 7, 64):
-        metrics = evaluated(trained, tmp_path / str(batch_size), eval__batch_size=batch_size, eval__num_samples=9)
+    for batch_size in (1, 3, 64):
+        metrics = evaluated(trained, tmp_path / str(batch_size), eval__batch_size=batch_size, eval__num_samples=5)
         arrays = {}
         for name in ("nll", "sample_items", "asymmetry_items"):
             with np.load(tmp_path / str(batch_size) / "eval" / f"{name}.npz", allow_pickle=False) as file:
                 arrays.update({f"{name}.{field}": file[field] for field in file.files if field != "key"})
-        assert len(arrays["nll.nll_bits_per_dim"]) == 9 and len(arrays["sample_items.images"]) == 9
+        assert len(arrays["nll.nll_bits_per_dim"]) == 5 and len(arrays["sample_items.images"]) == 5
         results[batch_size] = metrics, arrays
-    for batch_size in (1, 7):
+    for batch_size in (1, 3):
         for name, values in results[64][1].items():
             if name == "sample_items.images":
                 assert np.abs(values.astype(int) - results[batch_size][1][name].astype(int)).max() <= 1
@@ -268,7 +270,7 @@ def test_likelihood_of_some_test_images_is_a_part_of_the_whole(trained, tmp_path
     assert [metrics[count]["nll_images"] for count in (0, 4, 50)] == [9, 4, 9]
     assert metrics[4]["test_images"] == 9
     assert metrics[4]["nll_bits_per_dim_se"] == pytest.approx(nll[4].std(ddof=1) / 2)
-    assert metrics[4]["likelihood"] == "rademacher divergence, adams in ln(σ/α), 160 steps"
+    assert metrics[4]["likelihood"] == "rademacher divergence, heun in ln(σ/α), 3 steps"
 
 
 def test_damaged_evaluation_files_are_computed_again(trained, tmp_path, monkeypatch, caplog):
@@ -317,7 +319,7 @@ def test_official_checkpoint_is_sampled_with_its_averages(tmp_path):
             samples.append(file["images"])
     assert np.array_equal(*samples) and samples[0].std() > 10
     # The feature classifier needs labels, which this file has not: said before any sampling.
-    config.eval.features = "classifier"
+    config.eval.update(features="classifier", num_samples=4)
     with pytest.raises(run_lib.InvalidRun, match="no labels"):
         run_lib.evaluate(config, tmp_path / "eval", CPU, golden)
     config.model.parameterization = "conservative"
@@ -337,15 +339,12 @@ def test_networks_without_the_fields_of_the_unet_train_resume_and_sample(name, t
         config.update_from_flattened_dict(known)
         return config
 
-    run_lib.train(config(), tmp_path / "whole", CPU)
-    for n_iters in (5, 12):
-        run_lib.train(config(**{"training.n_iters": n_iters}), tmp_path / "parts", CPU)
-    assert_identical(weights(tmp_path / "whole", 12), weights(tmp_path / "parts", 12))
+    for folder, n_iters in (("whole", 3), ("parts", 1), ("parts", 3)):
+        run_lib.train(config(**{"training.n_iters": n_iters}), tmp_path / folder, CPU)
+    assert_identical(weights(tmp_path / "whole", 3), weights(tmp_path / "parts", 3))
     folder = run_lib.sample(config(), tmp_path / "whole", CPU)
     with np.load(folder / "samples.npz", allow_pickle=False) as file:
         assert file["images"].shape == (2, 8, 8, 1)
-    with pytest.raises(run_lib.InvalidRun, match=r"holds another run: model\.nf was 8, is 16"):
-        run_lib.train(config(**{"model.nf": 16}), tmp_path / "whole", CPU)
 
 
 def test_settings_of_the_optimiser_are_those_of_the_config(tmp_path):
@@ -360,41 +359,17 @@ def test_settings_of_the_optimiser_are_those_of_the_config(tmp_path):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (dict(training__sde="foo"), r"training\.sde='foo': allowed are subvpsde, vesde, vpsde"),
-        (dict(training__qc_weight=-1.0), r"training\.qc_weight=-1\.0: allowed are numbers from 0 on"),
-        (dict(training__qc_estimator="x"), r"training\.qc_estimator='x': allowed are antisymmetric, trace, exact"),
-        (dict(training__qc_interval=0), r"training\.qc_interval=0"),
+        (dict(optim__lr=0.0), r"optim\.lr=0\.0: allowed are positive numbers"),
         (dict(training__qc_stride=3), r"training\.qc_stride=3: must divide the 8 samples"),
-        (dict(training__batch_size=0), r"training\.batch_size=0"),
-        (dict(training__n_iters=0), r"training\.n_iters=0: at least 1"),
-        (dict(sampling__predictor="x"), r"sampling\.predictor='x': allowed are"),
-        (dict(sampling__corrector="x"), r"sampling\.corrector='x': allowed are"),
-        (dict(sampling__method="x"), r"sampling\.method='x': allowed are pc, ode"),
-        (dict(sampling__method="ode", sampling__solver="x"), r"sampling\.solver='x': allowed are"),
-        (dict(likelihood__divergence="x"), r"likelihood\.divergence='x': allowed are"),
-        (dict(likelihood__rtol=0.0), r"likelihood\.rtol=0\.0"),
-        (dict(data__dataset="x"), r"data\.dataset='x'"),
+        (dict(data__dataset="x:y"), r"data\.dataset='x:y'"),
         (dict(data__image_size=16), r"image_size=16"),
         (dict(data__num_channels=3, eval__asym_probes=1), r"num_channels=3"),
         (dict(data__dataset="npz", data__path="nothing.npz"), r"nothing\.npz"),
-        (dict(model__name="x"), r"model\.name='x': allowed are ddpm, ncsn, ncsnpp, ncsnv2"),
-        (dict(model__parameterization="x"), r"model\.parameterization='x': allowed are"),
+        (dict(model__name="x:y"), r"model\.name='x:y'"),
         (dict(model__sigma_min=20.0), r"model\.sigma_min=20\.0"),
-        (dict(model__ema_rate=1.0), r"model\.ema_rate=1\.0"),
-        (dict(optim__lr=0.0), r"optim\.lr=0\.0"),
-        (dict(optim__lr=float("inf")), r"optim\.lr=inf: allowed are positive numbers"),
-        (dict(optim__beta1=1.0), r"optim\.beta1=1\.0: allowed are numbers in \[0, 1\)"),
-        (dict(optim__eps=0.0), r"optim\.eps=0\.0"),
-        (dict(optim__weight_decay=-1.0), r"optim\.weight_decay=-1\.0"),
-        (dict(optim__grad_clip=float("nan")), r"optim\.grad_clip=nan"),
-        (dict(training__qc_weight=float("inf")), r"training\.qc_weight=inf: allowed are numbers from 0 on"),
-        (dict(model__num_scales=0), r"model\.num_scales=0: at least 1"),
-        (dict(seed=2**63), r"seed=9223372036854775808: allowed are integers of 64 bits"),
-        (dict(optim__optimizer="SGD"), r"optim\.optimizer='SGD': allowed is Adam"),
         (dict(training__continuous=False), r"needs model\.embedding_type='positional'"),
-        (dict(model__ch_mult=("a",)), r"model\.ch_mult=\('a',\)"),
         (dict(training__init_from="nowhere.pt"), r"nowhere\.pt"),
-        (dict(training__sde="subvpsde", model__scale_by_sigma=False, training__continuous=False), r"subvpsde"),
+        (dict(sampling__predictor="x:y"), r"sampling\.predictor='x:y'"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

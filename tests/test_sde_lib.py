@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -399,18 +397,6 @@ def test_schedule_by_name(family, schedules):
     assert harmonic == HarmonicSigma(0.02, 7.0)
     test_sigma_schedules(harmonic)
     test_marginals_solve_the_moment_equations(VE(harmonic))
-
-
-def test_recipe(tmp_path, monkeypatch):
-    """The code of docs/add_your_own_sde.md runs, and its schedule fulfils what is asked of every schedule."""
-    text = (Path(__file__).parents[1] / "docs" / "add_your_own_sde.md").read_text()
-    module, program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (tmp_path / "my_schedules.py").write_text(module)
-    monkeypatch.syspath_prepend(tmp_path)
-    exec(program, {})
-    schedule = made("vesde", "my_schedules:HarmonicSigma").schedule
-    test_sigma_schedules(schedule)
-    assert 1 / schedule.sigma(double(0.5)).item() == pytest.approx((1 / 0.02 + 1 / 7.0) / 2)
 
 
 @pytest.mark.parametrize(

@@ -1,46 +1,31 @@
-"""Conditional generation on a labelled mixture: classifier guidance and classifier-free guidance."""
+"""Class-conditional generation: classifier guidance and classifier-free guidance on a labelled mixture.
 
-from __future__ import annotations
+Divergence: KL (nats) of the samples' histogram of 16×16 cells to p(x given c), which for draws of the density itself is
+not 0 either; wanted: mean of p(c given x); error of the mean in standard deviations; variance over the true one.
+Sources: Dhariwal and Nichol (NeurIPS 2021); Ho and Salimans (2022).
+"""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from exact.distributions import GaussianMixture
-from experiment.randomness import normal_like, seed_from, uniform
+from experiment.figures import COLOURS, new_figure
+from experiment.randomness import uniform
 from guidance.conditions import ClassifierFreeGuidance, ClassifierGuidance
 from losses import Objective
-from models.mlp import TimeConditionalMLP
-from models.score import NoiseLevel, UnconstrainedScore
-from sampling import ConditionalScore, PCSampler
-from sde_lib import SDE, expand
+from models.score import UnconstrainedScore
+from sampling import PCSampler
+from sde_lib import SDE
+from tutorial_example import common
+from tutorial_example.common import SDES, Result, Update, constant, generator
 
-from .tutorial_figure import (
-    EXPERIMENT,
-    SDES,
-    Claim,
-    Result,
-    TutorialFigure,
-    Update,
-    constant,
-    generator,
-    markdown_table,
-    new_figure,
-    plane,
-    plane_grid,
-    train,
-)
-
-__all__ = ["Conditional", "histogram_divergence"]
-
-COMPONENTS = (slice(0, 2), slice(2, 4))
-"""Of either class."""
-NUM_CLASSES = len(COMPONENTS)
+COMPONENTS = (slice(0, 2), slice(2, 4))  # of either class
+WANTED, STRONG = 1, 4.0  # the class that is sampled, and a weight γ other than 1
+DROPPED_LABELS = 0.2  # how many labels the class-conditional score is trained without
+WIDTH = 2.8
 
 
 def labelled_mixture(sde: SDE) -> GaussianMixture:
@@ -82,223 +67,101 @@ def histogram_divergence(samples: Tensor, density: GaussianMixture, half_width: 
     return float(torch.where(q > 0, q * (q / p.clamp(min=1e-300)).log(), 0.0).sum())
 
 
-@dataclass(frozen=True)
-class Conditional(TutorialFigure):
-    """Samples of one class by guidance with the exact classifier, a learned one, and without classifier.
+def run(folder: Path, update: Update, *, n_iters: int = 3000, num_steps: int = 500, samples: int = 5000) -> Result:
+    sde = SDES["VP"]
+    mixture = labelled_mixture(sde)
+    density = class_density(mixture, WANTED)
 
-    Args:
-        n_iters, batch_size: of score, classifier and class-conditional score.
-        dropped_labels: how many labels the last one is trained without.
-        num_steps: of the sampler, Euler–Maruyama.
-        samples: of every sampler.
-        strong: a weight γ other than 1.
-        wanted: the class.
-    """
-
-    n_iters: int = 3000
-    batch_size: int = 512
-    dropped_labels: float = 0.2
-    num_steps: int = 500
-    samples: int = 5000
-    strong: float = 4.0
-    wanted: int = 1
-
-    name = "conditional"
-    title = "Class-conditional generation: classifier and classifier-free guidance"
-
-    @property
-    def methods(self) -> dict[str, tuple[str, str, float]]:
-        """Name → score, guidance, γ."""
-        return {
-            "exact classifier, true score": ("true", "exact", 1.0),
-            "learned classifier, learned score": ("learned", "learned", 1.0),
-            "classifier-free": ("learned", "free", 1.0),
-            f"exact classifier, true score, γ = {self.strong:g}": ("true", "exact", self.strong),
-            f"learned classifier, learned score, γ = {self.strong:g}": ("learned", "learned", self.strong),
-            f"classifier-free, γ = {self.strong:g}": ("learned", "free", self.strong),
-        }
-
-    @property
-    def steps(self) -> int:
-        return 3 * self.n_iters + len(self.methods) * (self.num_steps + 1)
-
-    def compute(self, folder: Path, update: Update) -> Result:
-        sde = SDES["VP"]
-        mixture = labelled_mixture(sde)
-        density = class_density(mixture, self.wanted)
-        score = self.fit_score(mixture, 0, folder / "score", update)
-        conditional = self.fit_score(mixture, NUM_CLASSES, folder / "conditional_score", update)
-        classifier = self.fit_classifier(mixture, folder / "classifier", update)
-
-        def learned_log_probs(x: Tensor, t: Tensor) -> Tensor:
-            return classifier(x, 999 * t).log_softmax(1)
-
-        sampler = PCSampler(sde, "euler_maruyama", "none", num_steps=self.num_steps)
-        labels = torch.full((self.samples,), self.wanted)
-        rows, arrays = [], {}
-        for name, (kind, guidance, weight) in self.methods.items():
-            dtype = torch.float64 if kind == "true" else torch.float32
-            if guidance == "free":
-                guided = ClassifierFreeGuidance(conditional, labels, NUM_CLASSES, weight=weight)
-            else:
-                log_probs = learned_log_probs
-                if guidance == "exact":
-                    log_probs = lambda x, t: class_log_probs(mixture, x, t)  # noqa: E731
-                unconditional = mixture.score if kind == "true" else score
-                guided = ClassifierGuidance(unconditional, log_probs, labels, weight=weight)
-            like = torch.empty(self.samples, 2, dtype=dtype)
-            reported = Reported(guided, update)
-            result = sampler(reported, like, generator(self.name, "samples"))
-            measured = self.measure(result.x, mixture, density)
-            rows.append({"method": name, "weight": weight, "nfe": result.nfe, **measured})
-            arrays[name] = result.x[:1500].numpy()
-        truth = density.sample(self.samples, generator(self.name, "truth"))
-        measured = self.measure(truth, mixture, density)
-        rows.append({"method": "draws of the density itself", "weight": None, "nfe": None, **measured})
-        x = mixture.sample(20_000, generator(self.name, "classified"))
-        grid = plane_grid(2.8, 101)
-        for c in range(NUM_CLASSES):
-            log_density = class_density(mixture, c).log_prob(grid, constant(grid, 0.0))
-            arrays[f"density {c}"] = log_density.exp().numpy()
-        errors = self.classifier_errors(mixture, learned_log_probs, x)
-        numbers = {"rows": rows, "classifier": errors}
-        return Result(numbers, self.claims(numbers), arrays)
-
-    # -- learning
-
-    def labelled(self, mixture: GaussianMixture, source: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Points (B, 2) and their classes (B,), drawn from p(c | x)."""
-        x0 = mixture.sample(self.batch_size, source)
+    def labelled(source: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A batch of points (B, 2) and their classes (B,), drawn from p(c | x)."""
+        x0 = mixture.sample(512, source)
         second = class_log_probs(mixture, x0, constant(x0, 0.0))[:, 1].exp()
         return x0.float(), (uniform((len(x0),), source, dtype=torch.float64) < second).long()
 
-    def fit_score(self, mixture: GaussianMixture, num_classes: int, folder: Path, update: Update) -> UnconstrainedScore:
-        """A score, of p(x | c) and p(x) in one network if there are classes."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_from(EXPERIMENT, "weights", self.name, num_classes))
-            network = TimeConditionalMLP(2, num_classes=num_classes)
-        model = UnconstrainedScore(network, NoiseLevel(mixture.sde))
+    # Train a score, one that knows p(x | c) and p(x) alike, and a classifier of noised points.
+    def trained_score(name: str, num_classes: int) -> UnconstrainedScore:
+        model = common.score_model(sde, "conditional", num_classes, num_classes=num_classes)
         objective = Objective(model)
 
         def loss(step: int) -> Tensor:
-            source = generator(self.name, "batch", step)
-            x0, labels = self.labelled(mixture, source)
-            dropped = uniform((len(labels),), source) < self.dropped_labels
-            labels = torch.where(dropped, num_classes, labels)
+            source = generator("conditional", "batch", step)
+            x0, labels = labelled(source)
+            labels = torch.where(uniform((len(labels),), source) < DROPPED_LABELS, num_classes, labels)
             return objective(x0, source, class_labels=labels if num_classes else None)["loss"]
 
-        train(model, loss, folder, update, n_iters=self.n_iters)
+        common.train(model, loss, folder / name, update, n_iters=n_iters)
         return model
 
-    def fit_classifier(self, mixture: GaussianMixture, folder: Path, update: Update) -> nn.Module:
-        """Logits of p(c | x_t): cross-entropy at uniform times."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_from(EXPERIMENT, "weights", self.name, "classifier"))
-            network = TimeConditionalMLP(2, outputs=NUM_CLASSES)
+    score, conditional = trained_score("score", 0), trained_score("conditional_score", len(COMPONENTS))
+    classifier = common.network("conditional", "classifier", outputs=len(COMPONENTS))
 
-        def loss(step: int) -> Tensor:
-            source = generator(self.name, "classifier batch", step)
-            x0, labels = self.labelled(mixture, source)
-            t = uniform((len(x0),), source)
-            mean, std = mixture.sde.marginal(x0, t)
-            x = mean + expand(std, x0) * normal_like(x0, source)
-            return F.cross_entropy(network(x, 999 * t), labels)
+    def classifier_loss(step: int) -> Tensor:
+        source = generator("conditional", "classifier batch", step)
+        x0, labels = labelled(source)
+        t = uniform((len(x0),), source)
+        return F.cross_entropy(classifier(common.noised(sde, x0, t, source), 999 * t), labels)
 
-        train(network, loss, folder, update, n_iters=self.n_iters)
-        return network
+    common.train(classifier, classifier_loss, folder / "classifier", update, n_iters=n_iters)
 
-    # -- measuring
+    def learned_log_probs(x: Tensor, t: Tensor) -> Tensor:
+        return classifier(x, 999 * t).log_softmax(1)
 
-    def measure(self, x: Tensor, mixture: GaussianMixture, density: GaussianMixture) -> dict[str, float]:
-        x = x.double()
-        t = constant(x, 0.0)
-        mean, covariance = density.moments(0.0)
-        std = covariance.diagonal().sqrt()
-        return {
-            "divergence": histogram_divergence(x, density),
-            "wanted": float(class_log_probs(mixture, x, t)[:, self.wanted].exp().mean()),
-            "mean_error": float(((x.mean(0) - mean) / std).abs().max()),
-            "variance_ratio": float(x.T.cov().trace() / covariance.trace()),
+    def exact_log_probs(x: Tensor, t: Tensor) -> Tensor:
+        return class_log_probs(mixture, x, t)
+
+    # Sample one class, and measure the samples, and draws of its density.
+    drawn, rows, labels = {}, [], torch.full((samples,), WANTED)
+    sampler = PCSampler(sde, "euler_maruyama", "none", num_steps=num_steps)
+    for weight, suffix in ((1.0, ""), (STRONG, f", γ = {STRONG:g}")):
+        guided = {
+            "exact classifier, true score": ClassifierGuidance(mixture.score, exact_log_probs, labels, weight=weight),
+            "learned classifier, learned score": ClassifierGuidance(score, learned_log_probs, labels, weight=weight),
+            "classifier-free": ClassifierFreeGuidance(conditional, labels, len(COMPONENTS), weight=weight),
         }
+        for name, guided_score in guided.items():
+            like = torch.empty(samples, 2, dtype=torch.float64 if "true" in name else torch.float32)
+            x, nfe = sampler(guided_score, like, generator("conditional", "samples"))
+            update(num_steps + 1)
+            drawn[name + suffix] = x.double()
+            rows.append({"method": name + suffix, "weight": weight, "nfe": nfe})
+    drawn["draws of the density itself"] = density.sample(samples, generator("conditional", "truth"))
+    rows.append({"method": "draws of the density itself", "weight": None, "nfe": None})
+    mean, covariance = density.moments(0.0)
+    for row in rows:
+        x = drawn[row["method"]]
+        row["divergence"] = histogram_divergence(x, density)
+        row["wanted"] = float(class_log_probs(mixture, x, constant(x, 0.0))[:, WANTED].exp().mean())
+        row["mean_error"] = float(((x.mean(0) - mean) / covariance.diagonal().sqrt()).abs().max())
+        row["variance_ratio"] = float(x.T.cov().trace() / covariance.trace())
 
-    def classifier_errors(self, mixture: GaussianMixture, log_probs, x0: Tensor) -> list[dict[str, float]]:
-        """At several times: mean |p(c | x) − learned p(c | x)|."""
-        rows = []
-        for t in (0.001, 0.1, 0.25, 0.5, 1.0):
-            times = constant(x0, t)
-            mean, std = mixture.sde.marginal(x0, times)
-            x = mean + expand(std, x0) * normal_like(x0, generator(self.name, "classified", repr(t)))
-            exact = class_log_probs(mixture, x, times)[:, 1].exp()
-            learned = log_probs(x.float(), times.float())[:, 1].exp()
-            rows.append({"t": t, "error": float((exact - learned).abs().mean())})
-        return rows
+    # Mean |p(c | x) − learned p(c | x)| at several times.
+    errors, x0 = [], mixture.sample(20_000, generator("conditional", "classified"))
+    for t in (0.001, 0.1, 0.25, 0.5, 1.0):
+        times = constant(x0, t)
+        x = common.noised(sde, x0, times, generator("conditional", "classified", repr(t)))
+        difference = exact_log_probs(x, times)[:, 1].exp() - learned_log_probs(x.float(), times.float())[:, 1].exp()
+        errors.append({"t": t, "error": float(difference.abs().mean())})
 
-    def claims(self, numbers: Mapping) -> list[Claim]:
-        *sampled, truth = numbers["rows"]
-        claims = []
-        for row in sampled:
-            if row["weight"] == 1:
-                bound = 0.02 if "true" in row["method"] else 0.05
-                excess = row["divergence"] - truth["divergence"]
-                text = f"{row['method']}: KL beyond that of draws of the density (nats)"
-                claims.append(Claim(text, excess, "<=", bound))
-            else:
-                text = f"{row['method']}: probability of the wanted class"
-                claims.append(Claim(text, row["wanted"], ">=", truth["wanted"]))
-        worst = max(row["error"] for row in numbers["classifier"])
-        claims.append(Claim("learned classifier: mean error of the probability, at any time", worst, "<=", 0.02))
-        return claims
+    # What must hold.
+    claims, (*sampled, truth) = {}, rows
+    for row in sampled:
+        if row["weight"] == 1:
+            excess, bound = row["divergence"] - truth["divergence"], 0.02 if "true" in row["method"] else 0.05
+            claims[f"{row['method']}: KL beyond that of draws of the density (nats)"] = excess, "<=", bound
+        else:
+            claims[f"{row['method']}: probability of the wanted class"] = row["wanted"], ">=", truth["wanted"]
+    worst = max(row["error"] for row in errors)
+    claims["learned classifier: mean error of the probability, at any time"] = worst, "<=", 0.02
 
-    def table(self, numbers: Mapping) -> str:
-        header = ("samples", "KL to p(x given c) (nats)", "probability of the class", "mean", "variance", "NFE")
-        rows = [
-            (
-                row["method"],
-                f"{row['divergence']:.4f}",
-                f"{row['wanted']:.4f}",
-                f"{row['mean_error']:.3f}",
-                f"{row['variance_ratio']:.3f}",
-                "" if row["nfe"] is None else f"{row['nfe']:g}",
-            )
-            for row in numbers["rows"]
-        ]
-        errors = ", ".join(f"{row['error']:.4f} at t = {row['t']:g}" for row in numbers["classifier"])
-        return (
-            f"{self.samples} samples of class {self.wanted}, {self.num_steps} steps of Euler–Maruyama. KL of their "
-            "histogram of 16×16 cells, which for draws of the density itself is not 0 either; mean: error "
-            "in standard deviations; variance: over the true one; probability: the mean of p(c given x).\n\n"
-            + markdown_table(header, rows)
-            + f"\nLearned classifier, mean error of p(c given x): {errors}.\n"
-        )
-
-    def draw(self, result: Result) -> Figure:
-        figure = new_figure(8.4, 5.2)
-        width, count = 2.8, 101
-        for ax, name in zip(figure.subplots(2, 3).flat, self.methods, strict=True):
-            for c, colour in ((1 - self.wanted, "tab:blue"), (self.wanted, "tab:red")):
-                ax.contour(
-                    result.arrays[f"density {c}"].reshape(count, count),
-                    levels=(0.02, 0.1, 0.3),
-                    extent=(-width, width, -width, width),
-                    colors=colour,
-                    linewidths=0.7,
-                )
-            ax.scatter(*result.arrays[name].T, s=1, color="black", linewidths=0)
-            plane(ax, width)
-            ax.annotate("wanted", (-1.9, -1.9), color="tab:red", fontsize=7)
-            ax.annotate("the other class", (-1.9, 2.2), color="tab:blue", fontsize=7)
-            ax.set_title(name.replace(", ", ",\n", 1), fontsize=8)
-        return figure
-
-
-class Reported(ConditionalScore):
-    """A guided score that reports every evaluation of a batch as one step."""
-
-    def __init__(self, guided: ConditionalScore, update: Update) -> None:
-        self.guided = guided
-        self.update = update
-        self.evaluations = guided.evaluations
-
-    def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
-        self.update(1)
-        return self.guided(x, t, rows)
+    # The picture: samples over lines of equal density of both classes.
+    figure = new_figure(8.4, 5.2)
+    grid = common.plane_grid(WIDTH, 101)
+    for ax, row in zip(figure.subplots(2, 3).flat, sampled, strict=True):
+        common.draw_points(ax, drawn[row["method"]][:1500], WIDTH)
+        for c, what, height in ((WANTED, "wanted", -1.9), (1 - WANTED, "the other class", 2.2)):
+            p, style = class_density(mixture, c).log_prob(grid, constant(grid, 0.0)).exp(), COLOURS[1 - (c == 0)]
+            extent = (-WIDTH, WIDTH, -WIDTH, WIDTH)
+            ax.contour(p.view(101, 101), levels=(0.02, 0.1, 0.3), extent=extent, colors=style, linewidths=0.7)
+            ax.annotate(what, (-1.9, height), color=style, fontsize=7)
+        ax.set_title(row["method"].replace(", ", ",\n", 1), fontsize=8)
+    return Result({"rows": rows, "classifier": errors}, claims, figure)

@@ -36,7 +36,7 @@ from scipy.stats import spearmanr
 
 import run_lib
 from configs.wasserstein.digits import MODELS, VP, get_config
-from evaluation import fid_with_error
+from evaluation import Features, fid_with_error
 from exact.gaussian_law import diagonalise, sampler_law, wasserstein
 from experiment.command_line import available_cores, command
 from experiment.figures import new_figure
@@ -45,8 +45,7 @@ from experiment.jobs import Update, run_all
 from experiment.results import markdown_table, number, write_results
 from experiment.runtime import Runtime
 from experiment.workdir import check_at_least, claim
-from features.classifier import train_classifier
-from features.extraction import FeatureExtractor, Features, dataset_features, extract_features
+from features import FeatureExtractor, extract_features, train_classifier
 
 from . import figures, theory
 
@@ -95,7 +94,7 @@ def run(
     smallest = {"--seeds": seeds, "--jobs": jobs, "numbers of steps": min(k for _, k in plan)}
     check_at_least(smallest, dict.fromkeys(smallest, 1))
     base = get_config(processes[0])
-    iterations, count, torch_device = base.training.n_iters, base.eval.num_samples, Runtime(device).torch_device
+    iterations, count = base.training.n_iters, base.eval.num_samples
     settings = {"device": device, "training_steps": iterations, "num_samples": count}
     folder = claim(workdir, "wasserstein_example on digits", settings)
 
@@ -109,7 +108,7 @@ def run(
     training = {name: partial(train, *task) for name, task in tasks.items()}
     run_all(training, jobs=jobs, total=iterations * len(tasks), unit="step", description="train")
 
-    extractor, _ = reference_features(base, folder / "cache", torch_device)  # not by two processes at once
+    extractor, _ = reference_features(base, folder / "cache", Runtime(device))  # not by two processes at once
     sampling = {name: partial(sample, *task, plan) for name, task in tasks.items()}
     cost = count * sum(evaluations(*case) for case in plan)
     measured = run_all(sampling, jobs=jobs, total=cost * len(tasks), unit="evaluation", description="sample")
@@ -133,7 +132,7 @@ def sample(
     config: ConfigDict, workdir: Path, cache_dir: str, device: str, plan: Sequence[tuple[str, int]], update: Update
 ) -> list[dict]:
     """FID of one model by every sampler and number of steps. Every finished one is kept in its own file."""
-    extractor, real = reference_features(config, cache_dir, Runtime(device).torch_device)
+    extractor, real = reference_features(config, cache_dir, Runtime(device))
     rows = []
     for sampler, steps in plan:
         path, cost = workdir / "fid" / f"{sampler}-{steps}.json", evaluations(sampler, steps)
@@ -159,18 +158,19 @@ def measure(
     """Sample and compare: network evaluations as counted, FID and its jackknife error."""
     with np.load(run_lib.sample(config, workdir, runtime) / "samples.npz", allow_pickle=False) as file:
         images, nfe = torch.from_numpy(file["images"]).permute(0, 3, 1, 2), float(file["nfe"])
-    generated = extract_features(extractor, images.split(config.eval.batch_size), len(images))
+    generated = extract_features(extractor, images, config.eval.batch_size)
     distance, error = fid_with_error(real.pool, generated.pool)
     return {"nfe": nfe, "fid": distance, "fid_se": error}
 
 
 def reference_features(
-    config: ConfigDict, cache_dir: str | Path, device: torch.device
+    config: ConfigDict, cache_dir: str | Path, runtime: Runtime
 ) -> tuple[FeatureExtractor, Features]:
-    """The feature classifier and the features of the training set; made once, then read from ``cache_dir``."""
+    """The feature classifier, made once, then read from ``cache_dir``, and the features of the training set."""
     train_data, test_data = run_lib.load_data(config)
-    extractor = train_classifier(train_data, test_data, seed=FEATURE_SEED, cache_dir=cache_dir, device=device)
-    return extractor, dataset_features(train_data, extractor, cache_dir=cache_dir, batch_size=config.eval.batch_size)
+    extractor = train_classifier(train_data, test_data, seed=FEATURE_SEED, cache_dir=cache_dir, runtime=runtime)
+    images, _ = train_data.batch(torch.arange(len(train_data)))
+    return extractor, extract_features(extractor, images, config.eval.batch_size)
 
 
 # ----------------------------------------------------------------------------------------------------------- the theory

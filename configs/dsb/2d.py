@@ -3,7 +3,7 @@
 python -m schrodinger_bridge.main --config=configs/dsb/2d.py:scurve --workdir=runs/dsb/scurve
 python -m schrodinger_bridge.main --config=configs/dsb/2d.py:moons-8gaussians --workdir=runs/dsb/moons-8gaussians
 
-The argument is DATASET (to a Gaussian), DATASET-DATASET, or gaussian, which linear algebra can follow. The expected
+The argument is DATASET (to a Gaussian), DATASET-DATASET, or gaussian, which can be solved exactly. The expected
 numbers are in schrodinger_bridge/README.md.
 """
 

@@ -2,7 +2,7 @@
 
 torchrun --nproc_per_node=4 -m schrodinger_bridge.main --config=configs/dsb/celeba.py --workdir=runs/dsb/celeba
 
-CelebA is looked for in downloads/; README, "Data". It has not been run: it is for several GPUs.
+CelebA is looked for in downloads/ (docs/own_data.md). This has not been run: it is for several GPUs.
 """
 
 from configs.dsb.common import image_config

@@ -10,11 +10,13 @@ import math
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from checkpoints import CheckpointError, check_state_dict, load_state_dict_strictly, read_checkpoint
+from models.ncsnv2 import RefineNet
 from models.published.names import official_names
 from models.score import ScoreModel
+from models.unet import UNet
 from sde_lib import SDE
 
 __all__ = ["PublicCheckpoint", "convert_public_checkpoint", "load_score_sde_checkpoint"]
@@ -74,11 +76,12 @@ class PublicCheckpoint:
         # The Fourier frequencies have neither gradient nor average.
         self._trainable = [name for name in self._weights if not name.endswith(".W") or ".NIN_" in name]
 
-    def weights(self, network: nn.Module) -> dict[str, Tensor]:
+    def weights(self, network: UNet | RefineNet) -> dict[str, Tensor]:
         """The weights under a network's names and in its layout; what it has no name for stands as in the file."""
-        return self._translated(self._weights, network)
+        own_name = {official: own for own, official in official_names(network).items()}
+        return {own_name.get(name, name): _to_own_layout(tensor, name) for name, tensor in self._weights.items()}
 
-    def averages(self, network: nn.Module) -> dict[str, Tensor]:
+    def averages(self, network: UNet | RefineNet) -> dict[str, Tensor]:
         """The same of the moving averages; the fixed Fourier frequencies have none and stand for themselves.
 
         Raises:
@@ -89,11 +92,9 @@ class PublicCheckpoint:
                 f"{self.path} has {len(self._averages)} averages for {len(self._trainable)} trainable parameters"
             )
         averages = dict(zip(self._trainable, self._averages, strict=True))
-        for name, average in averages.items():
-            self._check_shape(f"the average of {name}", average, name)
-        return self._translated(self._weights | averages, network)
+        return self.weights(network) | self._translated("the average", averages, network)
 
-    def optimizer_state(self, network: nn.Module) -> dict[str, dict[str, Tensor]] | None:
+    def optimizer_state(self, network: UNet | RefineNet) -> dict[str, dict[str, Tensor]] | None:
         """Adam's moments ``exp_avg`` and ``exp_avg_sq`` and its ``step``, float32, of every trainable parameter under
         the network's names and in its layout; None if the file has none.
 
@@ -112,21 +113,22 @@ class PublicCheckpoint:
                 f"{self.path}: its optimiser has {len(indices)} parameters, its model {len(self._weights)}"
             )
         index_of = dict(zip(self._weights, indices, strict=True))
-        own_name = {official: own for own, official in official_names(network).items()}
-        translated = {}
-        for name in self._trainable:
-            state = states.get(index_of[name], {})
+        adam = {name: states.get(index_of[name], {}) for name in self._trainable}
+        for name, state in adam.items():
             if set(state) != {"exp_avg", "exp_avg_sq", "step"}:
                 raise CheckpointError(
                     f"{self.path}: the optimiser state of {name} is {', '.join(sorted(state)) or 'nothing'}; read is "
                     "Adam's, which is exp_avg, exp_avg_sq, step"
                 )
-            moments = {"step": torch.tensor(float(state["step"]))}
-            for field in ("exp_avg", "exp_avg_sq"):
-                self._check_shape(f"{field} of {name}", state[field], name)
-                moments[field] = _to_own_layout(state[field].float(), name)
-            translated[own_name.get(name, name)] = moments
-        return translated
+        first, second = (
+            self._translated(field, {name: state[field].float() for name, state in adam.items()}, network)
+            for field in ("exp_avg", "exp_avg_sq")
+        )
+        steps = (torch.tensor(float(state["step"])) for state in adam.values())
+        return {
+            name: {"step": step, "exp_avg": first[name], "exp_avg_sq": second[name]}
+            for name, step in zip(first, steps, strict=True)
+        }
 
     def check_noise_levels(self, sde: SDE) -> None:
         """Compare the σ of a VE model with those that the file was trained with.
@@ -144,30 +146,23 @@ class PublicCheckpoint:
                 f"{theirs[0]:g} and {theirs[1]:g}"
             )
 
-    def _check_shape(self, what: str, tensor: Tensor, name: str) -> None:
-        if tensor.shape != self._weights[name].shape:
-            raise CheckpointError(
-                f"{self.path}: {what} has shape {tuple(tensor.shape)}, the parameter {tuple(self._weights[name].shape)}"
-            )
-
-    @staticmethod
-    def _translated(tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    def _translated(self, what: str, tensors: dict[str, Tensor], network: UNet | RefineNet) -> dict[str, Tensor]:
+        """One tensor for every trainable parameter, in its shape, under the network's names and in its layout."""
+        for name, tensor in tensors.items():
+            if tensor.shape != (shape := self._weights[name].shape):
+                raise CheckpointError(
+                    f"{self.path}: {what} of {name} has shape {tuple(tensor.shape)}, the parameter {tuple(shape)}"
+                )
         own_name = {official: own for own, official in official_names(network).items()}
         return {own_name.get(name, name): _to_own_layout(tensor, name) for name, tensor in tensors.items()}
 
 
-def load_score_sde_checkpoint(path: str | Path, network: nn.Module, ema: bool, sde: SDE | None = None) -> int:
-    """Load a public checkpoint into a network; returns its step.
-
-    Args:
-        path: the ``.pth`` file.
-        network: a network built from the matching config.
-        ema: take the moving averages instead of the raw weights.
-        sde: the forward process, to be compared with the noise levels in the file.
+def load_score_sde_checkpoint(path: str | Path, network: UNet | RefineNet, ema: bool, sde: SDE | None = None) -> int:
+    """Load the weights of a public checkpoint, or with ``ema`` its moving averages; returns its step.
 
     Raises:
-        CheckpointError: unreadable, not of a public format, or made for another architecture (naming the first
-            parameters that do not match) or other noise levels; the network is then unchanged.
+        CheckpointError: unreadable, not of a public format, or made for another architecture or, if ``sde`` is given,
+            other noise levels; the network is then unchanged.
     """
     checkpoint = PublicCheckpoint(path)
     if sde is not None:
@@ -181,7 +176,7 @@ def convert_public_checkpoint(path: str | Path, score_model: ScoreModel, optimiz
 
     Args:
         path: the ``.pth`` file.
-        score_model: built from the matching config, with the network and the SDE that the file was trained with.
+        score_model: of the network and the SDE that the file was trained with.
         optimizer: Adam of the trainable parameters of ``score_model``, in their order.
 
     Returns:
@@ -199,13 +194,6 @@ def convert_public_checkpoint(path: str | Path, score_model: ScoreModel, optimiz
         trainable = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
         state = {index: states[name] for index, name in enumerate(trainable)}
         states = {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-
-    def of_score_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {f"network.{name}": tensor for name, tensor in tensors.items()}
-
-    return {
-        "step": checkpoint.step,
-        "model": of_score_model(weights),
-        "ema": {"num_updates": checkpoint.num_updates, "model": of_score_model(averages)},
-        "optimizer": states,
-    }
+    model, average = ({f"network.{name}": t for name, t in tensors.items()} for tensors in (weights, averages))
+    ema = {"num_updates": checkpoint.num_updates, "model": average}
+    return {"step": checkpoint.step, "model": model, "ema": ema, "optimizer": states}

@@ -1,4 +1,4 @@
-"""Group normalisation, by itself and followed by x·sigmoid(x) and dropout, with second derivatives that are cheap.
+"""Group normalisation followed by x·sigmoid(x) and dropout, with second derivatives that are cheap.
 
 A normalisation a = (x − μ)r, r = (var + ε)^(−1/2), over groups of n numbers has the Jacobian
 
@@ -87,78 +87,21 @@ def set_dropout_keys(layers: Sequence[Dropout], keys: Tensor) -> None:
 # Group normalisation
 
 
-class _GroupNorm(Function):
-    """(x, γ, β) ↦ z = γa + β, with γ and β (C,) given or both absent."""
+class GroupNorm(nn.GroupNorm):
+    """torch's, for images (B, C, H, W)."""
 
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
-        x = _dense(x)
-        value, mean, rstd = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.groups, ctx.eps = groups, eps
-        return value
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd = ctx.saved_tensors
-        for_x, for_weight, for_bias = wanted(ctx, "inputs", "weights", "weights")
-        if not torch.is_grad_enabled():
-            return (
-                *_group_norm_backward(g, x, weight, mean, rstd, ctx.groups, [for_x, for_weight, for_bias]),
-                None,
-                None,
-            )
-        return (
-            _GroupNormInput.apply(g, x, weight, mean, rstd, ctx.groups, ctx.eps) if for_x else None,
-            (g * _GroupNorm.apply(x, None, None, ctx.groups, ctx.eps)).sum((0, 2, 3)) if for_weight else None,
-            g.sum((0, 2, 3)) if for_bias else None,
-            None,
-            None,
-        )
-
-
-class _GroupNormInput(Function):
-    """(z̄, x, γ) ↦ x̄ = J(γz̄). Mean and r of x (B, groups) are given, but count as functions of x."""
-
-    @staticmethod
-    def forward(
-        ctx, g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, groups: int, eps: float
-    ) -> Tensor:
-        product = _group_norm_backward(g, x, weight, mean, rstd, groups, [True, False, False])[0]
-        ctx.save_for_backward(g, x, weight, mean, rstd, product)
-        ctx.groups, ctx.eps = groups, eps
-        return product
-
-    @staticmethod
-    def backward(ctx, c: Tensor) -> tuple[Tensor | None, ...]:
-        g, x, weight, mean, rstd, ju = ctx.saved_tensors
-        groups, eps = ctx.groups, ctx.eps
-        for_g, for_x, for_weight = wanted(ctx, "cotangents", "inputs", "weights")
-        jc = _GroupNormInput.apply(c, x, None, mean, rstd, groups, eps)
-        for_g = (jc if weight is None else jc * _per_channel(weight[None])) if for_g else None
-        for_weight = (g * jc).sum((0, 2, 3)) if for_weight else None
-        if not for_x:
-            return for_g, None, for_weight, None, None, None, None
-
-        if torch.is_grad_enabled():  # of a still higher order: all of it as a function of x
-            a = _GroupNorm.apply(x, None, None, groups, eps)
-            rstd = (x.unflatten(1, (groups, -1)).var((2, 3, 4), correction=0) + eps).rsqrt()
-        else:
-            scale = _of_channels(rstd, x.shape[1])
-            a = torch.addcmul(_per_channel(-_of_channels(mean, x.shape[1]) * scale), x, _per_channel(scale))
-        sums = torch.stack([(c * ju).sum((2, 3)), _weighted((a * g).sum((2, 3)), weight), (a * c).sum((2, 3))])
-        sums = sums.unflatten(2, (groups, -1)).sum(3)  # cᵀJu, aᵀu and aᵀc, each (B, groups)
-        sums = _of_channels(sums * (rstd * (-groups / x[0].numel())), x.shape[1])
-        first, second, third = (_per_channel(s) for s in sums)
-        for_x = torch.addcmul(torch.addcmul(a * first, jc, second), ju, third)
-        return for_g, for_x, for_weight, None, None, None, None
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype != self.weight.dtype:
+            # Autocast leaves half precision to torch's kernel, which on the CPU is several times slower in it.
+            return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        return super().forward(x)
 
 
 def _group_norm_backward(
-    g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, groups: int, asked: list[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, asked: list[bool]
+) -> tuple[Tensor | None, ...]:
     g = g.contiguous(memory_format=_format(x))
-    return torch.ops.aten.native_group_norm_backward(g, x, mean, rstd, weight, *_sizes(x), groups, asked)
+    return torch.ops.aten.native_group_norm_backward(g, x, mean, rstd, weight, *_sizes(x), rstd.shape[1], asked)
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -167,49 +110,43 @@ def _format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=_format(x))
-
-
 def _sizes(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
 
 
 def _of_channels(groups: Tensor, channels: int) -> Tensor:
     """(..., groups) → (..., C)."""
-    each = channels // groups.shape[-1]
-    return groups[..., None].expand(*groups.shape, each).flatten(-2)
+    return groups.repeat_interleave(channels // groups.shape[-1], -1)
 
 
 def _per_channel(values: Tensor) -> Tensor:
     return values[:, :, None, None]
 
 
-def _weighted(sums: Tensor, weight: Tensor | None) -> Tensor:
-    return sums if weight is None else sums * weight
+def _normalised(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """a (B, groups, C/groups, H, W) and r, as functions of x that torch differentiates."""
+    x = x.unflatten(1, (groups, -1))
+    variance, mean = torch.var_mean(x, (2, 3, 4), correction=0, keepdim=True)
+    rstd = (variance + eps).rsqrt()
+    return (x - mean) * rstd, rstd
 
 
-class GroupNorm(nn.GroupNorm):
-    """torch's, for images (B, C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if is_higher_order():
-            return _GroupNorm.apply(x, view(self.weight), view(self.bias), self.num_groups, self.eps)
-        if x.device.type == "cpu" and x.dtype != self.weight.dtype:
-            # Autocast leaves half precision to torch's kernel, which on the CPU is several times slower in it.
-            return super().forward(x.to(self.weight.dtype)).to(x.dtype)
-        return super().forward(x)
+def _project(u: Tensor, x: Tensor, groups: int, eps: float) -> Tensor:
+    """Ju (B, C, H, W), as a function of u and x that torch differentiates."""
+    (a, rstd), u = _normalised(x, groups, eps), u.unflatten(1, (groups, -1))
+    mean, slope = u.mean((2, 3, 4), keepdim=True), (a * u).mean((2, 3, 4), keepdim=True)
+    return (rstd * (u - mean - a * slope)).flatten(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Group normalisation followed by φ(z) = d·z·sigmoid(z), d the factors of dropout or 1
+# Followed by φ(z) = d·z·sigmoid(z), d the factors of dropout or 1
 
 
 class _Constants:
     """What the derivatives of y = φ(z), z = γa + β, share: numbers without a graph, computed when first asked for."""
 
-    def __init__(self, x: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, factor: Tensor | None) -> None:
-        self.x, self.z, self.mean, self.rstd, self.factor = x.detach(), z.detach(), mean, rstd, factor
+    def __init__(self, x: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, eps: float, factor: Tensor | None) -> None:
+        self.x, self.z, self.mean, self.rstd, self.eps, self.factor = x.detach(), z.detach(), mean, rstd, eps, factor
 
     @cached_property
     def scale(self) -> Tensor:
@@ -222,10 +159,9 @@ class _Constants:
         return self.scale * (-self.rstd.shape[1] / math.prod(self.x.shape[1:]))
 
     @cached_property
-    def groups(self) -> Tensor:
+    def same_group(self) -> Tensor:
         """(C, C), 1 where two channels are of one group: a product with it sums over groups."""
-        channels, groups = self.x.shape[1], self.rstd.shape[1]
-        return _group_matrix(channels, groups, self.x.dtype, self.x.device)
+        return _same_group(self.x.shape[1], self.rstd.shape[1], self.x.dtype, self.x.device)
 
     @cached_property
     def normalised(self) -> Tensor:
@@ -253,16 +189,10 @@ class _Constants:
         scale = self.scale
         if weight is not None:
             sums, scale = sums * weight, scale * weight
-        sums = sums @ self.groups
+        sums = sums @ self.same_group
         shift, slope = (sums * self.minus_scale_over_size)[..., None, None].unbind()
         product = torch.addcmul(shift, u, _per_channel(scale))
         return product.addcmul_(self.normalised, slope), sums[1]
-
-    def times_slope(self, g: Tensor, z: Tensor) -> Tensor:
-        """φ'(z)g, as a function of z."""
-        s = torch.sigmoid(z)
-        slope = s * (1 + z * (1 - s))
-        return g * (slope if self.factor is None else slope * self.factor)
 
     def transposed(self, jc: Tensor, weight: Tensor) -> Tensor:
         """γφ'(z)Jc."""
@@ -276,14 +206,30 @@ class _Constants:
         for_z = g * jc
         products = (self.slope * for_z).sum((2, 3))  # the part of each channel in uᵀJc, over γ
         for_z.mul_(self.half_curvature).mul_(_per_channel(2 * weight[None]))
-        coefficients = torch.stack([(products * weight) @ self.groups, au, ac]) * self.minus_scale_over_size
+        coefficients = torch.stack([(products * weight) @ self.same_group, au, ac]) * self.minus_scale_over_size
         first, second, third = coefficients[..., None, None].unbind()
         for_x = (self.normalised * first).addcmul_(jc, second).addcmul_(ju, third)
         return for_x, products.sum(0), for_z
 
+    # As functions that torch differentiates, of z and x among others:
+
+    def times_slope(self, g: Tensor, z: Tensor) -> Tensor:
+        """φ'(z)g."""
+        s = torch.sigmoid(z)
+        slope = s * (1 + z * (1 - s))
+        return g * (slope if self.factor is None else slope * self.factor)
+
+    def input(self, g: Tensor, x: Tensor, weight: Tensor, z: Tensor) -> Tensor:
+        """J(γφ'(z)ȳ)."""
+        return _project(self.times_slope(g, z) * _per_channel(weight[None]), x, self.rstd.shape[1], self.eps)
+
+    def tangent(self, c: Tensor, x: Tensor, weight: Tensor, z: Tensor) -> Tensor:
+        """γφ'(z)Jc."""
+        return self.times_slope(_project(c, x, self.rstd.shape[1], self.eps) * _per_channel(weight[None]), z)
+
 
 @lru_cache(maxsize=64)
-def _group_matrix(channels: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _same_group(channels: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     group = torch.arange(channels, device=device) // (channels // groups)
     return (group[:, None] == group).to(dtype)
 
@@ -295,10 +241,10 @@ class _NormAct(Function):
     def forward(
         ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, factor: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        x = _dense(x)
+        x = x.contiguous(memory_format=_format(x))
         z, mean, rstd = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)
         ctx.save_for_backward(x, weight, z)
-        ctx.constants, ctx.eps = _Constants(x, z, mean, rstd, factor), eps
+        ctx.constants = _Constants(x, z, mean, rstd, eps, factor)
         ctx.set_materialize_grads(False)
         y = F.silu(z)
         return y if factor is None else y.mul_(factor), z
@@ -306,24 +252,22 @@ class _NormAct(Function):
     @staticmethod
     def backward(ctx, g: Tensor | None, g_z: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, z = ctx.saved_tensors
-        constants, eps = ctx.constants, ctx.eps
-        groups = constants.rstd.shape[1]
-        asked = wanted(ctx, "inputs", "weights", "weights")
+        constants, asked = ctx.constants, wanted(ctx, "inputs", "weights", "weights")
+        groups, eps = constants.rstd.shape[1], constants.eps
         if not torch.is_grad_enabled():
             total = g_z if g is None else constants.slope * g
             if g is not None and g_z is not None:
                 total += g_z
-            found = _group_norm_backward(total, x, weight, constants.mean, constants.rstd, groups, asked)
-            return *found, None, None, None
+            return *_group_norm_backward(total, x, weight, constants.mean, constants.rstd, asked), None, None, None
         for_x = for_weight = for_bias = None
         if asked[0] and g is not None:
-            for_x = _NormActInput.apply(g, x, weight, z, constants, eps)
+            for_x = _NormActInput.apply(g, x, weight, z, constants)
         if asked[0] and g_z is not None:
-            part = _GroupNormInput.apply(g_z, x, weight, constants.mean, constants.rstd, groups, eps)
+            part = _project(g_z * _per_channel(weight[None]), x, groups, eps)
             for_x = part if for_x is None else for_x + part
         if any(asked[1:]):
             total = (0 if g is None else constants.times_slope(g, z)) + (0 if g_z is None else g_z)
-            for_weight = (total * _GroupNorm.apply(x, None, None, groups, eps)).sum((0, 2, 3))
+            for_weight = (total * _normalised(x, groups, eps)[0].flatten(1, 2)).sum((0, 2, 3))
             for_bias = total.sum((0, 2, 3))
         return for_x, for_weight, for_bias, None, None, None
 
@@ -332,70 +276,55 @@ class _NormActInput(Function):
     """(ȳ, x, γ, z) ↦ x̄ = J(γφ'(z)ȳ)."""
 
     @staticmethod
-    def forward(ctx, g: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants, eps: float) -> Tensor:
+    def forward(ctx, g: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants) -> Tensor:
         product, ctx.au = constants.project(constants.slope * g, weight)
         ctx.save_for_backward(g, x, weight, z, product)
-        ctx.constants, ctx.eps = constants, eps
+        ctx.constants = constants
         return product
 
     @staticmethod
     def backward(ctx, c: Tensor) -> tuple[Tensor | None, ...]:
         g, x, weight, z, ju = ctx.saved_tensors
-        constants, eps, asked = ctx.constants, ctx.eps, wanted(ctx, "cotangents", "inputs", "weights", "inputs")
+        constants, asked = ctx.constants, wanted(ctx, "cotangents", "inputs", "weights", "inputs")
         if not any(asked[1:]):
-            return _NormActTangent.apply(c, x, weight, z, constants, eps), None, None, None, None, None
+            return _NormActTangent.apply(c, x, weight, z, constants), None, None, None, None
         if torch.is_grad_enabled():
-            return *_by_torch(_input, asked, c, (g, x, weight, z), constants, eps), None, None
+            return *_by_torch(constants.input, asked, c, (g, x, weight, z)), None
         jc = constants.project(c)
-        for_x, for_weight, for_z = constants.third(g, weight, (ju, ctx.au), jc)
         for_g = constants.transposed(jc[0], weight) if asked[0] else None
-        return for_g, for_x, for_weight, for_z, None, None
+        return for_g, *constants.third(g, weight, (ju, ctx.au), jc), None
 
 
 class _NormActTangent(Function):
     """(c, x, γ, z) ↦ γφ'(z)Jc, the transpose of the former."""
 
     @staticmethod
-    def forward(ctx, c: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants, eps: float) -> Tensor:
-        jc, ctx.ac = constants.project(c)
+    def forward(ctx, c: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants) -> Tensor:
+        ctx.jc = constants.project(c)
         ctx.save_for_backward(c, x, weight, z)
-        ctx.jc, ctx.constants, ctx.eps = jc, constants, eps
-        return constants.transposed(jc, weight)
+        ctx.constants = constants
+        return constants.transposed(ctx.jc[0], weight)
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         c, x, weight, z = ctx.saved_tensors
-        constants, eps, asked = ctx.constants, ctx.eps, wanted(ctx, "cotangents", "inputs", "weights", "inputs")
+        constants, asked = ctx.constants, wanted(ctx, "cotangents", "inputs", "weights", "inputs")
         if not any(asked[1:]):
-            return _NormActInput.apply(g, x, weight, z, constants, eps), None, None, None, None, None
+            return _NormActInput.apply(g, x, weight, z, constants), None, None, None, None
         if torch.is_grad_enabled():
-            return *_by_torch(_tangent, asked, g, (c, x, weight, z), constants, eps), None, None
+            return *_by_torch(constants.tangent, asked, g, (c, x, weight, z)), None
         ju = constants.project(constants.slope * g, weight)
-        for_x, for_weight, for_z = constants.third(g, weight, ju, (ctx.jc, ctx.ac))
-        return ju[0] if asked[0] else None, for_x, for_weight, for_z, None, None
-
-
-def _input(g: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants, eps: float) -> Tensor:
-    mean, rstd = constants.mean, constants.rstd
-    return _GroupNormInput.apply(constants.times_slope(g, z), x, weight, mean, rstd, rstd.shape[1], eps)
-
-
-def _tangent(c: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants, eps: float) -> Tensor:
-    mean, rstd = constants.mean, constants.rstd
-    jc = _GroupNormInput.apply(c, x, None, mean, rstd, rstd.shape[1], eps)
-    return constants.times_slope(jc * _per_channel(weight[None]), z)
+        return ju[0] if asked[0] else None, *constants.third(g, weight, ju, ctx.jc), None
 
 
 def _by_torch(
-    function: Callable[..., Tensor], asked: Sequence[bool], cotangent: Tensor, inputs: Sequence[Tensor], *options
+    function: Callable[..., Tensor], asked: Sequence[bool], cotangent: Tensor, inputs: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """The gradients of a function, with a graph: for what is differentiated further than need be fast."""
     # Views, so that x does not count once more where z is a function of it.
     views = [x.view_as(x) for x in inputs]
-    wanted = [view for view, needed in zip(views, asked, strict=True) if needed]
-    found = iter(
-        torch.autograd.grad(function(*views, *options), wanted, cotangent, create_graph=True, materialize_grads=True)
-    )
+    tensors = [x for x, needed in zip(views, asked, strict=True) if needed]
+    found = iter(torch.autograd.grad(function(*views), tensors, cotangent, create_graph=True, materialize_grads=True))
     return [next(found) if needed else None for needed in asked]
 
 

@@ -9,8 +9,6 @@ terms of what runs forward and backward anyway:
   under differentiation.
 * A blur is linear, and the derivative of its transpose the blur again; so it is with a concatenation and its
   transpose, which torch differentiates by padding each part with zeros, in another memory format, and adding up.
-* The products abᵀ, wb and wᵀa of attention again form a closed set, each written once in the order in memory that the
-  next one reads. The Jacobian of softmax is symmetric, as that of a normalisation is.
 
 All can be differentiated any number of times. Layers use them only where the input of the network itself has a
 gradient (``higher_order``): to train by the score alone torch's own are faster by what a call from Python costs.
@@ -29,7 +27,6 @@ from torch.autograd import Function
 
 __all__ = [
     "Conv2d",
-    "attend",
     "blur",
     "blur_transposed",
     "concatenate",
@@ -218,7 +215,7 @@ class _Blur(Function):
     @staticmethod
     def forward(ctx, x: Tensor, kernel: Tensor, stride: int, padding: int) -> Tensor:
         ctx.kernel, ctx.options, ctx.size = kernel, (stride, padding), x.shape[2:]
-        return F.conv2d(x, _each(kernel, x), stride=stride, padding=padding, groups=x.shape[1])
+        return _correlated(x, kernel, stride, padding)
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, None]:
@@ -231,11 +228,8 @@ class _BlurTransposed(Function):
     @staticmethod
     def forward(ctx, x: Tensor, kernel: Tensor, stride: int, padding: int, size: Sequence[int]) -> Tensor:
         ctx.kernel, ctx.options = kernel, (stride, padding)
-        least = [stride * (n - 1) + k - 2 * padding for n, k in zip(x.shape[2:], kernel.shape, strict=True)]
-        missing = [n - m for n, m in zip(size, least, strict=True)]
-        return F.conv_transpose2d(
-            x, _each(kernel, x), stride=stride, padding=padding, output_padding=missing, groups=x.shape[1]
-        )
+        missing = [n - m for n, m in zip(size, _transposed_size(x, kernel, stride, padding), strict=True)]
+        return _transposed(x, kernel, stride, padding, missing)
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -246,32 +240,39 @@ def _each(kernel: Tensor, x: Tensor) -> Tensor:
     return kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
 
 
+def _correlated(x: Tensor, kernel: Tensor, stride: int, padding: int) -> Tensor:
+    return F.conv2d(x, _each(kernel, x), None, stride, padding, groups=x.shape[1])
+
+
+def _transposed(x: Tensor, kernel: Tensor, stride: int, padding: int, missing: int | Sequence[int] = 0) -> Tensor:
+    return F.conv_transpose2d(x, _each(kernel, x), None, stride, padding, missing, groups=x.shape[1])
+
+
+def _transposed_size(x: Tensor, kernel: Tensor, stride: int, padding: int) -> list[int]:
+    return [stride * (n - 1) + k - 2 * padding for n, k in zip(x.shape[2:], kernel.shape, strict=True)]
+
+
 def blur(x: Tensor, kernel: Tensor, *, stride: int, padding: int = 0) -> Tensor:
     """Each channel of x (B, C, H, W) correlated with a constant kernel (k, l), every ``stride``-th pixel of it."""
     if is_higher_order():
         return _Blur.apply(x, kernel, stride, padding)
-    return _precise(lambda x: F.conv2d(x, _each(kernel, x), stride=stride, padding=padding, groups=x.shape[1]), x)
+    return _precise(_correlated, x, kernel, stride, padding)
 
 
 def blur_transposed(x: Tensor, kernel: Tensor, *, stride: int, padding: int = 0) -> Tensor:
     """The transpose of ``blur``: (B, C, H, W) → (B, C, stride(H − 1) + k − 2·padding, ...)."""
     if is_higher_order():
-        size = [stride * (n - 1) + k - 2 * padding for n, k in zip(x.shape[2:], kernel.shape, strict=True)]
-        return _BlurTransposed.apply(x, kernel, stride, padding, size)
-
-    def transposed(x: Tensor) -> Tensor:
-        return F.conv_transpose2d(x, _each(kernel, x), stride=stride, padding=padding, groups=x.shape[1])
-
-    return _precise(transposed, x)
+        return _BlurTransposed.apply(x, kernel, stride, padding, _transposed_size(x, kernel, stride, padding))
+    return _precise(_transposed, x, kernel, stride, padding)
 
 
-def _precise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _precise(function: Callable[..., Tensor], x: Tensor, *options) -> Tensor:
     """``function(x)``; on the CPU in float32, also under autocast, since torch's kernel for the transposed of these
     convolutions takes a hundred times as long in bfloat16."""
     if x.device.type != "cpu":
-        return function(x)
+        return function(x, *options)
     with torch.autocast("cpu", enabled=False):
-        return function(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+        return function(x.to(torch.promote_types(x.dtype, torch.float32)), *options).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -306,96 +307,3 @@ class _Split(Function):
 def concatenate(*parts: Tensor) -> Tensor:
     """Tensors (B, C_i, H, W) → (B, ΣC_i, H, W)."""
     return _Concatenate.apply(*parts) if is_higher_order() else torch.cat(parts, dim=1)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Attention
-
-
-class _Outer(Function):
-    """(a, b) ↦ abᵀ: (B, N, C) and (B, M, C) → (B, N, M)."""
-
-    @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return a @ b.transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        a, b = ctx.saved_tensors
-        for_a, for_b = ctx.needs_input_grad
-        return _Weighted.apply(g, b) if for_a else None, _WeightedBack.apply(g, a) if for_b else None
-
-
-class _Weighted(Function):
-    """(w, b) ↦ wb: (B, N, M) and (B, M, C) → (B, N, C)."""
-
-    @staticmethod
-    def forward(ctx, w: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(w, b)
-        return w @ b
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        w, b = ctx.saved_tensors
-        for_w, for_b = ctx.needs_input_grad
-        return _Outer.apply(g, b) if for_w else None, _WeightedBack.apply(w, g) if for_b else None
-
-
-class _WeightedBack(Function):
-    """(w, a) ↦ wᵀa: (B, N, M) and (B, N, C) → (B, M, C)."""
-
-    @staticmethod
-    def forward(ctx, w: Tensor, a: Tensor) -> Tensor:
-        ctx.save_for_backward(w, a)
-        return w.transpose(1, 2) @ a
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        w, a = ctx.saved_tensors
-        for_w, for_a = ctx.needs_input_grad
-        return _Outer.apply(a, g) if for_w else None, _Weighted.apply(w, g) if for_a else None
-
-
-class _Softmax(Function):
-    """l ↦ p along the last axis; its Jacobian is diag p − ppᵀ."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor) -> Tensor:
-        p = torch.softmax(logits, dim=-1)
-        ctx.save_for_backward(p)
-        return p
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> Tensor:
-        return _SoftmaxInput.apply(g, *ctx.saved_tensors)
-
-
-class _SoftmaxInput(Function):
-    """(u, p) ↦ p(u − pᵀu), in which cᵀ(diag p − ppᵀ)u has the derivative cu − c pᵀu − u pᵀc for p."""
-
-    @staticmethod
-    def forward(ctx, u: Tensor, p: Tensor) -> Tensor:
-        ctx.save_for_backward(u, p)
-        return torch._softmax_backward_data(u, p, -1, p.dtype)
-
-    @staticmethod
-    def backward(ctx, c: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        u, p = ctx.saved_tensors
-        for_u, for_p = ctx.needs_input_grad
-        for_u = _SoftmaxInput.apply(c, p) if for_u else None
-        if not for_p:
-            return for_u, None
-        along_u, along_c = (p * u).sum(-1, keepdim=True), (p * c).sum(-1, keepdim=True)
-        return for_u, torch.addcmul(c * (u - along_u), u, along_c, value=-1)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(QKᵀ)V: Q (B, N, C), K and V (B, M, C) → (B, N, C).
-
-    Plain products: torch's fused kernels cannot be differentiated twice.
-    """
-    if is_higher_order():
-        return _Weighted.apply(_Softmax.apply(_Outer.apply(query, key)), value)
-    weights = torch.softmax(query @ key.transpose(1, 2), dim=-1)
-    return weights.to(value.dtype) @ value

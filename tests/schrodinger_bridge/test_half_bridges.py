@@ -27,7 +27,6 @@ from schrodinger_bridge.metrics import mean_squared_displacement, wasserstein
 from schrodinger_bridge.process import BACKWARD, FORWARD, LABEL_RANGE
 
 plane = importlib.import_module("configs.dsb.2d")
-CPU = Runtime("cpu")
 
 TINY = {
     "bridge.num_ipf": 2,
@@ -97,8 +96,7 @@ class Stopped(Exception):
 @pytest.mark.parametrize(("algorithm", "warm_start"), [("ipf", True), ("imf", False)])
 def test_a_stopped_run_ends_the_same(algorithm, warm_start, tmp_path, monkeypatch):
     """Stopped in the middle of half-bridges, at their ends, before the first checkpoint, while they are measured, and
-    before and after that is written: weights, averages, moments, measurements and log are those of a run that was
-    not."""
+    before and after that is written: weights, averages, moments, measurements, log are those of an unstopped run."""
     overrides = {"bridge__algorithm": algorithm, "bridge__warm_start": warm_start}
     whole = learn(config_of(**overrides), tmp_path / "whole")
 
@@ -183,7 +181,7 @@ def test_the_global_stream_is_left_alone(tmp_path):
 def test_noise_of_the_directions_is_independent(tmp_path):
     """Chains of both directions, of successive refreshes and half-bridges: correlations of 64 × 2 × 5 numbers have a
     standard deviation of 0.040."""
-    run = BridgeRun(config_of(training__cache_size=64), tmp_path, CPU)
+    run = BridgeRun(config_of(training__cache_size=64), tmp_path, Runtime("cpu"))
     drawn, starts = [], []
 
     def record(learned, start, mean_map, reference, noise) -> None:
@@ -206,7 +204,7 @@ def test_noise_of_the_directions_is_independent(tmp_path):
 
 def test_warm_and_fresh_networks(tmp_path):
     """A new network of a half-bridge is another draw than the first one's; backward and forward are no twins."""
-    run = BridgeRun(config_of(), tmp_path, CPU)
+    run = BridgeRun(config_of(), tmp_path, Runtime("cpu"))
     first, second = (run._new_mean_map(BACKWARD, n).network.first.weight for n in (0, 2))
     assert not torch.equal(first, second) and torch.equal(first, run.mean_maps[BACKWARD].network.first.weight)
     assert not torch.equal(run.mean_maps[FORWARD].network.first.weight, first)
@@ -220,7 +218,7 @@ def test_affine_networks_learn_the_exact_iterates(tmp_path):
     """
     overrides = {"bridge__num_ipf": 10, "bridge__num_steps": 6, "bridge__gamma_min": 0.04, "bridge__gamma_max": 0.04}
     sizes = {"training__n_iters": 200, "training__batch_size": 2048, "training__cache_size": 4096}
-    config = config_of("gaussian", **overrides, **sizes, training__refresh_freq=50, training__save_freq=1000)
+    config = config_of("gaussian", **overrides, **sizes, training__refresh_freq=50, training__log_freq=200)
     run = learn(config, tmp_path)
     exact = main.results_of(run)["gaussian"]
     assert [row["half_bridge"] for row in run.history] == [row["half_bridge"] for row in exact]
@@ -270,6 +268,12 @@ def test_points_are_independent_draws(name):
     marginal = PointMarginal(name, 1.0)
     means = torch.stack([marginal.sample(100, (number,)).mean(0) for number in range(200)])
     torch.testing.assert_close(100 * means.var(0), marginal.sample(50_000, (0, "a")).var(0), rtol=0.5, atol=0)
+
+
+def test_points_of_a_users_own():
+    """'module:function' is a set like those by name."""
+    own = PointMarginal("schrodinger_bridge.marginals:_moons", 2.0)
+    assert torch.equal(own.sample(9, (1,)), PointMarginal("moons", 2.0).sample(9, (1,)))
 
 
 def test_images_of_one_class():
@@ -336,7 +340,7 @@ def test_networks_of_images_fit_their_images(module, arguments):
 )
 def test_bad_fields(fields, message, tmp_path):
     with pytest.raises(ValueError) as caught:
-        BridgeRun(config_of(**fields), tmp_path / "w", CPU)
+        BridgeRun(config_of(**fields), tmp_path / "w", Runtime("cpu"))
     assert message in str(caught.value) and not (tmp_path / "w").exists()
 
 
@@ -355,7 +359,7 @@ def test_bad_classes_and_images():
     config = digits.get_config("all")
     config.model.dropout = 0.1
     with pytest.raises(ValueError, match=r"model\.dropout=0\.1"):
-        BridgeRun(config, "w", CPU)
+        BridgeRun(config, "w", Runtime("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -370,13 +374,13 @@ def test_what_does_not_go_with_images(pair, fields, message, tmp_path):
     config = digits.get_config(pair)
     config.update_from_flattened_dict(fields)
     with pytest.raises(ValueError) as caught:
-        BridgeRun(config, tmp_path / "w", CPU)
+        BridgeRun(config, tmp_path / "w", Runtime("cpu"))
     assert message in str(caught.value) and not (tmp_path / "w").exists()
 
 
 def test_a_config_without_a_bridge(tmp_path):
     with pytest.raises(ValueError, match="--config: no config of a bridge"):
-        BridgeRun(importlib.import_module("configs.digits").get_config("u"), tmp_path, CPU)
+        BridgeRun(importlib.import_module("configs.digits").get_config("u"), tmp_path, Runtime("cpu"))
 
 
 def test_a_large_seed(tmp_path):
@@ -405,7 +409,7 @@ def test_samples_that_are_not_finite_are_no_perfect_ones(tmp_path):
 
 def test_fewer_iterations_than_done_are_refused(tmp_path):
     learn(config_of(), tmp_path)
-    with pytest.raises(ValueError, match=r"bridge\.num_ipf=1: this run has begun iteration 2; at least that"):
+    with pytest.raises(ValueError, match=r"bridge\.num_ipf=1: at least 2, already begun"):
         learn(config_of(bridge__num_ipf=1), tmp_path)
 
 
@@ -431,7 +435,7 @@ def test_images_that_have_changed_are_refused(tmp_path):
     """A folder belongs to its data, too: those of another fingerprint have another bridge."""
     config = config_of("3-8", digits, training__n_iters=2)
     learn(config, tmp_path)
-    run = BridgeRun(config, tmp_path, CPU)
+    run = BridgeRun(config, tmp_path, Runtime("cpu"))
     run.marginals[1].halves[0].fingerprint = "0" * 16
     with pytest.raises(ValueError, match=r"holds results of other settings: contents of\.final was"):
         run.train()
@@ -472,7 +476,7 @@ def test_gaussian_results_have_what_linear_algebra_gives(tmp_path):
     # The reference is exact before anything is learned: 20 chains against its law.
     assert results["gaussian"][0]["transport_cost"] == pytest.approx(run.history[0]["transport_cost"], rel=0.6)
     assert "(exact " in main.table(results)
-    assert "gaussian" not in main.results_of(BridgeRun(config_of(), tmp_path, CPU))
+    assert "gaussian" not in main.results_of(BridgeRun(config_of(), tmp_path, Runtime("cpu")))
 
 
 def test_comparison_of_algorithms(tmp_path):

@@ -16,7 +16,6 @@ from models.score import ConservativeScore, NoiseLevel, UnconstrainedScore
 from models.second_order.normalisation import Dropout, GroupNorm, norm_act
 from models.second_order.operations import (
     Conv2d,
-    attend,
     blur,
     blur_transposed,
     concatenate,
@@ -66,17 +65,16 @@ CASES: dict[str, Callable[[], tuple[Callable[[Tensor], Tensor], Sequence[Tensor]
     "strided": lambda: (layer := conv(8, 4, 3, stride=2), tuple(layer.parameters()), (2, 8, 6, 5)),
     "one channel": lambda: (layer := conv(8, 1, 3, padding=1), tuple(layer.parameters()), (2, 8, 4, 4)),
     "without bias": lambda: (layer := conv(8, 3, 1, bias=False), tuple(layer.parameters()), (2, 8, 3, 3)),
-    "normalisation": lambda: (layer := norm(), tuple(layer.parameters()), (2, 8, 3, 4)),
-    "with activation": lambda: (layer := norm(), _activated(layer), tuple(layer.parameters()), (2, 8, 3, 4))[1:],
+    "with activation": lambda: (
+        layer := norm(),
+        _activated(layer),
+        tuple(layer.parameters()),
+        (2, 8, 3, 4),
+    )[1:],
     "with dropout": lambda: (layer := norm(), _with_dropout(layer), tuple(layer.parameters()), (2, 8, 3, 4))[1:],
     "blur": lambda: (lambda x: blur(x, KERNEL, stride=2, padding=1), (), (2, 3, 6, 5)),
     "blur without remainder": lambda: (lambda x: blur(x, KERNEL, stride=2, padding=1), (), (2, 3, 7, 7)),
     "transposed blur": lambda: (lambda x: blur_transposed(x, KERNEL, stride=2, padding=1), (), (2, 3, 4, 5)),
-    "attention": lambda: (
-        lambda x: attend(x.flatten(2), x[:, :3].flatten(2).cos(), x[:, :3].flatten(2)),
-        (),
-        (2, 4, 2, 3),
-    ),
     "concatenation": lambda: (lambda x: concatenate(x, x[:, :2] ** 2), (), (2, 3, 4, 4)),
 }
 
