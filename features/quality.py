@@ -124,7 +124,7 @@ class SampleQuality:
             "feature_test_accuracy": getattr(extractor, "test_accuracy", None),
             "reference": "training images" if self.statistics is None else reference.name,
             "num_reference": len(real),
-            "backend": self.settings["backend"],
+            "backend": self.settings["backend"] if self.backend is None else self.backend.name,
         }
         if labels is not None and self.classifies:
             metrics["classified_as_wanted"] = float((generated.logits.argmax(1) == labels).mean())

@@ -40,6 +40,7 @@ TINY = {
     "sampling.num_steps": 3,
     "likelihood.solver": "heun",
     "likelihood.num_steps": 3,
+    "eval.features": "user_classes:moments",
     "eval.batch_size": 16,
     "eval.num_samples": 20,
     "eval.asym_levels": 2,
@@ -202,7 +203,8 @@ def test_evaluation_does_not_depend_on_the_batch_size(trained, tmp_path, monkeyp
     _shorten_test_set(monkeypatch, 5)
     results = {}
     for batch_size in (1, 3, 64):
-        metrics = evaluated(trained, tmp_path / str(batch_size), eval__batch_size=batch_size, eval__num_samples=5)
+        settings = dict(eval__batch_size=batch_size, eval__num_samples=5, eval__asym_probes=2)
+        metrics = evaluated(trained, tmp_path / str(batch_size), **settings)
         arrays = {}
         for name in ("nll", "sample_items", "asymmetry_items"):
             with np.load(tmp_path / str(batch_size) / "eval" / f"{name}.npz", allow_pickle=False) as file:

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import run_evaluation
 import torch
+from user_classes import Moments
 
 import run_lib
 from configs.digits import get_config
-from evaluation import Features, inception_score, sample_quality
+from evaluation import Backend, Features, inception_score, sample_quality
+from features import quality, tfgan
 from report import main
 
 ROOT = Path(__file__).parents[1]
@@ -38,26 +39,11 @@ TINY = {
 has_tensorflow = all(importlib.util.find_spec(name) for name in ("tensorflow", "tensorflow_gan"))
 
 
-class Moments:
-    """In place of Inception: features that are quick to compute, and a count of the images that it has seen."""
-
-    name, key, dimension = "moments", "moments-1", 6
-    seen = 0
-    breaks_at = None
-
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.breaks_at is not None and self.seen >= self.breaks_at:
-            raise KeyboardInterrupt
-        self.seen += len(images)
-        x = images.double().flatten(1)
-        return torch.cat([x[:, 20:24], x.mean(1, keepdim=True), x.std(1, keepdim=True)], 1), x[:, 30:35]
-
-
 @pytest.fixture
 def moments(monkeypatch) -> Moments:
+    """The extractor that a test's runs use, whatever eval.features says."""
     extractor = Moments()
-    monkeypatch.setattr(run_evaluation, "find_weights", lambda path: path)
-    monkeypatch.setattr(run_evaluation, "InceptionFeatures", lambda *arguments, **options: extractor)
+    monkeypatch.setattr(quality, "make_extractor", lambda *arguments, **options: extractor)
     return extractor
 
 
@@ -175,42 +161,23 @@ def test_features_of_samples_belong_to_samples_and_extractor(trained, tmp_path, 
     "overrides, message",
     [
         (dict(eval__features="vgg"), r"eval\.features='vgg': allowed are inception, classifier"),
-        (dict(eval__backend="jax"), r"eval\.backend='jax': allowed are torch, tfgan"),
+        (dict(eval__features="vgg:net"), r"eval\.features='vgg:net': No module named 'vgg'"),
+        (dict(eval__backend="x:y"), r"eval\.backend='x:y': No module named 'x'"),
+        (dict(eval__metrics=("x:y",)), r"eval\.metrics='x:y': No module named 'x'"),
         (dict(eval__num_samples=3), r"eval\.num_samples=3: FID and its relatives need at least 4"),
-        (dict(eval__num_reference=3), r"eval\.num_reference=3: FID and its relatives need at least 4, or 0 for all"),
-        (dict(eval__num_reference=-1), r"eval\.num_reference=-1: at least 0"),
         (dict(eval__inception_path="gone.pth"), r"eval\.inception_path=gone\.pth: no such file"),
         (dict(eval__inception_path="README.md"), r"weights of Inception in README\.md are not those expected"),
-        (dict(eval__tfhub_inception="x"), r"eval\.tfhub_inception=x: needs --config\.eval\.backend=tfgan"),
-        (
-            dict(eval__tfhub_inception="x", eval__backend="tfgan", eval__inception_path="y"),
-            r"eval\.tfhub_inception=x: takes the place of eval\.inception_path",
-        ),
-        (
-            dict(eval__features="classifier", eval__stats_path="x.npz"),
-            r"eval\.stats_path=x\.npz: is of Inception, but eval\.features='classifier'",
-        ),
-        (
-            dict(eval__features="classifier", eval__inception_path="x"),
-            r"eval\.inception_path=x: is of Inception, but eval\.features='classifier'",
-        ),
+        (dict(eval__stats_path="gone.npz", eval__features="user_classes:moments"), r"eval\.stats_path: gone\.npz"),
+        (dict(sampling__predictor="x:y"), r"sampling\.predictor='x:y'"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_bad_settings_are_refused_before_any_work(trained, tmp_path, monkeypatch, overrides, message):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(run_evaluation, "compute_stage", lambda *arguments: pytest.fail("work has begun"))
     with pytest.raises(run_lib.InvalidRun, match=message) as caught:
         evaluated(trained, tmp_path / "w", tmp_path / "cache", **overrides)
     assert "\n" not in str(caught.value)
     assert {path.name for path in (tmp_path / "w").iterdir()} == {"checkpoints"}
-
-
-def test_bad_statistics_are_refused_before_any_work(trained, tmp_path, moments, monkeypatch):
-    np.savez(tmp_path / "stats.npz", pool_3=np.zeros((10, 5), np.float32))
-    monkeypatch.setattr(run_evaluation, "compute_stage", lambda *arguments: pytest.fail("work has begun"))
-    with pytest.raises(run_lib.InvalidRun, match=r"stats\.npz: pool_3 must be .* shape \(N, 6\)"):
-        evaluated(trained, tmp_path / "w", tmp_path / "cache", eval__stats_path=str(tmp_path / "stats.npz"))
 
 
 def test_missing_tensorflow_is_said_before_any_work(trained, tmp_path, moments, monkeypatch):
@@ -219,9 +186,9 @@ def test_missing_tensorflow_is_said_before_any_work(trained, tmp_path, moments, 
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name in hidden else find_spec(name, *more)
     )
-    monkeypatch.setattr(run_evaluation, "compute_stage", lambda *arguments: pytest.fail("work has begun"))
     with pytest.raises(run_lib.InvalidRun, match=r"eval\.backend='tfgan': tensorflow and tensorflow_gan not installed"):
         evaluated(trained, tmp_path / "w", tmp_path / "cache", eval__backend="tfgan")
+    assert moments.seen == 0
 
 
 # ------------------------------------------------------------------------------------------------ the paper's protocol
@@ -289,16 +256,9 @@ def test_protocol_of_the_paper_in_small(tmp_path, inception_weights):
 
 
 def test_the_backend_asked_for_is_the_one_used(trained, tmp_path, moments, monkeypatch):
-    from evaluation import Backend
-    from features import tfgan
-
     backend = Backend("other", lambda x, y: 2.5, lambda x, y: float(len(x)), lambda logits: 1.5)
     monkeypatch.setattr(tfgan, "tfgan_backend", lambda: backend)
-    monkeypatch.setattr(tfgan, "TFHubFeatures", lambda folder, num_levels: moments)
-    monkeypatch.setattr(run_evaluation, "InceptionFeatures", lambda *arguments, **options: pytest.fail("Inception"))
-    metrics = evaluated(
-        trained, tmp_path / "w", tmp_path / "cache", eval__backend="tfgan", eval__tfhub_inception="folder"
-    )
+    metrics = evaluated(trained, tmp_path / "w", tmp_path / "cache", eval__backend="tfgan")
     # KID averages over subsets of half of the smaller set.
     assert (metrics["fid"], metrics["kid"], metrics["inception_score"]) == (2.5, 10.0, 1.5)
     assert (metrics["backend"], metrics["features"]) == ("other", "moments") and moments.seen == 100 + 20
@@ -339,4 +299,4 @@ def test_protocol_of_the_paper_by_its_commands(tmp_path, inception_weights):
         options = [option for option in options if not option.startswith("--config.eval.inception_")]
         main("eval", "--config.eval.backend=tfgan", f"--config.eval.tfhub_inception={tmp_path / 'hub'}")
         check_metrics(tmp_path / "qc", 64, backend="tensorflow-gan", features="inception-tfhub")
-    assert "QC-NCSN++" in run("report.py", str(tmp_path / "qc"))
+    assert "QC-NCSN++" in run("-m", "report.main", str(tmp_path / "qc"))

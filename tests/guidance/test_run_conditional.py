@@ -8,20 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import run_classifier
-import run_setup
 import torch
-from test_run_lib import (
-    CPU,
-    assert_identical,
-    rows,
-    tiny_config,
-    weights,
-)
+from PIL import Image
+from test_run_lib import CPU, assert_identical, rows, tiny_config, weights, without_times
+from user_classes import Moments
 
 import run_lib
+from checkpoints import read_checkpoint
 from data import pixels
-from guidance.conditions import CONDITION_FIELDS
+from experiment.randomness import SampleGenerators
+from features import quality
+from guidance.classifier import NoiseConditionalClassifier
+from guidance.classifier_training import ClassifierTraining
+from guidance.measured import MeasuredImages
+from losses import Objective
+from sde_lib import VE, GeometricSigma
 
 CLASSES = {"model.num_classes": 10, "training.label_dropout": 0.3, "sampling.condition": "class_free"}
 TINY_CLASSIFIER = {
@@ -54,8 +55,8 @@ def test_label_conditional_training_resumes_to_the_very_same_weights(tmp_path):
         run_lib.train(conditional_config(training__n_iters=n_iters), tmp_path / "parts", CPU)
     assert_identical(weights(tmp_path / "whole", 12), weights(tmp_path / "parts", 12))
     # Every class and their absence have been trained: none of the eleven embeddings is what it was at first.
-    torch.manual_seed(conditional_config().seed)
-    first = run_setup.create_score_model(conditional_config(), run_setup.get_sde(conditional_config()))
+    images = run_lib.load(tmp_path / "whole").images
+    first = run_lib.build_score_model(conditional_config(), run_lib.build_sde(conditional_config()), images)
     name = "network.class_embedding.weight"
     moved = (weights(tmp_path / "whole", 12)[f"model.{name}"] - first.state_dict()[name]).abs().amax(1)
     assert moved.shape == (11,) and (moved > 0).all()
@@ -64,17 +65,17 @@ def test_label_conditional_training_resumes_to_the_very_same_weights(tmp_path):
 def test_labels_belong_to_their_images(tmp_path, monkeypatch):
     """In two accumulated parts the objective is given the labels of the very images, but for those withheld."""
     seen = []
-    original = run_setup.Objective.forward
+    original = Objective.forward
 
     def recording(self, x0, generator=None, *, step=0, class_labels=None):
         if torch.is_grad_enabled():  # in training, not in the test loss
             seen.append((x0.clone(), class_labels.clone(), step))
         return original(self, x0, generator, step=step, class_labels=class_labels)
 
-    monkeypatch.setattr(run_setup.Objective, "forward", recording)
+    monkeypatch.setattr(Objective, "forward", recording)
     config = conditional_config(data__uniform_dequantization=False, data__random_flip=False)
     run_lib.train(config, tmp_path, run_lib.Runtime(device="cpu", accumulation_steps=2))
-    train, _ = run_setup.dataget_dataset(config)
+    train, _ = run_lib.load_data(config)
     label_of = {image.numpy().tobytes(): int(label) for image, label in zip(train.images, train.labels, strict=True)}
     given, withheld = 0, 0
     for x0, labels, _ in seen:
@@ -132,7 +133,7 @@ def test_classifier_free_samples(conditional, tmp_path):
     assert name_of(folder) == "step_00000060-pc-reverse_diffusion-langevin-3-class_free-w1"
     with np.load(folder / "samples.npz", allow_pickle=False) as file:
         assert file["labels"].tolist() == [i % 10 for i in range(20)] and file["images"].shape == (20, 8, 8, 1)
-    assert metrics["nfe_sampling"] == 7 and 0 <= metrics["classified_as_wanted"] <= 1
+    assert metrics["nfe_sampling"] == 7
     # One class; another weight, which costs two evaluations; none, which is the unconditional network.
     three = run_lib.sample(conditional_config(sampling__class_label=3), workdir, CPU)
     assert np.array_equal(images_of(three)[3::10], images_of(folder)[3::10])
@@ -143,31 +144,44 @@ def test_classifier_free_samples(conditional, tmp_path):
     free = run_lib.sample(conditional_config(sampling__condition=""), workdir, CPU)
     assert metrics["nfe_sampling"] == 7 and np.array_equal(images_of(zero), images_of(free))
     assert len({f.name for f in (folder, three, guided, zero, free)}) == 5
+    score = run_lib.load(conditional)
+    loaded = score.images.to_levels(score.sample(16, seed=42, class_label=3)).permute(0, 2, 3, 1)
+    assert np.array_equal(loaded, images_of(three)[:16])
+
+
+def test_the_share_of_samples_that_are_of_the_class_asked_for(conditional, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "make_extractor", lambda *arguments, **options: Moments())
+    settings = dict(eval__enable_bpd=False, eval__enable_asymmetry=False)
+    workdir = copy_of(conditional, tmp_path / "w")
+    metrics = run_lib.evaluate(conditional_config(**settings, eval__features="classifier"), workdir, CPU)
+    with np.load(workdir / "eval" / "samples.npz", allow_pickle=False) as file:
+        _, logits = Moments()(torch.from_numpy(file["images"]).permute(0, 3, 1, 2))
+    right = logits.argmax(1) == torch.arange(20) % 10
+    assert metrics["classified_as_wanted"] == float(right.double().mean())
+    assert metrics["sampler"].endswith("; class_free, weight 1")
+    assert "classified_as_wanted" not in run_lib.evaluate(conditional_config(**settings), workdir, CPU)
 
 
 def test_likelihood_and_asymmetry_are_given_the_labels(conditional, tmp_path):
     """In batches of any size; and a class gives another score than none does."""
     values = {}
-    for name, batch_size in (("as they are", 5), ("in one batch", 16)):
+    for name, batch_size in (("in two", 5), ("in one", 8)):
         config = conditional_config(
-            eval__nll_images=8,
-            eval__asym_images=2,
-            eval__enable_sampling=False,
-            eval__batch_size=batch_size,
-            likelihood__solver="heun",
-            likelihood__num_steps=5,
+            eval__nll_images=8, eval__asym_images=2, eval__enable_sampling=False, eval__batch_size=batch_size
         )
         values[name] = run_lib.evaluate(config, copy_of(conditional, tmp_path / name), CPU)
     for metric in ("nll_bits_per_dim", "asym"):
-        assert values["as they are"][metric] == pytest.approx(values["in one batch"][metric], rel=2e-3)
-    run = run_setup.Run(conditional_config(), tmp_path / "run", CPU, free_fields=())
-    run.restore_weights(run_lib.read_checkpoint(conditional / "checkpoints" / "step_00000060.pt"), "")
+        assert values["in two"][metric] == pytest.approx(values["in one"][metric], rel=2e-3)
+    score = run_lib.load(conditional)
+    indices = [i * 360 // 8 for i in range(8)]
+    levels, labels = run_lib.load_data(config)[1].batch(indices)
+    bits, _ = score.bits_and_nfe(levels, SampleGenerators((42, "likelihood"), indices), labels)
+    with np.load(tmp_path / "in one" / "eval" / "nll.npz", allow_pickle=False) as file:
+        assert np.array_equal(file["nll_bits_per_dim"], bits)
     x, t = torch.rand(4, 1, 8, 8), torch.full((4,), 0.3)
-    labels = torch.tensor([1, 2, 3, 4])
-    given = run.score_of_class(labels)(x, t)
-    assert torch.equal(given, run.ema.model(x, t, labels))
-    assert torch.equal(run.score(x, t), run.ema.model(x, t, torch.full((4,), 10)))
-    assert (given - run.score(x, t)).abs().max() > 1e-4
+    given = score(x, t, torch.tensor([1, 2, 3, 4]))
+    assert torch.equal(score(x, t), score(x, t, torch.full((4,), 10)))
+    assert (given - score(x, t)).abs().max() > 1e-4
 
 
 # ------------------------------------------------------------------------------------------------------- the classifier
@@ -177,24 +191,23 @@ def test_classifier_training_resumes_to_the_very_same_weights(tmp_path, monkeypa
     """From a stop at its end, and from one in the middle of a step after a checkpoint."""
     metrics = run_lib.train_classifier(classifier_config(), tmp_path / "whole", CPU)
     run_lib.train_classifier(classifier_config(classifier__n_iters=5), tmp_path / "parts", CPU)
-    original = run_classifier._Training.loss
+    original = ClassifierTraining.loss
 
-    def stopped(self, step):
+    def stopped(self, classifier, step, positions):
         if step == 9:
             raise KeyboardInterrupt
-        return original(self, step)
+        return original(self, classifier, step, positions)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run_classifier._Training, "loss", stopped)
+        patch.setattr(ClassifierTraining, "loss", stopped)
         run_lib.train_classifier(classifier_config(), tmp_path / "parts", CPU)
     assert run_lib.train_classifier(classifier_config(), tmp_path / "parts", CPU) == metrics
     states = [
-        run_lib.read_checkpoint(tmp_path / name / "classifier" / "checkpoints" / "step_00000012.pt")
+        read_checkpoint(tmp_path / name / "classifier" / "checkpoints" / "step_00000012.pt")
         for name in ("whole", "parts")
     ]
     assert_identical(states[0]["model"], states[1]["model"])
-    # The run that ended at step 5 has logged that step as its last.
-    logged = [[row for row in rows(tmp_path / name / "classifier") if row["step"] != 5] for name in ("whole", "parts")]
+    logged = [without_times(rows(tmp_path / name / "classifier")) for name in ("whole", "parts")]
     assert [row["step"] for row in logged[0]] == [0, 3, 6, 9, 12] and logged[0][-1] == logged[1][-1]
 
 
@@ -204,9 +217,15 @@ def test_the_classifier_learns(tmp_path):
     metrics = run_lib.train_classifier(config, tmp_path, CPU)
     assert metrics["test_accuracy_t0"] > 0.4  # of 16 images
     assert metrics["test_loss_t0.75"] > metrics["test_loss_t0"]
-    # Given a batch its rows do not influence one another.
-    run = run_setup.Run(config, tmp_path, CPU, free_fields=run_setup.FREE_IN_EVALUATION)
-    classifier = run_classifier.load_classifier(run)
+
+
+def test_rows_of_a_batch_do_not_influence_one_another():
+    classifier = NoiseConditionalClassifier(
+        VE(GeometricSigma(0.01, 10.0)),
+        image_shape=(1, 8, 8),
+        num_classes=10,
+        **dict(nf=8, ch_mult=(1, 2), num_res_blocks=1, dropout=0.5),
+    ).eval()
     x, t = torch.rand(3, 1, 8, 8), torch.tensor([0.1, 0.5, 0.9])
     torch.testing.assert_close(classifier.log_probs(x, t)[1:2], classifier.log_probs(x[1:2], t[1:2]))
     torch.testing.assert_close(classifier.log_probs(x, t).exp().sum(1), torch.ones(3))
@@ -287,8 +306,6 @@ def test_samples_by_projection_are_consistent_with_the_measurement(unconditional
         kept = arrays["images"][..., 0][:, :, known]
         assert np.array_equal(kept, np.broadcast_to(arrays["truth"][..., 0][:, None, known], kept.shape))
         assert (arrays["input"][..., 0][:, ~known] == 0).all()
-    from PIL import Image
-
     with Image.open(folder / "grid.png") as grid:
         assert grid.width > grid.height > 200
 
@@ -297,10 +314,10 @@ def test_samples_by_projection_are_consistent_with_the_measurement(unconditional
 def gaussian_score(monkeypatch) -> None:
     """The exact score of pixels N(½, ⅑), as a network trained for an hour might know it; the tests' own does not."""
 
-    def score(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def score(self, x: torch.Tensor, t: torch.Tensor, class_labels: None = None) -> torch.Tensor:
         return (0.5 - x) / (1 / 9 + self.sde.std(t)[:, None, None, None] ** 2)
 
-    monkeypatch.setattr(run_setup.Run, "score", score)
+    monkeypatch.setattr(run_lib.TrainedScore, "__call__", score)
 
 
 @pytest.mark.parametrize("method", [dict(sampling__method="ode", sampling__solver="heun"), {}])
@@ -331,8 +348,6 @@ def test_guidance_that_diverges_is_said_so(unconditional, tmp_path):
 
 def test_colourisation_and_own_operators(tmp_path):
     """Coloured images from an archive of one's own; a mask from a file, a matrix from a file, both of the user's."""
-    from PIL import Image
-
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "own.npz", train_images=images, test_images=images[:4])
@@ -390,7 +405,7 @@ def test_measured_samples_are_kept_and_belong_to_their_measurement(unconditional
     first = measured(unconditional, tmp_path / "w", **settings)
     other = measured(unconditional, tmp_path / "w", sampling__condition="ct", sampling__num_views=3)
     calls = []
-    monkeypatch.setattr(run_setup.Run, "score", lambda self, x, t: calls.append(1))
+    monkeypatch.setattr(run_lib.TrainedScore, "__call__", lambda self, x, t: calls.append(1))
     again = measured(unconditional, tmp_path / "w", **settings)
     assert not calls and again[1] == first[1] and np.array_equal(again[2]["images"], first[2]["images"])
     assert other[0] != first[0]
@@ -399,17 +414,14 @@ def test_measured_samples_are_kept_and_belong_to_their_measurement(unconditional
     assert calls
 
 
-def test_the_noise_of_a_measurement_is_the_same_for_all_samples_of_an_image(unconditional, tmp_path):
+def test_the_noise_of_a_measurement_is_the_same_for_all_samples_of_an_image(unconditional):
     """At the noise's own level, and drawn per image: what is measured does not depend on how many images there are."""
-    from run_sampling import _Measured
-
     settings = dict(sampling__condition="inpaint", sampling__mask="0,0,1,1", sampling__measurement_noise=0.1)
     settings |= dict(sampling__corrector="none")
+    score = run_lib.load(unconditional)
     few, many = (
-        _Measured(
-            run_setup.Run(tiny_config("u", sampling__num_images=n, **settings), tmp_path / "w", CPU, free_fields=())
-        )
-        for n in (180, 360)
+        MeasuredImages(score, None, *run_lib.load_data(score.config))
+        for score.config in (tiny_config("u", sampling__num_images=n, **settings) for n in (180, 360))
     )
     noise = many.y - many.operator(many.images)
     # 360·63 numbers: the standard error of their standard deviation is 0.1/√(2·22680).
@@ -424,68 +436,40 @@ def test_the_noise_of_a_measurement_is_the_same_for_all_samples_of_an_image(unco
     ("overrides", "message"),
     [
         (dict(sampling__condition="paint"), r"sampling\.condition='paint': allowed are inpaint, colorize,"),
-        (dict(sampling__condition="inpaint", sampling__conditioning="x"), r"sampling\.conditioning='x': allowed are"),
+        (dict(sampling__condition="paint:brush"), r"sampling\.condition='paint:brush': No module named 'paint'"),
         (dict(sampling__condition="inpaint", sampling__mask="4,4,5,2"), r"mask='4,4,5,2': the box .* 8x8 image"),
         (dict(sampling__condition="inpaint", sampling__mask="0,0,8,8"), "everything is unknown"),
         (dict(sampling__condition="inpaint", sampling__mask="middle"), r"mask='middle': allowed are top, bottom"),
         (dict(sampling__condition="inpaint", sampling__mask="gone.png"), r"mask='gone\.png': no such file"),
         (dict(sampling__condition="colorize"), "at least 2 channels"),
         (dict(sampling__condition="super_resolution", sampling__factor=3), "factor=3: need a divisor"),
-        (dict(sampling__condition="ct", sampling__num_views=0), "num_views=0"),
         (dict(sampling__condition="linear"), r"sampling\.operator is not set"),
         (dict(sampling__condition="linear", sampling__operator="gone.npy"), r"operator='gone\.npy': no such file"),
         (dict(sampling__condition="inpaint", sampling__num_images=361), "num_images=361: the test set has only 360"),
-        (dict(sampling__condition="inpaint", sampling__samples_per_image=0), "samples_per_image=0"),
-        (dict(sampling__condition="inpaint", sampling__measurement_noise=-1.0), r"measurement_noise=-1\.0"),
-        (dict(sampling__condition="inpaint", sampling__measurement_noise=0.1), r"Langevin steps then forget"),
-        (dict(sampling__condition="inpaint", sampling__method="ode"), r"solver='rk45': a projection follows"),
-        (dict(sampling__condition="inpaint", sampling__conditioning="dps"), r"'dps': its move follows a predictor's"),
-        (dict(sampling__guidance_weight=2.0), "unconditional sampling has no guidance"),
-        (dict(sampling__condition="ct", sampling__guidance_weight=2.0), "by projection has no guidance"),
-        (dict(sampling__condition="class", sampling__guidance_weight=-1.0), r"guidance_weight=-1\.0"),
-        (dict(sampling__class_label=1), r"class_label=1: only for"),
         (dict(sampling__condition="class", sampling__class_label=10), r"class_label=10: allowed are 0 to 9"),
-        (dict(sampling__condition="class_free"), r"needs a network that knows classes, model\.num_classes > 0"),
-        (dict(model__num_classes=10), r"label_dropout=0 has no unconditional score"),
-        (dict(model__num_classes=7, training__label_dropout=0.1), r"num_classes=7: .*'digits' has 10 classes"),
-        (dict(training__label_dropout=0.1), r"label_dropout=0\.1: needs model\.num_classes"),
-        (dict(model__num_classes=10, training__label_dropout=1.0), r"label_dropout=1\.0: a probability"),
-        (dict(model__num_classes=-1, sampling__condition="class_free"), r"model\.num_classes=-1: at least 0"),
-        (
-            dict(model__num_classes=10, training__label_dropout=0.1, model__name="ddpm"),
-            r"num_classes=10: only model\.name='ncsnpp' knows classes",
-        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_bad_conditions_are_refused_before_any_work(tmp_path, overrides, message):
+def test_bad_conditions_are_refused_before_any_work(unconditional, tmp_path, overrides, message):
+    workdir = copy_of(unconditional, tmp_path / "w")
+    before = sorted(workdir.rglob("*"))
     with pytest.raises(run_lib.InvalidRun, match=message) as caught:
-        run_lib.sample(tiny_config("u", **overrides), tmp_path / "w", CPU)
-    assert "\n" not in str(caught.value) and not (tmp_path / "w").exists()
+        run_lib.sample(tiny_config("u", **overrides), workdir, CPU)
+    assert "\n" not in str(caught.value) and sorted(workdir.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (dict(classifier__n_iters=0), r"classifier\.n_iters=0: at least 1"),
-        (dict(classifier__lr=0.0), r"classifier\.lr=0\.0"),
-        (dict(classifier__ch_mult=()), r"classifier\.ch_mult=\(\)"),
-        (dict(classifier__ch_mult=(1, 1, 1, 1, 1)), r"5 levels need a size divisible by 16"),
-        (dict(classifier__dropout=1.0), r"classifier\.dropout=1\.0"),
-    ],
-    ids=str,
-)
-def test_a_bad_classifier_is_refused(tmp_path, overrides, message):
-    with pytest.raises(run_lib.InvalidRun, match=message):
-        run_lib.train_classifier(classifier_config(**overrides), tmp_path / "w", CPU)
-    assert not (tmp_path / "w").exists()
-
-
-def test_conditions_belong_to_their_modes(tmp_path):
-    with pytest.raises(run_lib.InvalidRun, match=r"sampling\.condition='inpaint': not while training"):
-        run_lib.train(tiny_config("u", sampling__condition="inpaint"), tmp_path / "w", CPU)
-    with pytest.raises(run_lib.InvalidRun, match=r"sampling\.condition='class': not while training"):
-        run_lib.train(tiny_config("u", sampling__condition="class"), tmp_path / "w", CPU)
+def test_what_does_not_suit_the_images_or_the_mode_is_refused(tmp_path):
+    for work, overrides, message in (
+        (run_lib.train_classifier, {"classifier.ch_mult": (1,) * 5}, "5 levels need a size divisible by 16"),
+        (run_lib.train, CLASSES | {"model.num_classes": 7}, r"num_classes=7: .*'digits' has 10 classes"),
+        (run_lib.train, {"sampling.condition": "inpaint"}, r"sampling\.condition='inpaint': not while training"),
+        (run_lib.train, {"sampling.condition": "class"}, r"sampling\.condition='class': not while training"),
+    ):
+        config = tiny_config("u")
+        config.update_from_flattened_dict(overrides)
+        with pytest.raises(run_lib.InvalidRun, match=message):
+            work(config, tmp_path / "w", CPU)
+        assert not (tmp_path / "w").exists()
 
 
 def test_measured_conditions_are_not_evaluated(unconditional, tmp_path):
@@ -494,25 +478,10 @@ def test_measured_conditions_are_not_evaluated(unconditional, tmp_path):
         run_lib.evaluate(tiny_config("u", sampling__condition="ct", sampling__num_views=3), workdir, CPU)
 
 
-def test_runs_from_before_conditions_go_on_and_keep_their_evaluations(tmp_path, monkeypatch):
-    """Without the fields that came with conditions a stored config is the same run, and its results are found again."""
-    config = tiny_config("u", eval__nll_images=2, eval__asym_images=1)
-    run_lib.train(config, tmp_path / "w", CPU)
-    stored = json.loads((tmp_path / "w" / "config.json").read_text())
-    for section, names in (
-        ("model", ["num_classes"]),
-        ("training", ["label_dropout"]),
-        ("sampling", [name for name in stored["sampling"] if name in CONDITION_FIELDS]),
-    ):
-        for name in names:
-            del stored[section][name]
-    del stored["classifier"]
-    (tmp_path / "w" / "config.json").write_text(json.dumps(stored))
-    run_lib.train(tiny_config("u", training__n_iters=14, eval__nll_images=2, eval__asym_images=1), tmp_path / "w", CPU)
-    # Keys are independent of what conditions would do.
-    config = tiny_config("u", training__n_iters=14, eval__nll_images=2, eval__asym_images=1)
-    folder = run_lib.sample(config, tmp_path / "w", CPU)
+def test_samples_do_not_depend_on_fields_of_a_condition_that_they_do_not_have(unconditional, tmp_path, monkeypatch):
+    workdir, config = copy_of(unconditional, tmp_path / "w"), tiny_config("u")
+    folder = run_lib.sample(config, workdir, CPU)
     calls = []
-    monkeypatch.setattr(run_setup.Run, "score", lambda self, x, t: calls.append(1))
+    monkeypatch.setattr(run_lib.TrainedScore, "__call__", lambda self, x, t: calls.append(1))
     config.sampling.num_images, config.sampling.mask = 5, "top"
-    assert run_lib.sample(config, tmp_path / "w", CPU) == folder and not calls
+    assert run_lib.sample(config, workdir, CPU) == folder and not calls
