@@ -22,7 +22,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,17 +100,19 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
         FloatingPointError: the loss is not finite; the last checkpoint is good.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
-    with trainer(config, workdir, runtime) as loop:
-        _write_config(config, Path(workdir), runtime)
+    with contextlib.ExitStack() as stack:
+        with checked():
+            loop = trainer(config, workdir, runtime)
+            stack.enter_context(runtime.exclusive(loop.workdir / ".training.lock"))
+        _write_config(config, loop.workdir, runtime)
         loop.run()
 
 
-@contextlib.contextmanager
-def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> Iterator[Trainer]:
-    """The training loop of a config, at the step to go on from; meanwhile nobody else trains in ``workdir``.
+def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> Trainer:
+    """The training loop of a config, at the step to go on from; nothing has been written.
 
     Raises:
-        InvalidRun: bad config, data, checkpoint or working directory.
+        ValueError, OSError: bad config, data, checkpoint or working directory.
     """
     from data import TrainingBatches
     from data.pixels import random_flip
@@ -118,109 +120,106 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
     from training import Hook, Trainer
 
     training, workdir, device = config.training, Path(workdir), runtime.torch_device
-    with contextlib.ExitStack() as stack:
-        with checked():
-            check(config)
-            _check_workdir(config, workdir, FREE_IN_TRAINING)
-            if config.sampling.condition not in ("", "class_free"):
-                raise ValueError(f"sampling.condition={config.sampling.condition!r}: not while training")
-            train_data, test_data = load_data(config, runtime)
-            images = _image_format(config, train_data)
-            sde = build_sde(config)
-            model = build_score_model(config, sde, images).to(device)
-            if training.activation_checkpointing:
-                recompute_activations(model.network)
-            ema = EMA(model, config.model.ema_rate)
-            ema.model.to(device)
-            objective = build_objective(config, model)
-            test_objective = build_objective(config, ema.model, qc_weight=0.0)
-            sampler = build_sampler(config, sde)
-            if runtime.compile:
-                check_compile(config, device, training=True)
-                model.compile_network()
-                ema.model.compile_network()
-                if training.qc_weight:
-                    objective.compile_products()
-            optimizer = torch.optim.Adam(
-                [p for p in model.parameters() if p.requires_grad],
-                lr=config.optim.lr,
-                betas=(config.optim.beta1, 0.999),
-                eps=config.optim.eps,
-                weight_decay=config.optim.weight_decay,
-                fused=True,
-            )
-            batches = TrainingBatches(train_data, seed=config.seed, batch_size=training.batch_size)
+    check(config)
+    _check_workdir(config, workdir, FREE_IN_TRAINING)
+    if config.sampling.condition not in ("", "class_free"):
+        raise ValueError(f"sampling.condition={config.sampling.condition!r}: not while training")
+    train_data, test_data = load_data(config, runtime)
+    images = _image_format(config, train_data)
+    sde = build_sde(config)
+    model = build_score_model(config, sde, images).to(device)
+    if training.activation_checkpointing:
+        recompute_activations(model.network)
+    ema = EMA(model, config.model.ema_rate)
+    ema.model.to(device)
+    objective = build_objective(config, model)
+    test_objective = build_objective(config, ema.model, qc_weight=0.0)
+    if runtime.compile:
+        check_compile(config, device, training=True)
+        model.compile_network()
+        ema.model.compile_network()
+        if training.qc_weight:
+            objective.compile_products()
+    optimizer = torch.optim.Adam(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.optim.lr,
+        betas=(config.optim.beta1, 0.999),
+        eps=config.optim.eps,
+        weight_decay=config.optim.weight_decay,
+        fused=True,
+    )
+    batches = TrainingBatches(train_data, seed=config.seed, batch_size=training.batch_size)
 
-            def class_labels(labels: Tensor, generator: SampleGenerators | None) -> Tensor | None:
-                """What a network that knows classes is told of them (b,): with a generator, now and then, none."""
-                num_classes = config.model.get("num_classes", 0)
-                if not num_classes:
-                    return None
-                if training.label_dropout and generator is not None:
-                    dropped = uniform((len(labels),), generator) < training.label_dropout
-                    labels = torch.where(dropped, num_classes, labels)
-                return labels.to(device)
+    def class_labels(labels: Tensor, generator: SampleGenerators | None) -> Tensor | None:
+        """What a network that knows classes is told of them (b,): with a generator, now and then, none."""
+        num_classes = config.model.get("num_classes", 0)
+        if not num_classes:
+            return None
+        if training.label_dropout and generator is not None:
+            dropped = uniform((len(labels),), generator) < training.label_dropout
+            labels = torch.where(dropped, num_classes, labels)
+        return labels.to(device)
 
-            def loss(objective: Objective, step: int, positions: range) -> dict[str, Tensor]:
-                levels, labels = batches(step, positions)
-                generator = SampleGenerators((config.seed, "train", step), positions)
-                x0 = images.to_model(levels, generator)
-                if config.data.random_flip:
-                    x0 = random_flip(x0, generator)
-                labels = class_labels(labels, generator)
-                return objective(x0.to(device), generator, step=step, class_labels=labels)
+    def loss(objective: Objective, step: int, positions: range) -> dict[str, Tensor]:
+        levels, labels = batches(step, positions)
+        generator = SampleGenerators((config.seed, "train", step), positions)
+        x0 = images.to_model(levels, generator)
+        if config.data.random_flip:
+            x0 = random_flip(x0, generator)
+        labels = class_labels(labels, generator)
+        return objective(x0.to(device), generator, step=step, class_labels=labels)
 
-            def warmup(step: int) -> float:
-                # step + 1: the source's step/warmup makes the first step one of size zero.
-                return config.optim.lr * (min((step + 1) / config.optim.warmup, 1.0) if config.optim.warmup else 1.0)
+    def warmup(step: int) -> float:
+        # step + 1: the source's step/warmup makes the first step one of size zero.
+        return config.optim.lr * (min((step + 1) / config.optim.warmup, 1.0) if config.optim.warmup else 1.0)
 
-            @torch.no_grad()
-            def test_loss(step: int) -> dict[str, float]:
-                """The score-matching loss of the moving average on (up to eval.batch_size) test images, always with
-                the same times and noise."""
-                count = min(config.eval.batch_size, len(test_data))
-                generator = SampleGenerators((config.seed, "test loss"), range(count))
-                levels, labels = test_data.batch(evenly_spaced(range(count), count, len(test_data)))
-                x0 = images.to_model(levels, generator).to(device)
-                terms = test_objective(x0, generator, class_labels=class_labels(labels, None))
-                return {"eval_loss": float(terms["dsm"])}
+    @torch.no_grad()
+    def test_loss(step: int) -> dict[str, float]:
+        """The score-matching loss of the moving average on (up to eval.batch_size) test images, always with
+        the same times and noise."""
+        count = min(config.eval.batch_size, len(test_data))
+        generator = SampleGenerators((config.seed, "test loss"), range(count))
+        levels, labels = test_data.batch(evenly_spaced(range(count), count, len(test_data)))
+        x0 = images.to_model(levels, generator).to(device)
+        terms = test_objective(x0, generator, class_labels=class_labels(labels, None))
+        return {"eval_loss": float(terms["dsm"])}
 
-            def sample_grid(step: int) -> None:
-                score = TrainedScore(config, ema.model, images, step, runtime=runtime, workdir=workdir)
-                shares = runtime.batches(GRID_IMAGES, GRID_IMAGES)
-                drawn = [score.draw(share, sampler, progress=runtime.shows_progress)[0] for share in shares]
-                drawn = runtime.gather(drawn)
-                if runtime.is_main:
-                    save_image_grid(workdir / "samples" / f"step_{step:08d}.png", np.concatenate(drawn), images)
+    def sample_grid(step: int) -> None:
+        score = TrainedScore(config, ema.model, images, step, runtime=runtime, workdir=workdir)
+        shares = runtime.batches(GRID_IMAGES, GRID_IMAGES)
+        drawn = [score.draw(share, sampler, progress=runtime.shows_progress)[0] for share in shares]
+        drawn = runtime.gather(drawn)
+        if runtime.is_main:
+            save_image_grid(workdir / "samples" / f"step_{step:08d}.png", np.concatenate(drawn), images)
 
-            hooks = [Hook(training.eval_freq, test_loss)]
-            if training.snapshot_sampling:
-                hooks.append(Hook(training.snapshot_freq or training.n_iters, sample_grid))
-            loop = Trainer(
-                model,
-                optimizer,
-                loss,
-                workdir,
-                n_iters=training.n_iters,
-                batch_size=training.batch_size,
-                objective=objective,
-                ema=ema,
-                learning_rate=warmup,
-                grad_clip=config.optim.grad_clip if config.optim.grad_clip >= 0 else math.inf,
-                log_freq=training.log_freq,
-                save_freq=training.snapshot_freq_for_preemption,
-                milestone_freq=training.snapshot_freq,
-                keep=training.keep_checkpoints,
-                begin=lambda: _state_to_begin_with(config, model, optimizer),
-                record=_record(config, images, train_data),
-                check_record=lambda record: _check_data(record, train_data, workdir),
-                hooks=hooks,
-                runtime=runtime,
-                description=f"train {workdir.name}",
-            )
-            _check_stride(config, loop.parts[0])
-            stack.enter_context(runtime.exclusive(workdir / ".training.lock"))
-        yield loop
+    hooks = [Hook(training.eval_freq, test_loss)]
+    if training.snapshot_sampling:
+        sampler = build_sampler(config, sde)
+        hooks.append(Hook(training.snapshot_freq or training.n_iters, sample_grid))
+    loop = Trainer(
+        model,
+        optimizer,
+        loss,
+        workdir,
+        n_iters=training.n_iters,
+        batch_size=training.batch_size,
+        objective=objective,
+        ema=ema,
+        learning_rate=warmup,
+        grad_clip=config.optim.grad_clip if config.optim.grad_clip >= 0 else math.inf,
+        log_freq=training.log_freq,
+        save_freq=training.snapshot_freq_for_preemption,
+        milestone_freq=training.snapshot_freq,
+        keep=training.keep_checkpoints,
+        begin=lambda: _state_to_begin_with(config, model, optimizer),
+        record=_record(config, images, train_data),
+        check_record=lambda record: _check_data(record, train_data, workdir),
+        hooks=hooks,
+        runtime=runtime,
+        description=f"train {workdir.name}",
+    )
+    _check_stride(config, loop.parts[0])
+    return loop
 
 
 def _state_to_begin_with(config: ConfigDict, model: ScoreModel, optimizer: torch.optim.Optimizer) -> dict | None:

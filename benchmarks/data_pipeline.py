@@ -50,7 +50,8 @@ def run(config: ConfigDict = None, *, rounds: int = 40, device: str = "cpu", com
         x0 = images.to_model(batches(step, range(size))[0], streams[0])
         (random_flip(x0, streams[0]) if data.random_flip else x0).to(where)
 
-    with tempfile.TemporaryDirectory() as folder, run_lib.trainer(config, folder, runtime) as loop:
+    with tempfile.TemporaryDirectory() as folder:
+        loop = run_lib.trainer(config, folder, runtime)
         variants = {"paper": lambda _: next(loader)[0].to(where), "streams": make_streams, "ours": ours}
         timed = in_turn(variants | {"step": lambda _: loop.train_step()}, rounds, where, warm_up=3)
     ms = {name: 1e3 * found.median for name, found in timed.items()}

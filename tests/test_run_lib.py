@@ -17,7 +17,7 @@ import torch
 
 import data
 import run_lib
-from checkpoints import read_checkpoint
+from checkpoints import CheckpointError, read_checkpoint
 from configs.digits import get_config
 from experiment.workdir import claim
 from training import Trainer
@@ -285,10 +285,11 @@ def test_damaged_evaluation_files_are_computed_again(trained, tmp_path, monkeypa
     assert first["fid"] is None and first["asym"] is None
 
 
-def test_sample_mode(trained, tmp_path):
+def test_sampling_needs_checkpoints_and_no_data(trained, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step_00000012.pt").symlink_to(trained / "checkpoints" / "step_00000012.pt")
-    folder = run_lib.sample(tiny_config(), tmp_path, CPU)
+    config = tiny_config(data__dataset="npz", data__path="nothing.npz")
+    folder = run_lib.sample(config, tmp_path, CPU)
     with np.load(folder / "samples.npz", allow_pickle=False) as file:
         assert file["images"].shape == (20, 8, 8, 1) and file["images"].dtype == np.uint8
         assert file["images"].max() <= 16 and int(file["num_levels"]) == 17
@@ -298,8 +299,49 @@ def test_sample_mode(trained, tmp_path):
         assert min(grid.size) > 64
 
 
+def test_a_loaded_score_computes_what_evaluation_and_sampling_do(trained, tmp_path, monkeypatch):
+    _shorten_test_set(monkeypatch, 3)
+    evaluated(trained, tmp_path / "w", eval__enable_asymmetry=False, eval__enable_sampling=False)
+    folder = run_lib.sample(tiny_config(), tmp_path / "w", CPU)
+    with np.load(tmp_path / "w" / "eval" / "nll.npz", allow_pickle=False) as file:
+        bits = file["nll_bits_per_dim"]
+    with np.load(folder / "samples.npz", allow_pickle=False) as file:
+        images = torch.from_numpy(file["images"]).permute(0, 3, 1, 2)
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    score = run_lib.load(trained)
+    assert score.config.to_dict() == tiny_config().to_dict() and score.shape == (1, 8, 8)
+    levels, _ = run_lib.load_data(tiny_config())[1].batch(range(3))
+    assert np.array_equal(score.bits_per_dim(levels, seed=42), bits)
+    assert torch.equal(score.images.to_levels(score.sample(16, seed=42)), images[:16])  # a batch of 16, as there
+    assert score.sample(2, method="few_step", solver="heun", num_steps=2).shape == (2, 1, 8, 8)
+    assert score.config.sampling.method == "pc"
+    for options, message in (
+        (dict(solver="x"), r"sampling\.solver='x': allowed are"),
+        (dict(steps=3), r"sampling\.steps: no such field"),
+        (dict(condition="ct"), r"sampling\.condition='ct': only with --mode=sample"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score.sample(1, **options)
+    x, t = score.images.to_model(levels, None, dequantize=False), torch.tensor([0.1, 0.5, 1.0])
+    exact = score.asymmetry(x, t)
+    assert score.log_prob(x).shape == exact.asym.shape == (3,) and (exact.nasym > 0).all()
+    # Other checkpoints.
+    file = trained / "checkpoints" / "step_00000006.pt"
+    earlier = run_lib.load(trained, step=6)
+    assert (score.step, earlier.step) == (12, 6) and torch.equal(earlier(x, t), run_lib.load(file)(x, t))
+    assert not torch.equal(earlier(x, t), score(x, t))
+    for path, options, message in (
+        (trained, dict(step=5), "no checkpoint at .*step_00000005"),
+        (tmp_path, {}, "no checkpoint in"),
+        (tmp_path / "gone.pt", {}, "no checkpoint at"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            run_lib.load(path, **options)
+    assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+
+
 def test_official_checkpoint_is_sampled_with_its_averages(tmp_path):
-    """A public checkpoint goes straight into --mode sample; its raw weights play no part."""
+    """A public checkpoint goes straight into --mode=sample, and into load; its raw weights play no part."""
     config = importlib.import_module("configs.ve.cifar10_ncsnpp_continuous").get_config()
     config.model.update(nf=8, num_res_blocks=1)
     config.data.update(dataset="npz", path=str(tmp_path / "images.npz"))
@@ -318,6 +360,12 @@ def test_official_checkpoint_is_sampled_with_its_averages(tmp_path):
         with np.load(folder / "samples.npz", allow_pickle=False) as file:
             samples.append(file["images"])
     assert np.array_equal(*samples) and samples[0].std() > 10
+    score = run_lib.load(golden, config=config)
+    assert score.step == 123
+    loaded = score.images.to_levels(score.sample(2, seed=config.seed)).permute(0, 2, 3, 1)
+    assert np.array_equal(loaded, samples[0])
+    with pytest.raises(ValueError, match=r"ve_ncsnpp_cifar10\.pth is a public checkpoint: give load\(…, config=…\)"):
+        run_lib.load(golden)
     # The feature classifier needs labels, which this file has not: said before any sampling.
     config.eval.update(features="classifier", num_samples=4)
     with pytest.raises(run_lib.InvalidRun, match="no labels"):
@@ -369,7 +417,6 @@ def test_settings_of_the_optimiser_are_those_of_the_config(tmp_path):
         (dict(model__sigma_min=20.0), r"model\.sigma_min=20\.0"),
         (dict(training__continuous=False), r"needs model\.embedding_type='positional'"),
         (dict(training__init_from="nowhere.pt"), r"nowhere\.pt"),
-        (dict(sampling__predictor="x:y"), r"sampling\.predictor='x:y'"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -428,6 +475,20 @@ def test_a_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(tmp_path, m
     assert newest.name == "step_00000006.pt"
     assert all(torch.isfinite(v).all() for v in read_checkpoint(newest)["model"].values())
     assert all(np.isfinite(row["loss"]) for row in rows(tmp_path) if "loss" in row)
+
+
+def test_training_loads_what_it_needs(tmp_path):
+    program = f"""
+import sys
+sys.path.insert(0, "tests")
+import test_run_lib
+def loaded():
+    return {{"evaluation", "likelihood", "guidance", "features", "exact"}} & set(sys.modules)
+assert not loaded(), loaded()
+test_run_lib.run_lib.train(test_run_lib.tiny_config(training__n_iters=1), {str(tmp_path)!r}, test_run_lib.CPU)
+assert not loaded(), loaded()
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), check=True)
 
 
 def test_help_is_light():
