@@ -62,9 +62,7 @@ CLASSES = {"model.num_classes": 10, "training.label_dropout": 0.3, "sampling.con
 RUNS = {
     "u": ("u", {"training.snapshot_sampling": True}, 1),
     "c": ("c", {}, 1),
-    "qc": ("qc", QC, 1),
-    "qc, accumulated": ("qc", QC, 2),
-    "qc, stopped by a signal": ("qc", QC, 1),
+    "qc, accumulated, stopped by a signal": ("qc", QC, 2),
     "qc, begun by one process": ("qc", QC, 1),
     "classes": ("u", CLASSES, 1),
 }
