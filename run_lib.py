@@ -34,10 +34,9 @@ from torch import Tensor
 from checkpoints import CheckpointError, CheckpointStore, check_whole, load_state_dict_strictly, read_checkpoint
 from configs.checks import check
 from data.pixels import ImageFormat
-from experiment.files import write_arrays, write_json, write_text
+from experiment.files import check_folder, differences, write_arrays, write_json, write_text
 from experiment.randomness import SampleGenerators, normal_like, uniform
 from experiment.runtime import Interrupted, InvalidRun, Runtime, checked, code_version
-from experiment.workdir import check_folder, differences
 from models import make_network, make_score_model
 from models.score import ScoreModel
 from sde_lib import SDE, expand, make_sde

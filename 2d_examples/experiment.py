@@ -19,12 +19,11 @@ from checkpoints import CheckpointError, CheckpointStore, load_state_dict_strict
 from conservativeness import asymmetry
 from evaluation import precision_recall
 from exact.distributions import TWO_DIMENSIONAL, NoisedDistribution, entropy
-from experiment.files import read_arrays, write_arrays, write_json
+from experiment.files import claim, read_arrays, write_arrays, write_json
 from experiment.jobs import Update
 from experiment.randomness import normal_like, seed_from
 from experiment.registry import resolve
 from experiment.runtime import Runtime
-from experiment.workdir import claim
 from likelihood import LIKELIHOOD_EPS, LikelihoodEvaluator
 from losses import make_objective
 from models import ScoreModel, make_network, make_score_model

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from ml_collections import ConfigDict
 
-from experiment.command_line import available_cores, command
+from experiment.command_line import available_cores, check_positive, command
 from experiment.figures import save_figure
+from experiment.files import claim
 from experiment.jobs import run_all
 from experiment.results import write_results
 from experiment.runtime import Runtime
-from experiment.workdir import check_at_least, claim
 
 from .configs import DATASETS, MODELS, get_config
 from .experiment import check, claim_run, evaluate, train_and_evaluate, trained_model, trainer
@@ -75,7 +75,7 @@ def run(
 
 def make_table(workdir: Path, *, seeds: int, jobs: int, device: str) -> str:
     """Train and evaluate every pair with every seed, or what is left of that; write results, table and figures."""
-    check_at_least({"--seeds": seeds, "--jobs": jobs}, {"--seeds": 1, "--jobs": 1})
+    check_positive(seeds=seeds, jobs=jobs)
     claim(workdir, "2d_examples table", {"device": device})
     configs = {(dataset, EXACT, 0): get_config(f"{dataset}-u") for dataset in DATASETS}
     for seed, dataset, model in product(range(seeds), DATASETS, MODELS):

@@ -24,13 +24,13 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from conservativeness import asymmetry
-from experiment.command_line import available_cores, command
+from experiment.command_line import available_cores, check_positive, command
 from experiment.figures import COLOURS, LINES, new_figure
+from experiment.files import claim
 from experiment.jobs import Update, run_all
 from experiment.randomness import seed_from
 from experiment.results import markdown_table, write_results
 from experiment.runtime import Runtime
-from experiment.workdir import check_at_least, claim
 from models.autoencoder import OneLayerAutoencoder
 from training import fit
 
@@ -188,8 +188,7 @@ def run(
     Raises:
         ValueError: bad input, or a workdir of another experiment or other settings; nothing has been computed then.
     """
-    given = {"--seeds": seeds, "--n_iters": n_iters, "--jobs": jobs}
-    check_at_least(given, dict.fromkeys(given, 1))
+    check_positive(seeds=seeds, n_iters=n_iters, jobs=jobs)
     if estimator not in (*ESTIMATORS, "all"):
         raise ValueError(f"--estimator={estimator}: allowed are {', '.join(ESTIMATORS)}, all")
     device = Runtime(device).torch_device.type

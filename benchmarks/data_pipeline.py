@@ -4,8 +4,7 @@ python -m benchmarks.data_pipeline [--config=configs/digits.py:u] [--rounds=40] 
 
 ``paper`` is our own writing of what public code does: a loader that takes the images out of the set one by one, makes
 each a float tensor, flips and dequantises it, and stacks them. Ours takes a whole batch of levels out of memory; the
-random numbers still belong to the single image. Setting up their streams is for the whole step, times and noise
-included, and is shown apart.
+random numbers still belong to the single image. Their streams are for the whole step, times and noise included.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler
 
 import run_lib
 from benchmarks.measure import conditions, in_turn
@@ -57,40 +56,34 @@ def run(config: ConfigDict = None, *, rounds: int = 40, device: str = "cpu", com
         timed = in_turn(variants | {"step": lambda _: loop.train_step()}, rounds, where, warm_up=3)
     ms = {name: 1e3 * found.median for name, found in timed.items()}
     rest = ms["step"] - ms["ours"]
+    parts = {
+        "paper: a loader, image by image": (ms["paper"], rest + ms["paper"]),
+        "ours: a batch at a time": (ms["ours"], ms["step"]),
+        "ours, and the random streams of the whole step": (ms["ours"] + ms["streams"], ms["step"]),
+    }
     rows = [
-        (name, f"{time:.2f}", f"{time / step:.1%}", f"{ms['paper'] / time:.1f}")
-        for name, time, step in (
-            ("paper: a loader, image by image", ms["paper"], rest + ms["paper"]),
-            ("ours: a batch at a time", ms["ours"], ms["step"]),
-            ("ours, and the random streams of the whole step", ms["ours"] + ms["streams"], ms["step"]),
-        )
+        (name, f"{time:.2f}", f"{time / step:.1%}", f"{ms['paper'] / time:.1f}") for name, (time, step) in parts.items()
     ]
     title = f"{data.dataset}, batch {size}{', compiled' * compile}, a step {ms['step']:.1f} ms, "
     header = ("input", "ms per batch", "share of a step", "paper's time over it")
     return f"{title}{conditions(where)}\n{markdown_table(header, rows)}"
 
 
-class ImageByImage(Dataset):
-    """Single images (C, H, W), as the model sees them, and their labels."""
-
-    def __init__(self, split: Split, images: ImageFormat, flip: bool) -> None:
-        self.split, self.images, self.flip = split, images, flip
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        levels, labels = self.split.batch([index])
-        image = levels[0].flip(-1) if self.flip and torch.rand(()) < 0.5 else levels[0]
-        noise = torch.rand(image.shape) if self.images.dequantized else None
-        values = to_unit_interval(image, self.images.num_levels, dequantization=noise)
-        return scale(values, self.images.centered), labels[0]
-
-
 def public_loader(split: Split, images: ImageFormat, batch_size: int, flip: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches in random order; with replacement, as a set may be smaller than a batch."""
-    singles = ImageByImage(split, images, flip)
-    return iter(DataLoader(singles, batch_size, sampler=RandomSampler(singles, replacement=True, num_samples=10**9)))
+    """Images (B, C, H, W) as the model sees them, and labels, with replacement: a set may be smaller than a batch."""
+
+    def single(index: int) -> tuple[Tensor, Tensor]:
+        levels, labels = split.batch([index])
+        image = levels[0].flip(-1) if flip and torch.rand(()) < 0.5 else levels[0]
+        noise = torch.rand(image.shape) if images.dequantized else None
+        return scale(to_unit_interval(image, images.num_levels, dequantization=noise), images.centered), labels[0]
+
+    def stack(indices: list[int]) -> tuple[Tensor, Tensor]:
+        return tuple(map(torch.stack, zip(*map(single, indices), strict=True)))
+
+    numbers = range(len(split))
+    order = RandomSampler(numbers, replacement=True, num_samples=10**9)
+    return iter(DataLoader(numbers, batch_size, sampler=order, collate_fn=stack))
 
 
 if __name__ == "__main__":

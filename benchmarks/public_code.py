@@ -1,14 +1,10 @@
 """A training step as the public code of score_sde and QCSBM has it, in our own writing: what ours is compared with.
 
 The network is ours with the modules that differ taken back: contiguous memory in the order (B, C, H, W), attention by
-einsum over pixels with its channel mixing by permutations, blurs by inserted zeros and a convolution of one channel
-with all images and channels as its batch, torch's dropout and second derivatives. For every probe the score is
-evaluated again at the same points, with two products of a vector and the Jacobian,
-
-    ‖Jᵀv‖² − vᵀJᵀw at w = Jᵀv,
-
-whose gradient is found in two backward passes, one with w held fixed and one for w. The moving average goes through the
-parameters one by one.
+einsum over pixels, blurs by inserted zeros and a convolution with all images and channels as its batch, torch's dropout
+and second derivatives. For every probe the score is evaluated again at the same points, with two products of a vector
+and the Jacobian, ‖Jᵀv‖² − vᵀJᵀw at w = Jᵀv, whose gradient is found in two backward passes, one with w held fixed and
+one for w. The moving average goes through the parameters one by one.
 """
 
 from __future__ import annotations

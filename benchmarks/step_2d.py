@@ -50,8 +50,7 @@ def run(*, device: str = "cpu", rounds: int = 40) -> str:
     timed = in_turn(variants, rounds, runtime.torch_device, warm_up=2)
     ms = {name: 1e3 * found.median / 2 for name, found in timed.items()}
     rows = [(name, f"{time:.1f}", f"{time / ms['U']:.2f}") for name, time in ms.items()]
-    table = markdown_table(("variant", "ms per step", "relative to U"), rows)
-    return f"batch 5000, {conditions(runtime.torch_device)}\n{table}"
+    return f"{conditions(runtime.torch_device)}\n{markdown_table(('variant', 'ms per step', 'relative to U'), rows)}"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from ml_collections import config_flags
 
 flags.disclaim_key_flags()  # they belong to the program that defines them, whose --help lists them
 
-__all__ = ["available_cores", "command", "one_line_errors", "parse_flags", "run_main"]
+__all__ = ["available_cores", "check_positive", "command", "one_line_errors", "parse_flags", "run_main"]
 
 
 def command(run: Callable[..., object]) -> None:
@@ -141,6 +141,13 @@ def parse_flags(argv: list[str], words: bool = False) -> list[str]:
     if len(rest) > 1 and not words:
         sys.exit(f"error: unexpected argument {rest[1]!r}: every argument is a flag, --name=value")
     return rest
+
+
+def check_positive(**given: int) -> None:
+    """Raise a ValueError that names the first of some flags which is below 1."""
+    for flag, value in given.items():
+        if value < 1:
+            raise ValueError(f"--{flag}={value}: at least 1")
 
 
 def available_cores() -> int:

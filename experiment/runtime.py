@@ -27,8 +27,7 @@ from accelerate.utils import (
 )
 from tqdm import tqdm
 
-from experiment.files import read_arrays, write_arrays
-from experiment.workdir import take_lock
+from experiment.files import read_arrays, take_lock, write_arrays
 
 __all__ = [
     "COLLECTIVE_TIMEOUT",

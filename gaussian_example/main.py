@@ -37,9 +37,9 @@ from torch import Tensor
 from conservativeness import HelmholtzHodge, asymmetry, helmholtz_hodge
 from experiment.command_line import command
 from experiment.figures import COLOURS, LINES, new_figure, plane
+from experiment.files import claim
 from experiment.randomness import normal_like, seed_from
 from experiment.results import markdown_table, with_error, write_results
-from experiment.workdir import claim
 from sampling import langevin_dynamics
 from sde_lib import ScoreFunction
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from checkpoints import CheckpointError, CheckpointStore, load_state_dict_strictly
 from data import Split, TrainingBatches
 from data.pixels import ImageFormat, random_flip
+from experiment.files import claim
 from experiment.randomness import Generator, SampleGenerators, normal_like, seed_from, uniform
 from experiment.runtime import Runtime
-from experiment.workdir import claim
 from guidance.classifier import NoiseConditionalClassifier
 from losses import TRAINING_EPS
 from sde_lib import SDE, expand

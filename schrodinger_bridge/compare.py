@@ -21,10 +21,10 @@ from statistics import fmean
 from ml_collections import ConfigDict
 
 from experiment.command_line import available_cores, command
+from experiment.files import claim
 from experiment.jobs import Update, run_all
 from experiment.results import markdown_table, with_error, write_results
 from experiment.runtime import Runtime
-from experiment.workdir import claim
 
 from .figures import draw_comparison
 from .half_bridges import BridgeRun

@@ -29,11 +29,10 @@ from torch import Tensor, nn
 from checkpoints import CheckpointError
 from configs.dsb.common import check
 from data import TensorSplit
-from experiment.files import write_json
+from experiment.files import claim, flatten, write_json
 from experiment.randomness import seed_from
 from experiment.registry import resolve
 from experiment.runtime import Runtime
-from experiment.workdir import claim, flatten
 from models import EMA, make_network
 from models.mlp import TimeConditionalMLP
 from sde_lib import expand

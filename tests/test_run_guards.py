@@ -13,11 +13,11 @@ from test_run_lib import CPU, tiny_config
 
 import run_lib
 from checkpoints import read_checkpoint
-from experiment import workdir
+from experiment import files
 
 
 def test_the_same_work_in_one_workdir_at_once_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(workdir, "_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(files, "_WAIT_SECONDS", 0.0)
     config = tiny_config(training__n_iters=2)
     run_lib.train(config, tmp_path, CPU)
     for work, lock, condition in (

@@ -19,7 +19,7 @@ import data
 import run_lib
 from checkpoints import CheckpointError, read_checkpoint
 from configs.digits import get_config
-from experiment.workdir import claim
+from experiment.files import claim
 from training import Trainer
 
 ROOT = Path(__file__).parents[1]

@@ -13,12 +13,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from experiment.command_line import available_cores, command
+from experiment.command_line import available_cores, check_positive, command
 from experiment.figures import save_figure
-from experiment.files import write_json
+from experiment.files import claim, write_json
 from experiment.jobs import Update, run_all
 from experiment.results import markdown_table, with_error, write_results
-from experiment.workdir import claim
 
 from .common import EXPERIMENT
 
@@ -103,8 +102,7 @@ def run(workdir: str | Path, *, figure: str = "all", jobs: int = available_cores
     for name in names:
         if name not in FIGURES:
             raise ValueError(f"--figure={name}: allowed are {', '.join(FIGURES)}, all")
-    if jobs < 1:
-        raise ValueError(f"--jobs={jobs}: at least 1")
+    check_positive(jobs=jobs)
     folder = claim(workdir, EXPERIMENT, {"version": VERSION})
     names.sort(key=FIGURES.get, reverse=True)  # so that the processes end at about the same time
     tasks = {name: partial(work, folder, name) for name in names}

@@ -38,13 +38,12 @@ import run_lib
 from configs.wasserstein.digits import MODELS, VP, get_config
 from evaluation import Features, fid_with_error
 from exact.gaussian_law import diagonalise, sampler_law, wasserstein
-from experiment.command_line import available_cores, command
+from experiment.command_line import available_cores, check_positive, command
 from experiment.figures import new_figure
-from experiment.files import write_json
+from experiment.files import claim, write_json
 from experiment.jobs import Update, run_all
 from experiment.results import markdown_table, number, write_results
 from experiment.runtime import Runtime
-from experiment.workdir import check_at_least, claim
 from features import FeatureExtractor, extract_features, train_classifier
 
 from . import figures, theory
@@ -91,8 +90,7 @@ def run(
         raise ValueError(f"--processes={unknown[0]}: allowed are {', '.join(MODELS)}")
     if not processes or not plan:
         raise ValueError("--processes and one of --steps, --ancestral_steps, --heun_steps: give at least one value")
-    smallest = {"--seeds": seeds, "--jobs": jobs, "numbers of steps": min(k for _, k in plan)}
-    check_at_least(smallest, dict.fromkeys(smallest, 1))
+    check_positive(seeds=seeds, jobs=jobs, steps=min(k for _, k in plan))
     base = get_config(processes[0])
     iterations, count = base.training.n_iters, base.eval.num_samples
     settings = {"device": device, "training_steps": iterations, "num_samples": count}

@@ -15,8 +15,8 @@ import math
 import torch
 
 from experiment.command_line import command
+from experiment.files import claim
 from experiment.results import write_results
-from experiment.workdir import claim
 
 from . import figures, theory
 

@@ -251,7 +251,7 @@ def test_killed_at_any_moment_and_resumed_ends_with_identical_results(finished, 
         (dict(seeds=0), "--seeds=0: at least 1"),
         (dict(jobs=0), "--jobs=0: at least 1"),
         (dict(steps=(), ancestral_steps=(), heun_steps=()), "--heun_steps: give at least one"),
-        (dict(heun_steps=(5, 0)), "numbers of steps=0: at least 1"),
+        (dict(heun_steps=(5, 0)), "--steps=0: at least 1"),
         (dict(device="gpu"), "--device=gpu: allowed are"),
     ],
 )

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from locks import lock_held_elsewhere
 
-from experiment import workdir
-from experiment.workdir import claim, differences, flatten
+from experiment import files
+from experiment.files import claim, differences, flatten
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -32,7 +32,7 @@ def test_claiming_again_changes_nothing(tmp_path):
 
 
 def test_folder_in_use_by_another_process_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(workdir, "_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(files, "_WAIT_SECONDS", 0.0)
     with lock_held_elsewhere(tmp_path / ".lock") as taken:
         assert taken
         with pytest.raises(ValueError, match=f"{tmp_path} is in use by another process"):
