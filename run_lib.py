@@ -691,13 +691,19 @@ class TrainedScore:
         x: Tensor,
         t: Tensor,
         *,
-        probes: int = 0,
+        probes: int | None = None,
         generator: SampleGenerators | None = None,
         class_labels: Tensor | None = None,
     ) -> Asymmetry:
-        """Asym and NAsym (B,) at x (B, C, H, W) and t (B,): exact with ``probes=0``, else estimated by so many."""
-        from conservativeness import asymmetry
+        """Asym and NAsym (B,) at x (B, C, H, W) and t (B,), from so many probes, or exact with ``probes=0``.
 
+        By default they are exact for up to 256 dimensions, and else from 16 probes.
+        """
+        from conservativeness import EXACT_MAX_DIMENSION, asymmetry
+
+        if probes is None:
+            probes = 0 if math.prod(self.shape) <= EXACT_MAX_DIMENSION else 16
+        x, t = x.to(self.device), t.to(self.device)
         return asymmetry(self._of_class(class_labels), x, t, probes=probes or None, generator=generator)
 
     def _of_class(self, class_labels: Tensor | None):
