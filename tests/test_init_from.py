@@ -10,12 +10,7 @@ import pytest
 import torch
 from from_config import create_network, create_score_model, get_sde
 from reference_networks import ddpm_shapes, random_state, refinenet_shapes
-from test_run_lib import (
-    CPU,
-    assert_identical,
-    tiny_config,
-    weights,
-)
+from test_run_lib import CPU, assert_identical, tiny_config, weights
 from torch import Tensor, nn
 
 import run_lib
@@ -80,12 +75,11 @@ def u_run(tmp_path_factory) -> tuple[Path, dict]:
     return path, public
 
 
-@pytest.mark.parametrize("model", ["u", "qc"])
-def test_going_on_from_a_public_checkpoint(model, u_run, tmp_path):
+def test_going_on_from_a_public_checkpoint(u_run, tmp_path):
     own, public = u_run
     torch.save(public, tmp_path / "checkpoint_6.pth")
     for name, start in (("own", own), ("public", tmp_path / "checkpoint_6.pth")):
-        run_lib.train(tiny_config(model, training__init_from=str(start)), tmp_path / name, CPU)
+        run_lib.train(tiny_config(training__init_from=str(start)), tmp_path / name, CPU)
     assert_identical(weights(tmp_path / "own", 12), weights(tmp_path / "public", 12))
     states = [read_checkpoint(tmp_path / name / "checkpoints" / "step_00000012.pt") for name in ("own", "public")]
     assert [state["ema"]["num_updates"] for state in states] == [12, 12]

@@ -16,21 +16,25 @@ from checkpoints import read_checkpoint
 from experiment import files
 
 
-@pytest.mark.parametrize(
-    ("work", "lock"), [("train", "training"), ("evaluate", "evaluation"), ("sample", "evaluation")]
-)
-def test_the_same_work_in_one_workdir_at_once_is_refused(tmp_path, monkeypatch, work, lock):
+def test_the_same_work_in_one_workdir_at_once_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_WAIT_SECONDS", 0.0)
     config = tiny_config(training__n_iters=2)
     run_lib.train(config, tmp_path, CPU)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    with lock_held_elsewhere(tmp_path / f".{lock}.lock") as taken:
-        assert taken
-        with pytest.raises(run_lib.InvalidRun, match=f"--workdir: {tmp_path} is in use by another process"):
-            getattr(run_lib, work)(config, tmp_path, CPU)
-    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    before[tmp_path / f".{lock}.lock"] = after[tmp_path / f".{lock}.lock"]
-    assert after == before
+    for work, lock, condition in (
+        (run_lib.train, "training", ""),
+        (run_lib.evaluate, "evaluation", ""),
+        (run_lib.sample, "evaluation", ""),
+        (run_lib.sample, "samples-pc-reverse_diffusion-langevin-3-inpaint-bottom-projection", "inpaint"),
+    ):
+        config.sampling.condition = condition
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+        with lock_held_elsewhere(tmp_path / f".{lock}.lock") as taken:
+            assert taken
+            with pytest.raises(run_lib.InvalidRun, match=f"--workdir: {tmp_path} is in use by another process"):
+                work(config, tmp_path, CPU)
+        after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+        before[tmp_path / f".{lock}.lock"] = after[tmp_path / f".{lock}.lock"]
+        assert after == before
 
 
 def test_samples_under_other_settings_go_to_another_folder(tmp_path):
