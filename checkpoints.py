@@ -8,6 +8,7 @@ before it is used. Those of other projects are read by ``models.published``.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import pickle
 import zipfile
@@ -25,6 +26,7 @@ __all__ = [
     "check_whole",
     "load_state_dict_strictly",
     "read_checkpoint",
+    "weights_digest",
     "write_checkpoint",
 ]
 
@@ -165,3 +167,11 @@ def check_state_dict(module: nn.Module, state: dict[str, Tensor], source: str | 
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{source} was made for another architecture: {'; '.join(problems[:3])}{more}")
+
+
+def weights_digest(module: nn.Module) -> str:
+    """32 hexadecimal digits that change with any weight or buffer."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

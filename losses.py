@@ -9,9 +9,13 @@ summed over dimensions and halved, or averaged over dimensions (``reduce_mean``)
 Eq. 7, and Song, Durkan, Murray, Ermon (NeurIPS 2021). Discrete-time training (SMLD, DDPM) is the same loss at the
 times of the family's ladder of noise levels.
 
-A quasi-conservative model adds λ_QC·L_QC: the asymmetry Asym of the score's Jacobian at the same perturbed
-sample, weighted and reduced like L_SM (Chao, Sun, Cheng, Lee, ICML 2023, Eqs. 8 and 9). Two unbiased ways make it
-cheaper: every k-th step with weight kλ_QC, or the mean over every k-th sample of the batch.
+A quasi-conservative model adds λ_QC·L_QC: the asymmetry Asym of the score's Jacobian J at the same perturbed
+sample, weighted and reduced like L_SM (Chao, Sun, Cheng, Lee, ICML 2023, Eqs. 8 and 9), so that the whole is
+
+    E[ ½σ_t²‖s + z/σ_t‖² + λ_QC ½σ_t² · ½‖J − Jᵀ‖²_F ]
+
+by default. Two unbiased ways make it cheaper: every k-th step with weight kλ_QC (``qc_interval``), or the mean over
+every k-th sample of the batch (``qc_stride``).
 
 The graph of a probe is several times as large as that of the score. Probes are therefore taken in chunks: all but the
 last are differentiated for the parameters and released within the forward pass, and backward adds their gradients.
@@ -129,8 +133,8 @@ class Objective(nn.Module):
             class_labels: (B,) for a class-conditional model.
 
         Returns:
-            Scalars: ``loss`` to minimise; ``dsm``, the score-matching term; ``qc``, the unweighted L_QC, only in
-            steps that evaluate it.
+            Scalars: ``loss`` to minimise; ``dsm``, the score-matching term; ``qc``, L_QC without
+            λ_QC, only in steps that evaluate it.
         """
         t, mean_coefficient, std = self._noise_level(x0, generator)
         z = normal_like(x0, generator)
@@ -180,7 +184,7 @@ class Objective(nn.Module):
     def _score_and_qc(
         self, xt: Tensor, t: Tensor, class_labels: Tensor | None, weight: Tensor, generator: Generator
     ) -> tuple[Tensor, Tensor]:
-        """The score at x_t and the weighted L_QC there, averaged over all probes."""
+        """The score at x_t and L_QC there, weighted by λ(t) and averaged over all probes."""
         score = partial(self.score_model, class_labels=class_labels)
         products = self.products and partial(self.products, class_labels=class_labels)
         probes = 1 if self.qc_estimator == "exact" else self.qc_probes

@@ -31,9 +31,16 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from checkpoints import CheckpointError, CheckpointStore, check_whole, load_state_dict_strictly, read_checkpoint
+from checkpoints import (
+    CheckpointError,
+    CheckpointStore,
+    check_whole,
+    load_state_dict_strictly,
+    read_checkpoint,
+    weights_digest,
+)
 from configs.checks import check
-from data.pixels import ImageFormat
+from data.pixels import GRID_IMAGES, ImageFormat, save_image_grid
 from experiment.files import check_folder, differences, write_arrays, write_json, write_text
 from experiment.randomness import SampleGenerators, normal_like, uniform
 from experiment.runtime import Interrupted, InvalidRun, Runtime, checked, code_version
@@ -68,7 +75,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-GRID_IMAGES = 64
 CHECKPOINT_VERSION = 1
 """To be raised when a checkpoint's contents change; one of another version is refused."""
 EVALUATION_VERSION = 3
@@ -432,7 +438,7 @@ def _sampling_identity(score: TrainedScore) -> dict:
 
         settings = {name: value for name, value in settings.items() if name not in CONDITION_FIELDS}
     identity = {"sampling": settings, "images": score.images.as_dict()}
-    return identity if score.classifier is None else {**identity, "classifier": weights_key(score.classifier)}
+    return identity if score.classifier is None else {**identity, "classifier": weights_digest(score.classifier)}
 
 
 def statistics(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> Path:
@@ -685,13 +691,19 @@ class TrainedScore:
         x: Tensor,
         t: Tensor,
         *,
-        probes: int = 0,
+        probes: int | None = None,
         generator: SampleGenerators | None = None,
         class_labels: Tensor | None = None,
     ) -> Asymmetry:
-        """Asym and NAsym (B,) at x (B, C, H, W) and t (B,): exact with ``probes=0``, else estimated by so many."""
-        from conservativeness import asymmetry
+        """Asym and NAsym (B,) at x (B, C, H, W) and t (B,), from so many probes, or exact with ``probes=0``.
 
+        By default they are exact for up to 256 dimensions, and else from 16 probes.
+        """
+        from conservativeness import EXACT_MAX_DIMENSION, asymmetry
+
+        if probes is None:
+            probes = 0 if math.prod(self.shape) <= EXACT_MAX_DIMENSION else 16
+        x, t = x.to(self.device), t.to(self.device)
         return asymmetry(self._of_class(class_labels), x, t, probes=probes or None, generator=generator)
 
     def _of_class(self, class_labels: Tensor | None):
@@ -709,7 +721,7 @@ class TrainedScore:
         config = self.config
         identity = {
             "seed": config.seed,
-            "weights": weights_key(self.model),
+            "weights": weights_digest(self.model),
             "training": {name: config.training[name] for name in ("sde", "continuous")},
             "model": json.loads(config.model.to_json()),
             "images": self.images.as_dict(),
@@ -1032,36 +1044,7 @@ def _write_config(config: ConfigDict, workdir: Path, runtime: Runtime) -> None:
         write_text(path, text)
 
 
-def weights_key(module: torch.nn.Module) -> str:
-    """A digest of all weights and buffers."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def evenly_spaced(positions: Sequence[int], count: int, size: int) -> list[int]:
     """Indices of items number ``positions`` of ``count`` that are evenly spaced over ``size``: data sets are often
     sorted by class."""
     return [position * size // count for position in positions]
-
-
-def save_image_grid(path: Path, levels: np.ndarray, images: ImageFormat) -> None:
-    """Write up to 64 images, uint8 levels (N, H, W, C), as one PNG in rows of eight."""
-    from PIL import Image
-
-    from experiment.files import write_atomically
-
-    pixels = levels[:GRID_IMAGES].astype(np.float32) * (255 / (images.num_levels - 1))
-    columns = min(8, len(pixels))
-    rows = math.ceil(len(pixels) / columns)
-    _, height, width, channels = pixels.shape
-    gap = 1
-    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255.0, np.float32)
-    for i, image in enumerate(pixels):
-        top, left = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
-        canvas[top : top + height, left : left + width] = image
-    picture = Image.fromarray(canvas.round().astype(np.uint8).squeeze())
-    enlarge = max(1, 64 // height)  # tiny images would be unreadable pixel for pixel
-    picture = picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
-    write_atomically(path, lambda file: picture.save(file, format="png"))

@@ -4,9 +4,12 @@ Step n computes a loss that is a function of the parameters and of n: whatever i
 The state of a run is therefore its weights, their moving average, the optimiser and the step; a checkpoint holds these,
 and a run that was killed at any moment continues from the newest one to the very same weights and log.
 
-One step, of ``accumulation_steps`` passes on each process:
+One step (``Trainer.train_step``), of ``accumulation_steps`` passes on each process:
 
-    loss → gradient → clip its norm → optimiser → moving average
+    learning rate; in every pass the loss (which draws its batch) → gradient, summed over passes;
+    clip the gradient's norm → optimiser → moving average
+
+The loss of image models is in ``run_lib.trainer``, its terms in ``losses.Objective``.
 
 Files in W: ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``.
 """
@@ -265,6 +268,7 @@ class Trainer:
                 accelerator.backward(terms["loss"])
                 if accelerator.sync_gradients:
                     terms["grad_norm"] = accelerator.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+                # accelerate divides the loss by the number of passes, and does these two in the last one only.
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             for name, value in terms.items():

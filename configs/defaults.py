@@ -144,7 +144,7 @@ FIELDS: dict[str, Field] = {
     "likelihood.num_steps": Field(160, "of heun and adams", at_least(0)),
     "likelihood.rtol": Field(1e-3, "relative tolerance of the other solvers", positive),
     "likelihood.atol": Field(1e-5, "absolute tolerance of the other solvers", positive),
-    "eval.batch_size": Field(128, "images at once, over all processes", at_least(1)),
+    "eval.batch_size": Field(128, "images at once, in each process", at_least(1)),
     "eval.enable_bpd": Field(True, "measure bits/dim"),
     "eval.enable_asymmetry": Field(True, "measure Asym and NAsym"),
     "eval.enable_sampling": Field(True, "measure the quality of samples"),

@@ -9,7 +9,6 @@ from data.sets import (
     TrainingBatches,
     UnreadableImage,
     batch_indices,
-    epoch_batches,
     load_dataset,
 )
 
@@ -22,7 +21,6 @@ __all__ = [
     "TrainingBatches",
     "UnreadableImage",
     "batch_indices",
-    "epoch_batches",
     "load_dataset",
     "random_flip",
 ]

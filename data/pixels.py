@@ -10,14 +10,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data.sets import Split
+from experiment.files import write_atomically
 from experiment.randomness import Generator, uniform
 
-__all__ = ["ImageFormat", "random_flip", "scale", "to_pixels", "to_unit_interval", "unscale"]
+__all__ = [
+    "GRID_IMAGES",
+    "ImageFormat",
+    "random_flip",
+    "save_image_grid",
+    "scale",
+    "to_pixels",
+    "to_unit_interval",
+    "unscale",
+]
+
+GRID_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -118,3 +133,20 @@ def random_flip(images: Tensor, generator: Generator = None) -> Tensor:
     """Images (B, C, H, W), each mirrored left to right with probability ½."""
     mirrored = uniform((len(images),), generator, device=images.device) < 0.5
     return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+
+def save_image_grid(path: Path, levels: np.ndarray, images: ImageFormat) -> None:
+    """Write up to 64 images, uint8 levels (N, H, W, C), as one PNG in rows of eight."""
+    pixels = levels[:GRID_IMAGES].astype(np.float32) * (255 / (images.num_levels - 1))
+    columns = min(8, len(pixels))
+    rows = math.ceil(len(pixels) / columns)
+    _, height, width, channels = pixels.shape
+    gap = 1
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255.0, np.float32)
+    for i, image in enumerate(pixels):
+        top, left = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    picture = Image.fromarray(canvas.round().astype(np.uint8).squeeze())
+    enlarge = max(1, 64 // height)  # tiny images would be unreadable pixel for pixel
+    picture = picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
+    write_atomically(path, lambda file: picture.save(file, format="png"))

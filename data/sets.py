@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,9 +27,6 @@ from experiment.files import first_line, read_arrays
 from experiment.randomness import seed_from
 from experiment.registry import resolve
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = [
     "SETS",
     "FileSplit",
@@ -38,7 +35,6 @@ __all__ = [
     "TrainingBatches",
     "UnreadableImage",
     "batch_indices",
-    "epoch_batches",
     "load_dataset",
 ]
 
@@ -104,6 +100,8 @@ class TensorSplit:
         self.labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
         if self.labels.shape != (len(images),):
             raise ValueError(f"{name}: {len(images)} images but labels of shape {tuple(self.labels.shape)}")
+        if (labels is None) != (num_classes is None):
+            raise ValueError(f"{name}: labels and num_classes={num_classes} go together")
         self.image_shape = tuple(images.shape[1:])
         self.num_levels = num_levels
         self.num_classes = num_classes
@@ -258,22 +256,6 @@ class TrainingBatches:
 
     def _read(self, step: int, positions: range) -> tuple[Tensor, Tensor]:
         return self.split.batch(batch_indices(self.seed, step, self.batch_size, len(self.split))[list(positions)])
-
-
-def epoch_batches(size: int, batch_size: int, process_index: int = 0, num_processes: int = 1) -> list[Tensor]:
-    """Positions, int64 (≤ batch_size,) each, of one pass over a whole set for evaluation, in order.
-
-    Process r gets a contiguous block, cut into batches of which the last may be smaller; the blocks of all processes,
-    one after the other, are 0, …, size − 1. They differ by one image at most, so the processes may differ by one batch:
-    gather results after the pass, not within.
-    """
-    if size < 0 or batch_size < 1 or not 0 <= process_index < num_processes:
-        raise ValueError(
-            f"no batches of eval.batch_size={batch_size} from {size} images for process {process_index} of "
-            f"{num_processes}, counted from 0"
-        )
-    start, stop = (size * r // num_processes for r in (process_index, process_index + 1))
-    return [torch.arange(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size)]
 
 
 # ---------------------------------------------------------------------------------------------------- sets by name

@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor, nn
 
+from checkpoints import weights_digest
 from data import Split
 from experiment.randomness import seed_from, uniform
 from experiment.runtime import Runtime
@@ -152,7 +152,7 @@ def train_classifier(
     return ClassifierFeatures(
         network.requires_grad_(False),
         name=name,
-        key=f"classifier-{digest}-{_weights_digest(network.state_dict())}",
+        key=f"classifier-{digest}-{weights_digest(network)}",
         test_accuracy=accuracy,
         image_shape=tuple(train.image_shape),
         num_levels=train.num_levels,
@@ -273,11 +273,3 @@ def _accuracy(network: nn.Module, split: Split, device: torch.device | str) -> f
 def _scaled(images: Tensor, num_levels: int) -> Tensor:
     """Levels 0 … num_levels − 1 to [−1, 1]."""
     return images.float() * (2 / (num_levels - 1)) - 1
-
-
-def _weights_digest(state: Mapping[str, Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for name, value in sorted(state.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from image_files import save
 
-from data import FileSplit, TensorSplit, TrainingBatches, UnreadableImage, batch_indices, epoch_batches, sets
+from data import FileSplit, TensorSplit, TrainingBatches, UnreadableImage, batch_indices, sets
 
 
 @pytest.mark.parametrize(("size", "batch_size"), [(10, 3), (10, 5), (10, 10), (7, 20), (1, 4), (5, 5)])
@@ -114,24 +114,3 @@ def test_first_image_is_uniform_over_seeds():
 def test_impossible_batches(arguments, message):
     with pytest.raises(ValueError, match=message):
         batch_indices(**{"seed": 0, "step": 0, "batch_size": 8, "size": 10, **arguments})
-
-
-@pytest.mark.parametrize("size", [0, 1, 7, 360])
-@pytest.mark.parametrize("batch_size", [1, 7, 128, 1000])
-@pytest.mark.parametrize("num_processes", [1, 2, 5])
-def test_evaluation_covers_the_whole_set_once(size, batch_size, num_processes):
-    shares = [epoch_batches(size, batch_size, r, num_processes) for r in range(num_processes)]
-    order = [i for share in shares for batch in share for i in batch.tolist()]
-    assert order == list(range(size))
-    lengths = [sum(len(batch) for batch in share) for share in shares]
-    assert max(lengths) - min(lengths) <= 1
-    for share, length in zip(shares, lengths, strict=True):
-        assert len(share) == -(-length // batch_size)  # none empty, none small but the last
-        assert all(len(batch) == batch_size for batch in share[:-1])
-
-
-def test_impossible_evaluation_batches():
-    with pytest.raises(ValueError, match=r"eval.batch_size=0"):
-        epoch_batches(10, 0)
-    with pytest.raises(ValueError, match="process 1"):
-        epoch_batches(10, 2, 1, 1)

@@ -1,12 +1,15 @@
-"""Freed memory stays with the process."""
+"""Freed memory stays with the process; processes share a set between them."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from documents import ROOT
+
+from experiment.runtime import Runtime
 
 PROGRAM = """
 import resource
@@ -32,3 +35,21 @@ def test_freed_memory_is_used_again_without_page_faults():
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True)
     given_back, kept = map(int, done.stdout.split())
     assert kept < 0.2 * given_back
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 360])
+@pytest.mark.parametrize("batch_size", [1, 7, 128, 1000])
+@pytest.mark.parametrize("num_processes", [1, 2, 5])
+def test_evaluation_covers_the_whole_set_once(size, batch_size, num_processes):
+    shares = []
+    for process in range(num_processes):
+        runtime = Runtime("cpu")
+        runtime.__dict__["accelerator"] = SimpleNamespace(process_index=process, num_processes=num_processes)
+        shares.append(runtime.batches(size, batch_size))
+    order = [i for share in shares for batch in share for i in batch]
+    assert order == list(range(size))
+    lengths = [sum(len(batch) for batch in share) for share in shares]
+    assert max(lengths) - min(lengths) <= 1
+    for share, length in zip(shares, lengths, strict=True):
+        assert len(share) == -(-length // batch_size)  # none empty, none small but the last
+        assert all(len(batch) == batch_size for batch in share[:-1])
