@@ -87,7 +87,8 @@ def test_training_is_deterministic_and_leaves_the_global_random_state(small, tra
     assert first.key != other.key and not torch.equal(first.network.head.weight, other.network.head.weight)
 
 
-def test_neither_precision_nor_passes_change_what_is_trained(small, trained, tmp_path):
+def test_neither_precision_nor_passes_change_what_is_trained(small, trained, tmp_path, forget_accelerator):
+    forget_accelerator()
     assert_equal(trained[0], train_quietly(small, tmp_path, precision="bf16", accumulation_steps=2))
 
 
