@@ -80,6 +80,8 @@ def read_checkpoint(path: str | Path) -> dict | list:
 
 def check_whole(state: dict, source: object) -> None:
     """Raise a CheckpointError unless ``state`` has what a training run saves (``training.Trainer``)."""
+    if "record" not in state:
+        raise CheckpointError(f"{source}: a checkpoint of an earlier version; train again, or use that version")
     kinds = {"step": int, "model": dict, "optimizer": dict, "sums": dict, "log_size": int, "record": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
     wrong += [name for name in ("ema", "scaler", "hooks_done") if name not in state]

@@ -238,9 +238,7 @@ def _state_to_begin_with(config: ConfigDict, model: ScoreModel, optimizer: torch
             raise CheckpointError(f"training.init_from={path}: no checkpoint in {path / 'checkpoints'}")
     else:
         state = read_checkpoint(path)
-    if "record" in state:
-        _check_own(state, path)
-    else:
+    if not _is_own(state, path):
         from models.published import convert_public_checkpoint
 
         _refuse_public_conservative(config, path)
@@ -773,9 +771,8 @@ def load(
     else:
         state = read_checkpoint(path)
     if config is None:
-        if "record" not in state:
+        if not _is_own(state, path):
             raise ValueError(f"{path} is a public checkpoint: give load(…, config=…) the config it was trained with")
-        _check_own(state, path)
         config = _config_from_json(state["record"]["config"])
     check(config)
     return _score_from_state(state, path, config, torch.device(device))
@@ -825,8 +822,7 @@ def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | N
 
 def _score_from_state(state: dict, source: object, config: ConfigDict, device: torch.device) -> TrainedScore:
     sde = build_sde(config)
-    if "record" in state:
-        _check_own(state, source)
+    if _is_own(state, source):
         images, step = ImageFormat(**state["record"]["images"]), state["step"]
         model = build_score_model(config, sde, images)
         load_state_dict_strictly(model, state["ema"]["model"], source)
@@ -1018,9 +1014,13 @@ def _check_workdir(config: ConfigDict, workdir: Path, free_fields: tuple[str, ..
         raise ValueError(f"--workdir={workdir} holds another run: {different}")
 
 
-def _check_own(state: dict, source: object) -> None:
+def _is_own(state: dict | list, source: object) -> bool:
+    """Whether a checkpoint is one of ours, whole and of this version, rather than a public one."""
+    if isinstance(state, list) or not {"record", "sums"} & state.keys():
+        return False
     check_whole(state, source)
     _check_version(state["record"], source)
+    return True
 
 
 def _check_version(record: dict, source: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 from conservativeness import jacobian
@@ -53,9 +52,3 @@ def test_network_starts_at_zero_and_knows_label_and_class():
     assert wide(torch.zeros(3, 2), torch.zeros(3)).shape == (3, 5)
     _, j = jacobian(lambda x, t: network(x, t, classes), x, label)
     assert torch.isfinite(j).all() and j.abs().max() > 0
-
-
-@pytest.mark.parametrize("options", [dict(width=0), dict(depth=0), dict(outputs=0), dict(num_classes=-1)])
-def test_network_of_no_size(options):
-    with pytest.raises(ValueError, match="need positive numbers"):
-        TimeConditionalMLP(2, **options)
