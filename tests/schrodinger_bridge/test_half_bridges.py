@@ -326,7 +326,7 @@ def test_networks_of_images_fit_their_images(module, arguments):
         ({"bridge__matching": "x"}, "bridge.matching='x': allowed are drift, mean"),
         ({"bridge__ladder": "x"}, "bridge.ladder='x': allowed are"),
         ({"bridge__gamma_min": 2.0, "bridge__gamma_max": 2.0}, "bridge.gamma_max=2.0: must be below the variance"),
-        ({"training__cache_size": 33}, "training.cache_size=33: the cache must be a multiple of the batch"),
+        ({"training__cache_size": 33}, "training.cache_size=33: must be a multiple of training.batch_size"),
         ({"bridge__gamma_min": 1e-300, "bridge__ladder": "geometric"}, "bridge.gamma_min=1e-300"),
         (
             {"bridge__num_steps": 1100, "bridge__gamma_min": 0.5, "bridge__gamma_max": 0.5},
