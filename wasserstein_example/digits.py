@@ -91,6 +91,8 @@ def run(
     if not processes or not plan:
         raise ValueError("--processes and one of --steps, --ancestral_steps, --heun_steps: give at least one value")
     check_positive(seeds=seeds, jobs=jobs, steps=min(k for _, k in plan))
+    runtime = Runtime(device)
+    device = runtime.torch_device.type
     base = get_config(processes[0])
     iterations, count = base.training.n_iters, base.eval.num_samples
     settings = {"device": device, "training_steps": iterations, "num_samples": count}
@@ -106,7 +108,7 @@ def run(
     training = {name: partial(train, *task) for name, task in tasks.items()}
     run_all(training, jobs=jobs, total=iterations * len(tasks), unit="step", description="train")
 
-    extractor, _ = reference_features(base, folder / "cache", Runtime(device))  # not by two processes at once
+    extractor, _ = reference_features(base, folder / "cache", runtime)  # not by two processes at once
     sampling = {name: partial(sample, *task, plan) for name, task in tasks.items()}
     cost = count * sum(evaluations(*case) for case in plan)
     measured = run_all(sampling, jobs=jobs, total=cost * len(tasks), unit="evaluation", description="sample")
@@ -123,7 +125,7 @@ def evaluations(sampler: str, steps: int) -> int:
 
 
 def train(config: ConfigDict, workdir: Path, cache_dir: str, device: str, update: Update) -> None:
-    run_lib.train(config, workdir, run_lib.Runtime(device, cache_dir=cache_dir, on_progress=update))
+    run_lib.train(config, workdir, Runtime(device, cache_dir=cache_dir, on_progress=update))
 
 
 def sample(
@@ -141,9 +143,7 @@ def sample(
                 {"method": "ode", "solver": "heun"} if sampler == "heun" else {"method": "pc", "predictor": sampler}
             )
             config.sampling.update(num_steps=steps, **method)
-            runtime = run_lib.Runtime(
-                device, cache_dir=cache_dir, on_progress=lambda images, cost=cost: update(images * cost)
-            )
+            runtime = Runtime(device, cache_dir=cache_dir, on_progress=lambda images, cost=cost: update(images * cost))
             measured = measure(config, workdir, runtime, extractor, real)
             write_json(path, {"sampler": sampler, "K": steps, "num_samples": config.eval.num_samples, **measured})
         rows.append(json.loads(path.read_bytes()))
