@@ -10,9 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from few_step import FEW_STEP_SOLVERS
 from ml_collections import ConfigDict
-from schrodinger_bridge.point_sets import POINT_SETS
 
 import ode
 import sampling
@@ -24,9 +22,11 @@ from conservativeness import ESTIMATORS
 from conservativeness import EXACT_MAX_DIMENSION as MEASURED_EXACTLY
 from data.sets import load_dataset
 from exact.distributions import TWO_DIMENSIONAL
-from guidance.conditions import CLASS_CONDITIONS, MEASUREMENTS
+from guidance.conditions import CLASS_CONDITIONS
+from guidance.measurements import MEASUREMENTS
 from likelihood import DIVERGENCES, TIMES
 from models import NETWORKS
+from schrodinger_bridge.marginals import POINT_SETS
 
 ROOT = Path(__file__).parents[2]
 points = importlib.import_module("2d_examples.configs")
@@ -241,7 +241,7 @@ def test_allowed_names_are_those_that_the_code_knows():
     assert set(CLASS_CONDITIONS) == set(CLASSES) and EXACT_MAX_DIMENSION == MEASURED_EXACTLY
     for name, names in {
         "sampling.corrector": sampling.CORRECTORS,
-        "sampling.solver": FEW_STEP_SOLVERS,
+        "sampling.solver": sampling.FEW_STEP_SOLVERS,
         "training.qc_estimator": ESTIMATORS,
         "likelihood.divergence": DIVERGENCES,
         "likelihood.time": TIMES,

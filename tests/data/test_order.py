@@ -52,7 +52,7 @@ class CountedFiles:
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_parts_make_up_the_batch_of_all_processes(in_memory):
     values = torch.arange(17, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2)
-    split = TensorSplit("x", values, torch.arange(17) + 100) if in_memory else CountedFiles(17)
+    split = TensorSplit("x", values, torch.arange(17) + 100, num_classes=117) if in_memory else CountedFiles(17)
     batches = TrainingBatches(split, seed=1, batch_size=24)
     for step in (3, 4, 11):
         parts = [batches(step, range(start, start + 8)) for start in (0, 8, 16)]

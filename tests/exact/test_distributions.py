@@ -10,7 +10,6 @@ from itertools import pairwise
 import mpmath
 import pytest
 import torch
-from ml_collections import ConfigDict
 from oracles import assert_moments_match, gaussian_2d, mixture_2d
 from scipy.integrate import quad
 from scipy.special import ndtr
@@ -28,7 +27,6 @@ from exact.distributions import (
     Spirals,
     checkerboard,
     entropy,
-    get_distribution,
 )
 from experiment.randomness import SampleGenerators
 from sde_lib import SDE, VE, VP, GeometricSigma, LinearBeta
@@ -530,10 +528,6 @@ PAIR = torch.zeros(2, 2)
         (lambda: BoxMixture(PAPER, PAIR, EYE, torch.tensor([0.5, 0.5])), "lower < upper"),
         (lambda: BoxMixture(PAPER, PAIR, PAIR + torch.inf, torch.tensor([0.5, 0.5])), "finite bounds"),
         (lambda: Spirals(PAPER, smallest_noise=0.0), "smallest_noise=0.0"),
-        (
-            lambda: get_distribution(ConfigDict({"data": {"dataset": "moons"}}), PAPER),
-            "data.dataset='moons': allowed are",
-        ),
     ],
 )
 def test_distributions_that_make_no_sense(construct, message):
@@ -551,14 +545,6 @@ def test_noise_below_what_is_resolved_is_refused():
     assert Spirals(vp, smallest_noise=0.02).log_prob(x, torch.tensor([0.5, 0.005])).isfinite().all()
     # The paper's smallest noise, in single precision.
     assert Spirals(PAPER).score(x, PAPER.time_at_std(torch.tensor([0.1, 0.1]))).isfinite().all()
-
-
-@every_set
-def test_by_name(name):
-    distribution = get_distribution(ConfigDict({"data": {"dataset": name}}), PAPER)
-    x = torch.randn(3, 2)
-    assert torch.equal(distribution.log_prob(x, torch.rand(3)).isfinite(), torch.ones(3, dtype=torch.bool))
-    assert distribution.dimension == 2 and type(distribution) is type(TWO_DIMENSIONAL[name](PAPER))
 
 
 def test_entropy_of_a_gaussian_in_closed_form():
