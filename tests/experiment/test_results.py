@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 
-from experiment.results import with_error
+from experiment.results import mean_and_error, with_error
 
 
 @pytest.mark.parametrize(
@@ -25,3 +26,12 @@ from experiment.results import with_error
 )
 def test_the_error_says_how_many_digits(mean: float, error: float | None, expected: str) -> None:
     assert with_error(mean, error) == expected
+
+
+def test_squared_error_is_unbiased() -> None:
+    """Over all samples of three numbers, each equally likely, the mean of error² is the variance of the mean, σ²/3."""
+    population = (0.0, 1.0, 5.0)
+    variance = sum((x - 2.0) ** 2 for x in population) / 3
+    errors = [mean_and_error(sample)[1] ** 2 for sample in itertools.product(population, repeat=3)]
+    assert sum(errors) / len(errors) == pytest.approx(variance / 3, rel=1e-12)
+    assert mean_and_error([4.0]) == (4.0, None)
