@@ -311,6 +311,10 @@ def test_a_loaded_score_computes_what_evaluation_and_sampling_do(trained, tmp_pa
         images = torch.from_numpy(file["images"]).permute(0, 3, 1, 2)
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
     score = run_lib.load(trained)
+    state = read_checkpoint(trained / "checkpoints" / "step_00000012.pt")
+    for name, weight in score.model.state_dict().items():
+        assert torch.equal(weight, state["ema"]["model"][name])
+    assert not torch.equal(state["model"][name], state["ema"]["model"][name])
     assert score.config.to_dict() == tiny_config().to_dict() and score.shape == (1, 8, 8)
     levels, _ = run_lib.load_data(tiny_config())[1].batch(range(3))
     assert np.array_equal(score.bits_per_dim(levels, seed=42), bits)
