@@ -24,7 +24,7 @@ from schrodinger_bridge.gaussian import Normal, wasserstein_gaussian
 from schrodinger_bridge.half_bridges import BridgeRun, PerEdgeAffine
 from schrodinger_bridge.marginals import POINT_SETS, GaussianMarginal, ImageMarginal, PointMarginal, get_marginals
 from schrodinger_bridge.metrics import mean_squared_displacement, wasserstein
-from schrodinger_bridge.process import BACKWARD, FORWARD, LABEL_RANGE
+from schrodinger_bridge.process import BACKWARD, FORWARD, LABEL_RANGE, TransitionMean
 
 plane = importlib.import_module("configs.dsb.2d")
 
@@ -208,6 +208,19 @@ def test_warm_and_fresh_networks(tmp_path):
     first, second = (run._new_mean_map(BACKWARD, n).network.first.weight for n in (0, 2))
     assert not torch.equal(first, second) and torch.equal(first, run.mean_maps[BACKWARD].network.first.weight)
     assert not torch.equal(run.mean_maps[FORWARD].network.first.weight, first)
+
+
+def test_objective_is_the_divergence_of_the_steps():
+    """KL of N(M_k(x), 2γ_k) from N(target, 2γ_k), per dimension, with each edge's own γ_k."""
+    gammas = torch.tensor([0.02, 0.1, 0.5], dtype=torch.float64)
+    mean_map = TransitionMean(PerEdgeAffine(2, 3), gammas, "mean")
+    x, target, edge = torch.randn(3, 2), torch.randn(3, 2), torch.tensor([3, 1, 2])
+    steps = [
+        torch.distributions.MultivariateNormal(mean.double(), 2 * gamma * torch.eye(2).double())
+        for mean, gamma in zip((*mean_map(x, edge).detach(), *target), gammas[edge - 1].repeat(2), strict=True)
+    ]
+    expected = torch.stack([torch.distributions.kl_divergence(steps[i], steps[3 + i]) for i in range(3)]).mean() / 2
+    assert half_bridges.Objective(mean_map)(x, edge, target).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_affine_networks_learn_the_exact_iterates(tmp_path):
