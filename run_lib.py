@@ -41,6 +41,7 @@ from checkpoints import (
 )
 from configs.checks import check
 from data.pixels import GRID_IMAGES, ImageFormat, save_image_grid
+from data.sets import evenly_spaced
 from experiment.files import check_folder, differences, write_arrays, write_json, write_text
 from experiment.randomness import SampleGenerators, normal_like, uniform
 from experiment.runtime import Interrupted, InvalidRun, Runtime, checked, code_version
@@ -63,7 +64,6 @@ __all__ = [
     "build_sde",
     "check_compile",
     "evaluate",
-    "evenly_spaced",
     "load",
     "load_data",
     "sample",
@@ -1042,9 +1042,3 @@ def _write_config(config: ConfigDict, workdir: Path, runtime: Runtime) -> None:
     path, text = workdir / "config.json", config.to_json(indent=1, sort_keys=True) + "\n"
     if runtime.is_main and not (path.exists() and path.read_text() == text):
         write_text(path, text)
-
-
-def evenly_spaced(positions: Sequence[int], count: int, size: int) -> list[int]:
-    """Indices of items number ``positions`` of ``count`` that are evenly spaced over ``size``: data sets are often
-    sorted by class."""
-    return [position * size // count for position in positions]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import run_lib
 from benchmarks.measure import conditions, in_turn
+from data import evenly_spaced
 from experiment.command_line import command
 from experiment.randomness import SampleGenerators, rademacher_like
 from experiment.results import markdown_table
@@ -56,7 +57,7 @@ def run(workdir: str, *, images: int = 64, rounds: int = 3, device: str = "cpu")
     _, test = run_lib.load_data(score.config, runtime)
     if not 1 <= images <= len(test):
         raise ValueError(f"--images={images}: allowed are 1 to {len(test)}")
-    indices = run_lib.evenly_spaced(range(images), images, len(test))
+    indices = evenly_spaced(range(images), images, len(test))
     noise, probes = (SampleGenerators((score.config.seed, purpose), indices) for purpose in ("dequantisation", "probe"))
     x = score.images.to_model(test.batch(indices)[0], noise, dequantize=True).to(score.device)
     probe = rademacher_like(x, probes)

@@ -22,7 +22,7 @@ import run_lib
 from benchmarks.measure import conditions, in_turn
 from benchmarks.public_code import in_public_style, qc_backward
 from conservativeness import EXACT_MAX_DIMENSION, asymmetry
-from data import Split
+from data import Split, evenly_spaced
 from experiment.command_line import command
 from experiment.randomness import SampleGenerators, normal_like, rademacher_like
 from experiment.results import markdown_table
@@ -95,7 +95,7 @@ class LinearField(nn.Linear):
 
 def make_batch(score: run_lib.TrainedScore, test: Split, batch_size: int, time: float | None) -> Batch:
     """Test images, evenly spaced, at one time, or at times that are evenly spaced, too."""
-    indices, seed = run_lib.evenly_spaced(range(batch_size), batch_size, len(test)), score.config.seed
+    indices, seed = evenly_spaced(range(batch_size), batch_size, len(test)), score.config.seed
     generator = SampleGenerators((seed, "qc variance"), indices)
     x0 = score.images.to_model(test.batch(indices)[0], generator).to(score.device)
     # Neighbours in the set are often of one class, so the times are dealt out in another order.

@@ -9,6 +9,7 @@ from data.sets import (
     TrainingBatches,
     UnreadableImage,
     batch_indices,
+    evenly_spaced,
     load_dataset,
 )
 
@@ -21,6 +22,7 @@ __all__ = [
     "TrainingBatches",
     "UnreadableImage",
     "batch_indices",
+    "evenly_spaced",
     "load_dataset",
     "random_flip",
 ]

@@ -35,6 +35,7 @@ __all__ = [
     "TrainingBatches",
     "UnreadableImage",
     "batch_indices",
+    "evenly_spaced",
     "load_dataset",
 ]
 
@@ -209,6 +210,12 @@ def _crop_and_resize(image: Image.Image, crop: int, size: int) -> Image.Image:
 def _permutation(seed: int, epoch: int, size: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed_from("order", seed, epoch))
     return torch.randperm(size, generator=generator)
+
+
+def evenly_spaced(positions: Sequence[int], count: int, size: int) -> list[int]:
+    """Indices of items number ``positions`` of ``count`` that are evenly spaced over ``size``: data sets are often
+    sorted by class."""
+    return [position * size // count for position in positions]
 
 
 def batch_indices(seed: int, step: int, batch_size: int, size: int) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Split
+from data import Split, evenly_spaced
 from evaluation import Features, sample_quality
 from experiment.registry import resolve
 from experiment.runtime import Runtime
@@ -102,7 +102,7 @@ class SampleQuality:
         path, key = statistics_file(data, self.extractor, self.cache_dir, count)
 
         def images(items: range) -> torch.Tensor:
-            return data.batch([i * len(data) // count for i in items])[0]
+            return data.batch(evenly_spaced(items, count, len(data)))[0]
 
         return path, self._features(path, key, count, images).pool
 

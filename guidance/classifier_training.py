@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints import CheckpointError, CheckpointStore, load_state_dict_strictly
-from data import Split, TrainingBatches
+from data import Split, TrainingBatches, evenly_spaced
 from data.pixels import ImageFormat, random_flip
 from experiment.files import claim
 from experiment.randomness import Generator, SampleGenerators, normal_like, seed_from, uniform
@@ -76,7 +76,7 @@ class ClassifierTraining:
         self.device = runtime.torch_device
         self.batches = TrainingBatches(train_data, seed=seed, batch_size=settings["batch_size"])
         count = min(test_images, len(test_data))
-        self.test_levels, self.test_labels = test_data.batch([i * len(test_data) // count for i in range(count)])
+        self.test_levels, self.test_labels = test_data.batch(evenly_spaced(range(count), count, len(test_data)))
         self.classifier = _build(sde, images, settings, seed).to(self.device)
         folder = claim(workdir / "classifier", EXPERIMENT, {**identity, "data": train_data.fingerprint})
         self.trainer = Trainer(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Split
+from data import Split, evenly_spaced
 from experiment.figures import new_figure, save_figure
 from experiment.files import write_arrays, write_json
 from experiment.randomness import SampleGenerators, normal_like
@@ -52,7 +52,7 @@ class MeasuredImages:
         # MPS has no double precision.
         device = "cpu" if score.device.type == "mps" else score.device
         self.operator: LinearOperator = make_operator(self.sampling, score.shape, device)
-        self.levels, _ = test_data.batch([i * available // count for i in range(count)])
+        self.levels, _ = test_data.batch(evenly_spaced(range(count), count, available))
         self.images = self._to_model(self.levels).to(score.device)
         y = self.operator(self.images)
         generator = SampleGenerators((score.config.seed, "measurement"), range(count))
@@ -152,7 +152,7 @@ class MeasuredImages:
     def _data_variance(self, data: Split) -> float:
         """Of a training image's pixels about the mean image, averaged over pixels."""
         count = min(_VARIANCE_IMAGES, len(data))
-        levels, _ = data.batch([i * len(data) // count for i in range(count)])
+        levels, _ = data.batch(evenly_spaced(range(count), count, len(data)))
         return float(self._to_model(levels).var(dim=0, unbiased=False).mean())
 
 
