@@ -26,24 +26,6 @@ from torch import Tensor
 
 from experiment.randomness import seed_from
 
-__all__ = [
-    "JACKKNIFE_GROUPS",
-    "OWN_BACKEND",
-    "Backend",
-    "Features",
-    "Metric",
-    "check_matrix",
-    "fid",
-    "fid_with_error",
-    "frechet_distance",
-    "inception_score",
-    "kid",
-    "neighbourhood_metrics",
-    "polynomial_mmd2",
-    "precision_recall",
-    "sample_quality",
-]
-
 JACKKNIFE_GROUPS = 20
 """Of ``fid_with_error``, each of which leaves out a twentieth of the samples."""
 

@@ -717,7 +717,7 @@ class TrainedScore:
     def identity(self) -> dict:
         """What decides whatever is computed with this score."""
         config = self.config
-        identity = {
+        return {
             "seed": config.seed,
             "weights": weights_digest(self.model),
             "training": {name: config.training[name] for name in ("sde", "continuous")},
@@ -725,9 +725,6 @@ class TrainedScore:
             "images": self.images.as_dict(),
             "precision": self.runtime.precision,
         }
-        if {"scipy", "dopri5"} & {config.sampling.solver, config.likelihood.solver}:
-            identity["batch_size"] = config.eval.batch_size  # these integrate a batch as one system
-        return identity
 
     def stage_key(self, name: str, size: int, settings: dict) -> str:
         identity = {"version": EVALUATION_VERSION, "stage": name, "size": size, **self.identity(), **settings}

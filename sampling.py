@@ -56,39 +56,6 @@ from experiment.registry import resolve
 from ode import FIXED, check_solver, integrate, state_dtype
 from sde_lib import SDE, ScoreFunction, expand
 
-__all__ = [
-    "CORRECTORS",
-    "FEW_STEP_SOLVERS",
-    "METHODS",
-    "PREDICTORS",
-    "AncestralPredictor",
-    "AnnealedLangevinCorrector",
-    "ConditionalScore",
-    "Corrector",
-    "CountedScore",
-    "DPMSolverPlusPlus2M",
-    "EDMHeun",
-    "EulerMaruyamaPredictor",
-    "ExponentialIntegratorPredictor",
-    "FewStepSampler",
-    "LangevinCorrector",
-    "LangevinTrajectory",
-    "LogDensity",
-    "ODESampler",
-    "PCSampler",
-    "Predictor",
-    "ProbabilityFlowPredictor",
-    "Projection",
-    "ReverseDiffusionPredictor",
-    "SDEDPMSolverPlusPlus2M",
-    "Sampler",
-    "Samples",
-    "denoise",
-    "edm_times",
-    "langevin_dynamics",
-    "make_sampler",
-]
-
 
 class Samples(NamedTuple):
     """Samples (B, ...) in the range of the training data, and network evaluations per sample."""

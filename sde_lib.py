@@ -51,33 +51,6 @@ from torch import Tensor
 from experiment.randomness import Generator, normal_like
 from experiment.registry import resolve
 
-__all__ = [
-    "BETA_SCHEDULES",
-    "FAMILIES",
-    "SDE",
-    "SIGMA_SCHEDULES",
-    "VE",
-    "VP",
-    "BetaRange",
-    "BetaSchedule",
-    "ConstantBeta",
-    "ConstantDiffusionSigma",
-    "CosineBeta",
-    "ExponentialBeta",
-    "GeometricSigma",
-    "Ladder",
-    "LinearBeta",
-    "PolynomialSigma",
-    "PowerBeta",
-    "ReverseSDE",
-    "ScoreFunction",
-    "SigmaSchedule",
-    "SquareRootDiffusionSigma",
-    "SubVP",
-    "expand",
-    "make_sde",
-]
-
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 """A score s(x, t) = ∇ log p_t(x): takes x (B, ...) and t (B,), returns (B, ...)."""
 

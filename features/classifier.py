@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,10 +26,8 @@ from checkpoints import weights_digest
 from data import Split
 from experiment.randomness import seed_from, uniform
 from experiment.runtime import Runtime
-from features.extraction import canonical, file_stem, key_digest, reproducible_convolutions
+from features.extraction import file_stem, key_digest, reproducible_convolutions
 from training import Trainer
-
-__all__ = ["ClassifierFeatures", "train_classifier"]
 
 # A change to the network or to its training must change this number: it is part of the cache key.
 _CLASSIFIER_VERSION = 1
@@ -118,19 +116,13 @@ def train_classifier(
         runtime: where to train and to evaluate.
 
     Raises:
-        ValueError: the set has no labels, or the two splits differ in image shape, levels or classes.
+        ValueError: the two splits differ in image shape, levels or classes.
         CheckpointError: the classifier in the cache is damaged.
         Interrupted: SIGINT or SIGTERM arrived.
     """
-    for split in (train, test):
-        if split.num_classes is None:
-            raise ValueError(f"dataset {split.name!r} has no labels to train a classifier on: choose other features")
     described = [(tuple(s.image_shape), s.num_levels, s.num_classes) for s in (train, test)]
     if described[0] != described[1]:
-        raise ValueError(
-            f"dataset {train.name!r}: (image shape, levels, classes) is {described[0]} in training but "
-            f"{described[1]} in testing"
-        )
+        raise ValueError(f"{train.name}: image shape, levels and classes differ from {test.name}: {described}")
     recipe = {
         "train": train.fingerprint,
         "test": test.fingerprint,
@@ -141,9 +133,13 @@ def train_classifier(
         "version": _CLASSIFIER_VERSION,
         "seed": seed,
     }
-    name, digest = f"classifier-{file_stem(train.name)}", key_digest(canonical(recipe))
+    name, digest = f"classifier-{file_stem(train.name)}", key_digest(json.dumps(recipe, sort_keys=True))
     folder = Path(cache_dir) / f"{name}-{digest}"
-    network = _initial_classifier(train.image_shape, train.num_classes, seed).to(runtime.torch_device)
+    # Constructing modules draws from the global stream: fork it, and seed the CPU's generator alone (the function
+    # torch.manual_seed would reseed every accelerator as well).
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed_from(seed, "classifier weights"))
+        network = _Classifier(train.image_shape, train.num_classes).to(runtime.torch_device)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock") if runtime.is_main else contextlib.nullcontext(), reproducible_convolutions():
         runtime.accelerator.wait_for_everyone()
@@ -160,18 +156,11 @@ def train_classifier(
     )
 
 
-def _initial_classifier(image_shape: Sequence[int], num_classes: int, seed: int) -> _Classifier:
-    # Constructing modules draws from the global stream: fork it, and seed the CPU's generator alone (the function
-    # torch.manual_seed would reseed every accelerator as well).
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed_from(seed, "classifier weights"))
-        return _Classifier(image_shape, num_classes)
-
-
 def _fit(network: nn.Module, train: Split, folder: Path, *, seed: int, runtime: Runtime) -> None:
     epochs = min(max(round(_IMAGES_SEEN / len(train)), 10), 30)
     steps = epochs * -(-len(train) // _BATCH)
     optimizer = torch.optim.AdamW(network.parameters(), lr=_PEAK_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
+    schedule = _one_cycle(steps)
 
     @functools.lru_cache(maxsize=1)  # every pass of a step takes the same
     def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -182,7 +171,7 @@ def _fit(network: nn.Module, train: Split, folder: Path, *, seed: int, runtime: 
 
     def loss(objective: nn.Module, step: int, positions: range) -> dict[str, Tensor]:
         for group in optimizer.param_groups:
-            group["betas"] = (_one_cycle(step, steps)[1], group["betas"][1])
+            group["betas"] = (schedule[step][1], group["betas"][1])
         return {"loss": objective(*batch(step))}
 
     if runtime.on_progress is not None:  # it counts other things
@@ -196,7 +185,7 @@ def _fit(network: nn.Module, train: Split, folder: Path, *, seed: int, runtime: 
         # Every pass of every process computes the whole of a small batch, the last of which could not be divided.
         batch_size=runtime.accelerator.num_processes * runtime.accumulation_steps,
         objective=_CrossEntropy(network),
-        learning_rate=lambda step: _one_cycle(step, steps)[0],
+        learning_rate=lambda step: schedule[step][0],
         save_freq=1000,
         runtime=runtime,
         description="feature classifier",
@@ -227,23 +216,16 @@ def _draws(size: int, epochs: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]
             yield indices, uniform((len(indices), 2), generator)
 
 
-def _one_cycle(step: int, steps: int) -> tuple[float, float]:
-    """Learning rate and β₁ of a step: those of torch's OneCycleLR, as functions of the step.
-
-    For 30 % of the steps the rate rises from 1/25 of its peak and β₁ falls from 0.95 to 0.85; then the rate falls to
-    4e-6 of its peak and β₁ rises again; half a period of a cosine each.
-    """
-    top, last = 0.3 * steps - 1, steps - 1
-    rising = step <= top
-    fraction = step / top if rising else (step - top) / (last - top)
-
-    def between(start: float, end: float) -> float:
-        return end + (start - end) / 2.0 * (math.cos(math.pi * fraction) + 1)
-
-    first = _PEAK_LEARNING_RATE / 25
-    if rising:
-        return between(first, _PEAK_LEARNING_RATE), between(0.95, 0.85)
-    return between(_PEAK_LEARNING_RATE, first / 1e4), between(0.85, 0.95)
+def _one_cycle(steps: int) -> list[tuple[float, float]]:
+    """Learning rate and β₁ of every step, of torch's OneCycleLR, in a table, so that training can go on anywhere."""
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _PEAK_LEARNING_RATE, total_steps=steps)
+    table = []
+    for _ in range(steps):
+        table.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"][0]))
+        optimizer.step()
+        schedule.step()
+    return table
 
 
 def _shifted(x: Tensor, u: Tensor) -> Tensor:

@@ -23,24 +23,15 @@ from torch import Tensor
 from experiment.files import first_line
 from features.extraction import reproducible_convolutions
 
-__all__ = ["SHA256", "URL", "InceptionFeatures", "find_weights", "rgb_in_8_bits"]
-
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-_ALTERNATIVES = (
-    "or do without Inception: --config.eval.features=classifier (its numbers compare only with each other), "
-    "--config.eval.enable_sampling=False"
-)
 
 
 def find_weights(path: str | os.PathLike[str]) -> Path:
     """The file of weights: ``path``, or where torch-fidelity keeps them, fetched into there if need be.
 
-    Args:
-        path: ``config.eval.inception_path``; empty: torch's cache (``TORCH_HOME``, by default ~/.cache/torch).
-
-    Raises:
-        ValueError: there is no such file, or it is not in the cache and cannot be fetched.
+    ``path`` is ``config.eval.inception_path``; empty: torch's cache (``TORCH_HOME``, by default ~/.cache/torch). A
+    ValueError if there is no such file, or it is not in the cache and cannot be fetched.
     """
     if str(path):
         given = Path(path).expanduser()
@@ -56,7 +47,8 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
             raise ValueError(
                 f"eval.features='inception': the weights of Inception are not in {cached} and could not be fetched "
                 f"({first_line(error)}). Fetch {URL} (96 MB) and put it there, or anywhere and give "
-                f"--config.eval.inception_path=FILE; {_ALTERNATIVES}"
+                "--config.eval.inception_path=FILE; or do without Inception: --config.eval.features=classifier (its "
+                "numbers compare only with each other), --config.eval.enable_sampling=False"
             ) from error
     return cached
 
@@ -69,13 +61,10 @@ class InceptionFeatures:
 
     Args:
         path: the file of weights.
-        sha256: the hash that the file must have, for weights of the same network other than the published ones
-            (``config.eval.inception_sha256``); empty: that of the published ones.
+        sha256: the hash that the file must have; empty: that of the published weights, with which the extractor's name
+            is "inception"; else the name has a part of the hash.
         num_levels: number L of grey levels of the images.
         device: where to compute.
-
-    The name is "inception" with the published weights, else it has a part of the hash; the key names weights and number
-    of levels.
 
     Raises:
         ValueError: the file has another hash, or does not hold weights of this network.

@@ -24,18 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation import OWN_BACKEND, Backend
+from evaluation import Backend
 from experiment.files import first_line
-from experiment.registry import resolve
 from features.inception import rgb_in_8_bits
-
-__all__ = ["TFHubFeatures", "load_tensorflow_gan", "make_backend", "tfgan_backend"]
-
-
-def make_backend(name: str) -> Backend:
-    """The backend that ``eval.backend`` names: ``torch``, ``tfgan``, or the import path ``module:function`` of your own
-    function, which returns a ``Backend``."""
-    return resolve(name, {"torch": lambda: OWN_BACKEND, "tfgan": tfgan_backend}, "eval.backend")()
 
 
 def load_tensorflow_gan() -> tuple[ModuleType, ModuleType]:

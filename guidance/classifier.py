@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from models.layers import BigGANBlock, Downsample, FourierEmbedding, conv3x3, dense, group_norm
 from sde_lib import SDE, expand
 
-__all__ = ["NoiseConditionalClassifier"]
-
 
 class NoiseConditionalClassifier(nn.Module):
     """Logits (B, K) from x_t (B, C, H, W) and t (B,).

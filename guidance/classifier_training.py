@@ -27,8 +27,6 @@ from losses import TRAINING_EPS
 from sde_lib import SDE, expand
 from training import Trainer
 
-__all__ = ["ClassifierTraining", "load_classifier"]
-
 EXPERIMENT = "classifier of noised images"
 TEST_TIMES = (0.0, 0.25, 0.5, 0.75)
 

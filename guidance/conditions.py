@@ -35,19 +35,6 @@ from guidance.measurements import LinearOperator
 from sampling import ConditionalScore, Projection
 from sde_lib import SDE, ScoreFunction, expand
 
-__all__ = [
-    "CLASS_CONDITIONS",
-    "CONDITIONINGS",
-    "CONDITION_FIELDS",
-    "ClassifierFreeGuidance",
-    "ClassifierGuidance",
-    "DiffusionPosteriorSampling",
-    "MeasurementProjection",
-    "PseudoinverseGuidance",
-    "condition_on_measurement",
-    "is_measurement",
-]
-
 
 @dataclass
 class MeasurementProjection:

@@ -24,8 +24,6 @@ from experiment.randomness import SampleGenerators, normal_like
 from guidance.conditions import condition_on_measurement
 from guidance.measurements import LinearOperator, make_operator
 
-__all__ = ["MeasuredImages"]
-
 _VARIANCE_IMAGES = 1000
 """Training images, at most, that the data's variance is estimated from."""
 

@@ -34,18 +34,6 @@ from torch import Tensor
 
 from experiment.registry import resolve
 
-__all__ = [
-    "MEASUREMENTS",
-    "BlockMean",
-    "ChannelMean",
-    "LinearOperator",
-    "Mask",
-    "MatrixOperator",
-    "known_pixels",
-    "make_operator",
-    "radon_transform",
-]
-
 _RANK_TOLERANCE = 1e-4
 """Singular values below this part of the largest count as zero: float32 states know no more of them."""
 

@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import evaluation
 from evaluation import OWN_BACKEND, Features, kid, sample_quality
-from features import make_backend, tfgan
+from features import tfgan
 
 ROOT = Path(__file__).parents[2]
 installed = pytest.mark.skipif(
@@ -157,14 +156,6 @@ def test_saved_models_of_another_kind_are_refused(answered):
 @installed
 def test_tensorflow_is_not_loaded_before_it_is_asked_for(answered):
     assert answered[0]["loaded_too_early"] is False
-
-
-def test_backends_by_name_and_by_import_path(monkeypatch):
-    mine = evaluation.Backend("mine", lambda x, y: 1.0, lambda x, y: 2.0, lambda logits: 3.0)
-    monkeypatch.setattr(evaluation, "of_a_test", lambda: mine, raising=False)
-    assert make_backend("torch") is OWN_BACKEND and make_backend("evaluation:of_a_test") is mine
-    with pytest.raises(ValueError, match=r"eval\.backend='jax': allowed are torch, tfgan, or module:attribute"):
-        make_backend("jax")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
