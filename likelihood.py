@@ -152,7 +152,7 @@ class LikelihoodEvaluator:
 
     def __str__(self) -> str:
         several = f", {self.probes} probes" if self.probes > 1 and self.divergence != "exact" else ""
-        variable = {"t": "", "log_ratio": " in ln(σ/α)"}.get(self.time, f" in {self.time}")
+        variable = " in ln(σ/α)" if self.time == "log_ratio" else ""
         how = f"{self.num_steps} steps" if self.solver in FIXED else f"rtol {self.rtol:g}, atol {self.atol:g}"
         return f"{self.divergence} divergence{several}, {self.solver}{variable}, {how}"
 

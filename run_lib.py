@@ -294,12 +294,10 @@ def evaluate(
     Raises:
         InvalidRun: bad config, data, checkpoint or working directory.
     """
-    from guidance.conditions import is_measurement
-
     workdir, enabled = Path(workdir), config.eval
     with contextlib.ExitStack() as stack:
         with checked():
-            if is_measurement(config.sampling.condition):
+            if config.sampling.condition not in ("", "class", "class_free"):
                 raise ValueError(f"sampling.condition={config.sampling.condition!r}: only with --mode=sample")
             if runtime.compile and not enabled.enable_sampling:
                 raise ValueError(

@@ -500,13 +500,13 @@ class FewStepSampler(Sampler):
     noise_removal: bool = True
 
     def __post_init__(self) -> None:
-        self._class()
+        self._predictor()  # raises for an unknown name
 
-    def _class(self) -> type[Predictor]:
+    def _predictor(self) -> type[Predictor]:
         return resolve(self.solver, FEW_STEP_SOLVERS, "sampling.method='few_step', sampling.solver")
 
     def plan(self, score: CountedScore, projected: bool) -> tuple[Tensor, Corrector | None, Predictor | None]:
-        return edm_times(self.sde, self.num_steps), None, self._class()(self.sde, score)
+        return edm_times(self.sde, self.num_steps), None, self._predictor()(self.sde, score)
 
     @property
     def slug(self) -> str:
@@ -579,32 +579,22 @@ def langevin_dynamics(
         score: s(x, t); N evaluations per sample, N + 1 if adjusted.
         x, t: start (B, ...) and times (B,).
         step_sizes: α_0, …, α_{N−1}, in units of x².
-        noise: whether z is drawn or zero.
+        noise: whether z is drawn or zero; if adjusted, it is drawn.
         log_density: the target of the Metropolis adjustment, need not be normalised.
         generator: draws z and then, if adjusted, one uniform number per sample.
 
     Raises:
-        ValueError: no step sizes, or one that is not positive and finite; a ``log_density`` without noise, or not
-            finite at the start.
+        ValueError: a ``log_density`` that is not finite at the start.
     """
-    for i, size in enumerate(step_sizes):
-        if not 0 < size < math.inf:
-            raise ValueError(f"step_sizes[{i}]={size}: allowed are positive numbers")
-    if len(step_sizes) == 0:
-        raise ValueError("step_sizes is empty: at least one step is needed")
-    if log_density is not None and not noise:
-        raise ValueError("log_density given with noise=False: a move without noise cannot be Metropolis-adjusted")
-
-    states = x.new_empty(len(step_sizes) + 1, *x.shape)
+    states = [x]
     accepted = torch.ones(len(step_sizes), len(x), dtype=torch.bool, device=x.device)
-    states[0] = x
     if log_density is None:
-        for i, size in enumerate(step_sizes):
+        for size in step_sizes:
             x = x + size * score(x, t)
             if noise:
                 x = x + math.sqrt(2 * size) * normal_like(x, generator)
-            states[i + 1] = x
-        return LangevinTrajectory(states, accepted)
+            states.append(x)
+        return LangevinTrajectory(torch.stack(states), accepted)
 
     gradient, log_p = score(x, t), log_density(x, t)
     if not log_p.isfinite().all():
@@ -622,5 +612,5 @@ def langevin_dynamics(
         x = torch.where(move, proposal, x)
         gradient = torch.where(move, proposed_gradient, gradient)
         log_p = torch.where(accepted[i], proposed_log_p, log_p)
-        states[i + 1] = x
-    return LangevinTrajectory(states, accepted)
+        states.append(x)
+    return LangevinTrajectory(torch.stack(states), accepted)

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from conservativeness import vjp
 from experiment.randomness import Generator, normal_like
-from experiment.registry import resolve
 from guidance.measurements import LinearOperator
 from sampling import ConditionalScore, Projection
 from sde_lib import SDE, ScoreFunction, expand
@@ -237,39 +236,11 @@ class ClassifierFreeGuidance(ConditionalScore):
 # ---------------------------------------------------------------------------------------------------------------
 # From the options of sampling, such as ``config.sampling``
 
-CLASS_CONDITIONS = ("class", "class_free")
-"""Values of ``sampling.condition`` that ask for a class; all others are measurements."""
-
 CONDITION_FIELDS = (
     *("condition", "conditioning", "guidance_weight", "class_label", "mask", "factor", "num_views", "operator"),
     *("measurement_noise", "num_images", "samples_per_image"),
 )
 """Options that unconditional sampling does not read."""
-
-
-def is_measurement(condition: str) -> bool:
-    """Whether a value of ``sampling.condition`` measures images."""
-    return bool(condition) and condition not in CLASS_CONDITIONS
-
-
-Conditioned = tuple[ScoreFunction, Projection | None]
-
-
-def _projection(options, prior_variance: float, sde, score, operator, y) -> Conditioned:
-    return score, MeasurementProjection(sde, operator, y, options["measurement_noise"])
-
-
-def _dps(options, prior_variance: float, *given) -> Conditioned:
-    dps = DiffusionPosteriorSampling(*given, options["guidance_weight"])
-    return dps, dps
-
-
-def _pigdm(options, prior_variance: float, *given) -> Conditioned:
-    return PseudoinverseGuidance(*given, options["measurement_noise"], prior_variance, options["guidance_weight"]), None
-
-
-CONDITIONINGS = {"projection": _projection, "dps": _dps, "pigdm": _pigdm}
-"""An import path can name any other f(options, prior_variance, sde, score, operator, y) → score, projection or None."""
 
 
 def condition_on_measurement(
@@ -280,8 +251,17 @@ def condition_on_measurement(
     y: Tensor,
     *,
     prior_variance: float,
-) -> Conditioned:
+) -> tuple[ScoreFunction, Projection | None]:
     """The score and the projection that ``options['conditioning']`` makes of the unconditional score and measurements
     y (B, m) by the operator; ΠGDM needs the ``prior_variance`` of the data."""
-    make = resolve(options["conditioning"], CONDITIONINGS, "sampling.conditioning")
-    return make(options, prior_variance, sde, score, operator, y)
+    noise, weight = options["measurement_noise"], options["guidance_weight"]
+    match options["conditioning"]:
+        case "projection":
+            return score, MeasurementProjection(sde, operator, y, noise)
+        case "dps":
+            dps = DiffusionPosteriorSampling(sde, score, operator, y, weight)
+            return dps, dps
+        case "pigdm":
+            return PseudoinverseGuidance(sde, score, operator, y, noise, prior_variance, weight), None
+        case other:
+            raise ValueError(f"sampling.conditioning={other!r}: allowed are projection, dps, pigdm")
