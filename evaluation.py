@@ -1,15 +1,7 @@
-r"""How good are the samples: distances and overlaps between sets of images, measured in a feature space.
+"""How good are the samples: distances and overlaps between sets of images, measured in a feature space.
 
-Every metric is a pure function, in float64, of features (N, F) and logits (N, K), and raises a ValueError if these are
-not finite, the dimensions differ or there are too few rows:
-
-- FID, the squared Fréchet (2-Wasserstein) distance of the Gaussians with the features' means and covariances,
-  ‖μ₁ − μ₂‖² + tr C₁ + tr C₂ − 2 tr (C₁^½ C₂ C₁^½)^½                      (Heusel et al. 2017; Dowson and Landau 1982);
-- KID, the unbiased squared maximum mean discrepancy under k(x, y) = (xᵀy/F + 1)³            (Bińkowski et al. 2018);
-- the inception score exp E_x KL(p(y|x) ‖ p(y))                                                (Salimans et al. 2016);
-- precision and recall: the fraction of generated (real) features inside a ball that reaches from a real (generated)
-  feature to its k-th nearest neighbour in its own set                                       (Kynkäänniemi et al. 2019);
-- density and coverage, which use the balls around real features only                               (Naeem et al. 2020).
+FID, KID, inception score, precision, recall, density and coverage are pure functions, in float64, of features (N, F)
+and logits (N, K). They raise a ValueError if these are not finite, the dimensions differ or there are too few rows.
 """
 
 from __future__ import annotations
@@ -74,10 +66,6 @@ class Backend:
     """Of logits (N, K), all of them together."""
 
 
-Metric = Callable[[np.ndarray, Features], float]
-"""Of your own: (features of the data (N, F), features and logits of the samples) → a number."""
-
-
 def sample_quality(
     real: np.ndarray,
     generated: Features,
@@ -85,7 +73,7 @@ def sample_quality(
     seed: int,
     device: torch.device | str = "cpu",
     backend: Backend | None = None,
-    metrics: Mapping[str, Metric] | None = None,
+    metrics: Mapping[str, Callable[[np.ndarray, Features], float]] | None = None,
 ) -> dict[str, float]:
     """All metrics of a generated set against a real one.
 
@@ -99,11 +87,7 @@ def sample_quality(
         seed: chooses the subsets of KID.
         device: see :func:`neighbourhood_metrics`.
         backend: who computes FID, KID and the inception score; None: this module.
-        metrics: further ones by name.
-
-    Returns:
-        ``fid, kid, kid_se, inception_score, inception_score_std, precision, recall, density, coverage``, and the
-        further ones.
+        metrics: further ones by name, functions of ``real`` and ``generated``.
 
     Raises:
         ValueError: the feature dimensions differ or either set has fewer than 4 images.
@@ -273,9 +257,8 @@ def neighbourhood_metrics(
     1, and more is possible. Coverage: the fraction of real balls that hold any generated point; equal distributions
     with N = M give about 1 − 2^−k (Naeem et al. 2020).
 
-    Distances are computed for ``block`` rows at a time against a whole set. Held in double precision are both sets and
-    at most three arrays of such distances: 8 [(N + M) F + 3 block · max(N, M)] bytes. For 50 000 and 50 000 features of
-    F = 2048 that is 2.3 GB, where all distances at once would be 20 GB for each of the three pairs of sets.
+    Distances are computed for ``block`` rows at a time against a whole set, in double precision: for 50 000 and 50 000
+    features of F = 2048 that takes 2.3 GB, where all distances at once would take 20 GB for each pair of sets.
     """
     _check_pools(real, generated, k + 1, f"precision and recall with k = {k}")
     x, y = (torch.from_numpy(a).to(device).to(torch.float64, copy=True) for a in (real, generated))

@@ -805,7 +805,7 @@ def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | N
         check_compile(config, runtime.torch_device)
         score.model.compile_network()
     if config.sampling.condition == "class":
-        from guidance.classifier_training import load_classifier
+        from guidance.classifier import load_classifier
 
         identity = _classifier_identity(config, score.images)
         classifier = load_classifier(
@@ -850,7 +850,7 @@ def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime =
         FloatingPointError: the loss is not finite; the last checkpoint is good.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
-    from guidance.classifier_training import ClassifierTraining
+    from guidance.classifier import ClassifierTraining
 
     workdir = Path(workdir)
     with checked():

@@ -16,17 +16,7 @@ sub-VP    β/2                   β (1 − e^{−2B})             α = e^{−B/2
 ========  ====================  ==========================  =====================
 
 with B(t) = ∫₀ᵗ β. A schedule is a frozen dataclass with three closed forms: σ(t), d(σ²)/dt and the inverse of σ for
-VE; β(t), B(t) and the inverse of B for VP and sub-VP (docs/extending.md):
-
-===========  =============================================  ===========  =============================================
-VE           σ(t)                                           VP, sub-VP   β(t)
-===========  =============================================  ===========  =============================================
-geometric    σ_min (σ_max/σ_min)^t                          linear       β_min + t (β_max − β_min)
-constant     σ² linear in t: g constant                     constant     ½ (β_min + β_max)
-square_root  σ² linear in t²: g ∝ √t                        power        β^(1/ρ) linear in t
-polynomial   σ^(1/ρ) linear in t                            exponential  β_min (β_max/β_min)^t
-                                                            cosine       from α² = cos², at most β_max
-===========  =============================================  ===========  =============================================
+VE; β(t), B(t) and the inverse of B for VP and sub-VP (docs/extending.md).
 
 VE starts at σ(0) = σ_min: its t = 0 is data already blurred by σ_min, as in the source.
 

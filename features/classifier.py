@@ -26,7 +26,7 @@ from checkpoints import weights_digest
 from data import Split
 from experiment.randomness import seed_from, uniform
 from experiment.runtime import Runtime
-from features.extraction import file_stem, key_digest, reproducible_convolutions
+from features.extraction import check_images, file_stem, key_digest, reproducible_convolutions
 from training import Trainer
 
 # A change to the network or to its training must change this number: it is part of the cache key.
@@ -62,40 +62,43 @@ class _Classifier(nn.Module):
         self.head = nn.Linear(_WIDTH, num_classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        pool = self.stages(x).mean((2, 3))
-        return pool, self.head(pool)
+        with torch.autocast(x.device.type, enabled=False):  # in float32 also where the runtime's precision is another
+            pool = self.stages(x).mean((2, 3))
+            return pool, self.head(pool)
 
 
 @dataclass(frozen=True, eq=False)
 class ClassifierFeatures:
     """A trained classifier as feature extractor: uint8 images (B, C, H, W) -> pooled features (B, 64), logits (B, K).
 
-    Its key names the data, architecture, training settings and a hash of the weights, because the same training on
-    another device or library version gives slightly different weights. ``test_accuracy`` is the fraction of the test
-    split that it classifies correctly.
+    Images must be of the shape and levels of ``test``, the test split. The key names the data, architecture, training
+    settings and a hash of the weights, because the same training on another device or library version gives slightly
+    different weights.
     """
 
     network: nn.Module
     name: str
     key: str
-    test_accuracy: float
-    image_shape: tuple[int, int, int]
-    num_levels: int
+    test: Split
     device: torch.device
     dimension: ClassVar[int] = _WIDTH
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images must be of the shape and levels that the classifier was trained on."""
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.image_shape:
-            raise ValueError(
-                f"{self.name}: images must be uint8 of shape (B, {', '.join(map(str, self.image_shape))}), not "
-                f"{images.dtype} of shape {tuple(images.shape)}"
-            )
-        if len(images) and int(images.max()) >= self.num_levels:
-            raise ValueError(f"{self.name}: pixels must be 0 … {self.num_levels - 1}, but one is {int(images.max())}")
+        shape = tuple(self.test.image_shape)
+        wanted = f"(B, {', '.join(map(str, shape))})"
+        check_images(self.name, images, wanted, tuple(images.shape[1:]) == shape, self.test.num_levels)
         with reproducible_convolutions():
-            return self.network(_scaled(images.to(self.device), self.num_levels))
+            return self.network(_scaled(images.to(self.device), self.test.num_levels))
+
+    @functools.cached_property
+    def test_accuracy(self) -> float:
+        """The fraction of the test split that it classifies correctly."""
+        correct = 0
+        for indices in torch.arange(len(self.test)).split(512):
+            images, labels = self.test.batch(indices)
+            correct += int((self(images)[1].argmax(1).cpu() == labels).sum())
+        return correct / len(self.test)
 
 
 def train_classifier(
@@ -108,12 +111,7 @@ def train_classifier(
     random state as it was, and is in float32 whatever the precision of ``runtime``. It happens in a folder of the cache
     whose name has a digest of data, architecture, version of the training settings and seed, and goes on there if it
     was interrupted. Every process of ``runtime`` must call this; another command that wants the same classifier waits.
-
-    Args:
-        train: split whose labels are learned; ``test``: split whose accuracy is reported.
-        seed: of initialisation, order and shifts.
-        cache_dir: folder, made if missing.
-        runtime: where to train and to evaluate.
+    The accuracy reported is that on ``test``.
 
     Raises:
         ValueError: the two splits differ in image shape, levels or classes.
@@ -144,14 +142,11 @@ def train_classifier(
     with FileLock(folder / ".lock") if runtime.is_main else contextlib.nullcontext(), reproducible_convolutions():
         runtime.accelerator.wait_for_everyone()
         _fit(network, train, folder, seed=seed, runtime=runtime)
-        accuracy = _accuracy(network, test, runtime.torch_device)
     return ClassifierFeatures(
         network.requires_grad_(False),
         name=name,
         key=f"classifier-{digest}-{weights_digest(network)}",
-        test_accuracy=accuracy,
-        image_shape=tuple(train.image_shape),
-        num_levels=train.num_levels,
+        test=test,
         device=runtime.torch_device,
     )
 
@@ -172,7 +167,8 @@ def _fit(network: nn.Module, train: Split, folder: Path, *, seed: int, runtime: 
     def loss(objective: nn.Module, step: int, positions: range) -> dict[str, Tensor]:
         for group in optimizer.param_groups:
             group["betas"] = (schedule[step][1], group["betas"][1])
-        return {"loss": objective(*batch(step))}
+        x, labels = batch(step)
+        return {"loss": F.cross_entropy(objective(x)[1], labels)}
 
     if runtime.on_progress is not None:  # it counts other things
         runtime = dataclasses.replace(runtime, on_progress=lambda count: None)
@@ -184,7 +180,6 @@ def _fit(network: nn.Module, train: Split, folder: Path, *, seed: int, runtime: 
         n_iters=steps,
         # Every pass of every process computes the whole of a small batch, the last of which could not be divided.
         batch_size=runtime.accelerator.num_processes * runtime.accumulation_steps,
-        objective=_CrossEntropy(network),
         learning_rate=lambda step: schedule[step][0],
         save_freq=1000,
         runtime=runtime,
@@ -194,18 +189,6 @@ def _fit(network: nn.Module, train: Split, folder: Path, *, seed: int, runtime: 
     if trainer.step < steps:
         trainer.run()
     network.eval()
-
-
-class _CrossEntropy(nn.Module):
-    """The loss, in float32 also where the runtime's precision is another."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.cross_entropy(self.network(x)[1], labels)
 
 
 def _draws(size: int, epochs: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -240,16 +223,6 @@ def _shifted(x: Tensor, u: Tensor) -> Tensor:
     channel = torch.arange(channels, device=x.device)[None, :, None, None]
     padded = F.pad(x, (reach,) * 4, mode="replicate")
     return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-@torch.no_grad()
-def _accuracy(network: nn.Module, split: Split, device: torch.device | str) -> float:
-    correct = 0
-    for indices in torch.arange(len(split)).split(512):
-        images, labels = split.batch(indices)
-        _, logits = network(_scaled(images.to(device), split.num_levels))
-        correct += int((logits.argmax(1) == labels.to(device)).sum())
-    return correct / len(split)
 
 
 def _scaled(images: Tensor, num_levels: int) -> Tensor:

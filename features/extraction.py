@@ -33,6 +33,15 @@ def extract_features(extractor: FeatureExtractor, images: Tensor, batch_size: in
     return Features(pool, logits)
 
 
+def check_images(name: str, images: Tensor, wanted: str, fits: bool, num_levels: int) -> None:
+    """Raise a ValueError unless images are uint8, their shape ``fits`` what is ``wanted``, and levels are allowed."""
+    if images.dtype != torch.uint8 or not fits:
+        found = f"{images.dtype} of shape {tuple(images.shape)}"
+        raise ValueError(f"{name}: images must be uint8 of shape {wanted}, not {found}")
+    if len(images) and int(images.max()) >= num_levels:
+        raise ValueError(f"{name}: pixels must be 0 … {num_levels - 1}, but one is {int(images.max())}")
+
+
 def reproducible_convolutions() -> AbstractContextManager[None]:
     """On a GPU: deterministic algorithms in full float32. Without effect elsewhere."""
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from experiment.files import first_line
-from features.extraction import reproducible_convolutions
+from features.extraction import check_images, reproducible_convolutions
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -115,12 +115,7 @@ class InceptionFeatures:
 
 def rgb_in_8_bits(images: Tensor, num_levels: int) -> Tensor:
     """Levels 0 … L−1 of (B, 1 or 3, H, W) spread over 0 … 255 and rounded; three equal channels of one."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(
-            f"Inception: images must be uint8 of shape (B, 1 or 3, H, W), not {images.dtype} of {tuple(images.shape)}"
-        )
-    if len(images) and int(images.max()) >= num_levels:
-        raise ValueError(f"Inception: pixels must be 0 … {num_levels - 1}, but one is {int(images.max())}")
+    check_images("Inception", images, "(B, 1 or 3, H, W)", images.ndim == 4 and images.shape[1] in (1, 3), num_levels)
     if num_levels != 256:
         images = (images.float() * (255 / (num_levels - 1))).round().to(torch.uint8)
     return images.expand(-1, 3, -1, -1)

@@ -78,15 +78,11 @@ class SampleQuality:
     def __init__(
         self, settings: Mapping, train_data: Split, test_data: Split, cache_dir: Path, runtime: Runtime, *, seed: int
     ) -> None:
+        needed = f"FID and its relatives need at least {LEAST_IMAGES}"
         if settings["num_samples"] < LEAST_IMAGES:
-            raise ValueError(
-                f"eval.num_samples={settings['num_samples']}: FID and its relatives need at least {LEAST_IMAGES}"
-            )
+            raise ValueError(f"eval.num_samples={settings['num_samples']}: {needed}")
         if not settings["stats_path"] and len(train_data) < LEAST_IMAGES:
-            raise ValueError(
-                f"{train_data.name}: {len(train_data)} training image(s); FID and its relatives need at least "
-                f"{LEAST_IMAGES}"
-            )
+            raise ValueError(f"{train_data.name}: {len(train_data)} training image(s); {needed}")
         self.classifies = settings["features"] == "classifier"
         if self.classifies and train_data.num_classes is None:
             raise ValueError(
@@ -170,8 +166,7 @@ class SampleQuality:
             found = extract_features(self.extractor, images(items))
             return {"pool_3": found.pool, "logits": found.logits}
 
-        batch_size = self.settings["batch_size"]
-        arrays = self.runtime.compute(path, key, size, batch_size, compute, description=path.stem)
+        arrays = self.runtime.compute(path, key, size, self.settings["batch_size"], compute, description=path.stem)
         return Features(arrays["pool_3"], arrays["logits"])
 
 

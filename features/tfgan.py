@@ -12,9 +12,8 @@ model is a program: take it from nobody but TF-Hub.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
-import sys
+import platform
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -32,22 +31,18 @@ from features.inception import rgb_in_8_bits
 def load_tensorflow_gan() -> tuple[ModuleType, ModuleType]:
     """The modules ``tensorflow`` and ``tensorflow_gan``, quietly, and leaving torch its share of a GPU; a ValueError if
     they are not installed, or do not work in this environment."""
-    missing = [name for name in ("tensorflow", "tensorflow_gan") if importlib.util.find_spec(name) is None]
-    python = ".".join(map(str, sys.version_info[:2]))
-    remedy = (
-        "tensorflow-gan needs TensorFlow 2.15, and that Python 3.11 or older (this is "
-        f"{python}): see requirements.txt. --config.eval.backend=torch computes the same numbers without"
-    )
-    if missing:
-        raise ValueError(f"eval.backend='tfgan': {' and '.join(missing)} not installed; {remedy}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations between releases that no longer change
             import tensorflow
             import tensorflow_gan
-    except Exception as error:  # a release that does not fit fails in whatever it meets first
-        raise ValueError(f"eval.backend='tfgan': it cannot be imported ({first_line(error)}); {remedy}") from error
+    except Exception as error:  # missing, or a release that does not fit and fails in whatever it meets first
+        raise ValueError(
+            f"eval.backend='tfgan': it cannot be imported ({first_line(error)}); tensorflow-gan needs TensorFlow 2.15, "
+            f"and that Python 3.11 or older (this is {platform.python_version()}): see requirements.txt. "
+            "--config.eval.backend=torch computes the same numbers without"
+        ) from error
     tensorflow.get_logger().setLevel("ERROR")
     for gpu in tensorflow.config.list_physical_devices("GPU"):
         tensorflow.config.experimental.set_memory_growth(gpu, True)

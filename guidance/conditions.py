@@ -22,7 +22,7 @@ Song, Vahdat, Mardani, Kautz (ΠGDM, ICLR 2023); Dhariwal and Nichol (NeurIPS 20
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -109,25 +109,15 @@ class PseudoinverseGuidance(_MeasurementScore):
     x̂_0 is off by about 1 %, its derivative by far more than that small number, and samples would go to infinity. The
     guidance is therefore at most ``TRUST`` times as long as that derivative would make it. (The source multiplies by
     r_t² instead, which removes nearly all guidance at much noise.) For Gaussian data nothing is cut off.
-
-    Raises:
-        ValueError: neither noise nor a prior variance.
     """
 
     noise_std: float = 0.0
     """σ_y."""
     prior_variance: float = 1.0
-    """v. With 0, and noise, the likelihood of DPS before its step size (Chung et al., 2023)."""
+    """v. With 0, for which there must be noise, the likelihood of DPS before its step size (Chung et al., 2023)."""
     weight: float = 1.0
     """γ."""
     TRUST: ClassVar[float] = 5.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (self.prior_variance >= 0 and self.noise_std >= 0 and self.prior_variance + self.noise_std > 0):
-            raise ValueError(
-                f"prior_variance={self.prior_variance}, noise_std={self.noise_std}: need one that is positive"
-            )
 
     def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
         alpha, std = self.sde.mean_coefficient(t)[:, None].to(x), self.sde.std(t)[:, None].to(x)
@@ -159,10 +149,7 @@ class DiffusionPosteriorSampling(_MeasurementScore):
 
     step_size: float
     """ζ."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.move: Tensor | float = 0.0
+    move: Tensor | float = field(default=0.0, init=False, compare=False)
 
     def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
         with torch.enable_grad():

@@ -24,9 +24,6 @@ from experiment.randomness import SampleGenerators, normal_like
 from guidance.conditions import condition_on_measurement
 from guidance.measurements import LinearOperator, make_operator
 
-_VARIANCE_IMAGES = 1000
-"""Training images, at most, that the data's variance is estimated from."""
-
 
 class MeasuredImages:
     """Test images, their measurements, and samples given these. Checked, and small things computed, on construction.
@@ -57,8 +54,8 @@ class MeasuredImages:
         self.y = y + self.sampling.measurement_noise * normal_like(y, generator)
         self.prior_variance = math.nan
         if self.sampling.conditioning == "pigdm":
-            # Of a training image's pixels about the mean image, averaged over pixels.
-            count = min(_VARIANCE_IMAGES, len(train_data))
+            # Of training images' pixels about the mean image, averaged over pixels.
+            count = min(1000, len(train_data))
             levels, _ = train_data.batch(evenly_spaced(range(count), count, len(train_data)))
             self.prior_variance = float(score.images.to_model(levels).var(dim=0, unbiased=False).mean())
             if self.prior_variance == 0 and not self.sampling.measurement_noise:

@@ -164,15 +164,16 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
     assert "tensorflow" not in sys.modules
 
 
-@pytest.mark.parametrize("missing", [["tensorflow", "tensorflow_gan"], ["tensorflow_gan"]])
-def test_missing_tensorflow_is_named(missing, monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find_spec("json"))
+@pytest.mark.parametrize("missing", ["tensorflow", "tensorflow_gan"])
+def test_missing_tensorflow_is_named(missing, monkeypatch, tmp_path):
+    (tmp_path / "tensorflow.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ValueError) as caught:
         tfgan.tfgan_backend()
     message = str(caught.value)
-    version = ".".join(map(str, sys.version_info[:2]))
-    for part in ("eval.backend='tfgan'", " and ".join(missing), "Python 3.11", version, "--config.eval.backend=torch"):
+    for part in ("eval.backend='tfgan'", f"import of {missing} ", "Python 3.11", "--config.eval.backend=torch"):
         assert part in message
     assert "\n" not in message
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -507,13 +506,6 @@ def test_projections_are_for_fixed_steps():
     for solver in ("rk45", "adams"):
         with pytest.raises(ValueError, match=rf"sampling\.solver='{solver}': a projection follows every step"):
             ODESampler(sde, solver)(data.score, torch.zeros(1, 2), projection=projection)
-
-
-def test_no_noise_and_no_prior_variance():
-    sde = SDES["ve"]
-    with pytest.raises(ValueError, match=r"prior_variance=0\.0, noise_std=0\.0"):
-        PseudoinverseGuidance(sde, gaussian_2d(sde).score, first_half(), torch.zeros(1, 4), prior_variance=0.0)
-    assert math.isfinite(PseudoinverseGuidance(sde, gaussian_2d(sde).score, first_half(), torch.zeros(1, 4)).weight)
 
 
 # ------------------------------------------------------------------------------------------------------------- options
