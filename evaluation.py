@@ -41,9 +41,6 @@ class Features:
         if len(self.pool) != len(self.logits):
             raise ValueError(f"features have {len(self.pool)} rows of pool but {len(self.logits)} of logits")
 
-    def __len__(self) -> int:
-        return len(self.pool)
-
 
 def check_matrix(name: str, values: np.ndarray) -> None:
     """Raise a ValueError unless ``values`` is a matrix (N, dimension) of finite numbers."""
@@ -94,7 +91,7 @@ def sample_quality(
     """
     backend = backend or OWN_BACKEND
     kid_mean, kid_se = kid(real, generated.pool, seed=seed, mmd2=backend.mmd2)
-    splits = 10 if len(generated) >= 5000 else 1
+    splits = 10 if len(generated.pool) >= 5000 else 1
     overlap = neighbourhood_metrics(real, generated.pool, device=device)
     return {
         **{name: float(metric(real, generated)) for name, metric in (metrics or {}).items()},

@@ -156,7 +156,6 @@ class LikelihoodEvaluator:
         how = f"{self.num_steps} steps" if self.solver in FIXED else f"rtol {self.rtol:g}, atol {self.atol:g}"
         return f"{self.divergence} divergence{several}, {self.solver}{variable}, {how}"
 
-    @torch.no_grad()
     def __call__(self, score: ScoreFunction, x: Tensor, generator: Generator = None) -> Likelihood:
         """Log-densities of data x (B, ...), scaled as the model expects; the generator draws the probes."""
         draw = resolve(self.divergence, DIVERGENCES, "likelihood.divergence")

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +101,7 @@ class ClassifierFeatures:
 
 
 def train_classifier(
-    train: Split, test: Split, *, seed: int, cache_dir: str | os.PathLike[str], runtime: Runtime
+    train: Split, test: Split, *, seed: int, cache_dir: str | Path, runtime: Runtime
 ) -> ClassifierFeatures:
     """Train a small classifier on a set's own training labels, or read it from ``cache_dir``.
 

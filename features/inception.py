@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 from pathlib import Path
 
@@ -27,7 +26,7 @@ URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
-def find_weights(path: str | os.PathLike[str]) -> Path:
+def find_weights(path: str | Path) -> Path:
     """The file of weights: ``path``, or where torch-fidelity keeps them, fetched into there if need be.
 
     ``path`` is ``config.eval.inception_path``; empty: torch's cache (``TORCH_HOME``, by default ~/.cache/torch). A
@@ -73,7 +72,7 @@ class InceptionFeatures:
     dimension = 2048
 
     def __init__(
-        self, path: str | os.PathLike[str], *, sha256: str = "", num_levels: int = 256, device: torch.device | str
+        self, path: str | Path, *, sha256: str = "", num_levels: int = 256, device: torch.device | str
     ) -> None:
         # Slow to import, and not needed for other features.
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

@@ -10,7 +10,6 @@ score_sde_pytorch calls them.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +32,7 @@ LEAST_IMAGES = 4
 
 
 def make_extractor(
-    settings: Mapping, train: Split, test: Split, *, seed: int, cache_dir: str | os.PathLike[str], runtime: Runtime
+    settings: Mapping, train: Split, test: Split, *, seed: int, cache_dir: str | Path, runtime: Runtime
 ) -> FeatureExtractor:
     """The extractor that ``settings['features']`` names: ``inception``, ``classifier``, or the import path of your own
     function, which is called with the keywords ``num_levels`` and ``device``.

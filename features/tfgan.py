@@ -82,7 +82,7 @@ class TFHubFeatures:
 
     name = "inception-tfhub"
 
-    def __init__(self, folder: str | os.PathLike[str], *, num_levels: int = 256) -> None:
+    def __init__(self, folder: str | Path, *, num_levels: int = 256) -> None:
         folder = Path(folder).expanduser()
         if not (folder / "saved_model.pb").is_file():
             raise ValueError(

@@ -29,13 +29,10 @@ _RANK_TOLERANCE = 1e-4
 
 
 class LinearOperator(abc.ABC):
-    """A: images x (B, ...) → measurements y (B, m).
-
-    Attributes:
-        singular_values: s (r,), positive.
-    """
+    """A: images x (B, ...) → measurements y (B, m)."""
 
     singular_values: Tensor
+    """s (r,), positive."""
 
     @abc.abstractmethod
     def __call__(self, x: Tensor) -> Tensor:

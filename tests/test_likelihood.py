@@ -128,15 +128,14 @@ def test_gaussian_in_the_logarithm_of_the_ratio(family):
     assert result.nfe == 170
 
 
-@every_family
-@pytest.mark.parametrize(("solver", "order"), [("adams", 4), ("heun", 2)])
+@pytest.mark.parametrize(("family", "solver", "order"), [*((family, "adams", 4) for family in SDES), ("vp", "heun", 2)])
 def test_order_in_the_logarithm_of_the_ratio(family, solver, order):
     sde = SDES[family]
     mixture = mixture_2d(sde)
     x = 1.5 * torch.randn(8, 2, dtype=torch.float64)
     exact = mixture.log_prob(x, times(EPS, x))
     errors = []
-    for steps in (160, 320, 640):
+    for steps in (160, 640):
         result = evaluator(family, time="log_ratio", solver=solver, num_steps=steps)(mixture.score, x)
         errors.append((with_the_exact_prior(result, mixture, sde) - exact).square().mean().sqrt().item())
     assert errors[-1] < 2e-4

@@ -100,7 +100,7 @@ def test_backward_integration_returns(solver):
     def rotation(y: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         return frequency * (1 + t[:, None]) * torch.stack([-y[:, 1], y[:, 0]], 1)
 
-    settings = dict(solver=solver, rtol=1e-10, atol=1e-10, num_steps=6000)
+    settings = dict(solver=solver, rtol=1e-10, atol=1e-10, num_steps=6000 if solver == "heun" else 600)
     end = integrate(rotation, START, 0.2, 1.0, **settings)
     # The angle is 3 ∫ (1 + t) dt = 3 (0.8 + 0.48).
     cosine, sine = math.cos(3 * 1.28), math.sin(3 * 1.28)

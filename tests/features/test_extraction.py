@@ -94,7 +94,7 @@ def split() -> TensorSplit:
 def test_features_of_all_images_in_batches(split):
     extractor = MeanAndDeviation()
     features = extract_features(extractor, split.images, 33)
-    assert extractor.seen == [33, 33, 33, 1] and len(features) == 100
+    assert extractor.seen == [33, 33, 33, 1] and len(features.pool) == 100
     assert features.pool.dtype == features.logits.dtype == np.float32
     np.testing.assert_allclose(features.pool[:, 0], split.images.double().mean((1, 2, 3)), rtol=1e-6)
     assert np.array_equal(features.logits, split.images.flatten(1)[:, :3])
