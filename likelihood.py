@@ -36,8 +36,6 @@ from ode import FIXED, check_solver, integrate, state_dtype
 from sampling import CountedScore
 from sde_lib import SDE, ScoreFunction
 
-__all__ = ["DIVERGENCES", "LIKELIHOOD_EPS", "TIMES", "Likelihood", "LikelihoodEvaluator", "Time", "bits_per_dim"]
-
 LIKELIHOOD_EPS = 1e-5
 """The time of the data, as in the source's public code."""
 DIVERGENCES: dict[str, Callable[[Tensor, Generator], Tensor] | None] = {
@@ -154,11 +152,10 @@ class LikelihoodEvaluator:
 
     def __str__(self) -> str:
         several = f", {self.probes} probes" if self.probes > 1 and self.divergence != "exact" else ""
-        variable = {"t": "", "log_ratio": " in ln(σ/α)"}.get(self.time, f" in {self.time}")
+        variable = " in ln(σ/α)" if self.time == "log_ratio" else ""
         how = f"{self.num_steps} steps" if self.solver in FIXED else f"rtol {self.rtol:g}, atol {self.atol:g}"
         return f"{self.divergence} divergence{several}, {self.solver}{variable}, {how}"
 
-    @torch.no_grad()
     def __call__(self, score: ScoreFunction, x: Tensor, generator: Generator = None) -> Likelihood:
         """Log-densities of data x (B, ...), scaled as the model expects; the generator draws the probes."""
         draw = resolve(self.divergence, DIVERGENCES, "likelihood.divergence")
@@ -175,7 +172,7 @@ class LikelihoodEvaluator:
         first_scale, last_scale = variable.scale(ends).tolist()
 
         def velocity(y: Tensor, u: Tensor, rows: Tensor) -> Tensor:
-            # Neither rounding nor dopri5's search for a first step may leave the interval.
+            # Rounding must not leave the interval.
             t = variable.time(u.clamp(start, end)).clamp(self.eps, self.sde.end_time)
             w, scale = y[:, :dimension], variable.scale(t)[:, None]
             position = (scale * w).to(x.dtype).reshape(-1, *x.shape[1:]).detach().requires_grad_()

@@ -1,8 +1,7 @@
 """Solvers of ordinary differential equations dy/dt = v(y, t) for a batch of independent samples.
 
 ``rk45`` is the Dormand–Prince 5(4) pair. Every sample has its own time, step size and error estimate: it does not
-depend on the batch it is in, and costs nothing more once it has arrived. ``scipy`` (RK45, on the host) and ``dopri5``
-(torchdiffeq) integrate the whole batch as one system, with one step size. ``heun`` and ``adams`` take a fixed number of
+depend on the batch it is in, and costs nothing more once it has arrived. ``heun`` and ``adams`` take a fixed number of
 equal steps, of second order at two evaluations each and of fourth order at one.
 
 Adams' method gives nearly all its evaluations the same weight. A part of the velocity that oscillates faster than the
@@ -24,8 +23,6 @@ import torch
 from torch import Tensor
 
 from experiment.registry import resolve
-
-__all__ = ["FIXED", "SOLVERS", "Velocity", "check_solver", "integrate", "state_dtype"]
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """v(y, t, rows): states y (b, D), times t (b,), and which rows of the batch they are (b,) → (b, D)."""
@@ -106,30 +103,6 @@ def _rk45(velocity: Velocity, y: Tensor, start: float, end: float, *, rtol: floa
     return arrived
 
 
-def _scipy(velocity: BatchVelocity, y: Tensor, start: float, end: float, *, rtol: float, atol: float, **_) -> Tensor:
-    from scipy.integrate import solve_ivp
-
-    def flat_velocity(t: float, flat) -> object:
-        return velocity(torch.from_numpy(flat.reshape(y.shape)).to(y), t).cpu().double().numpy().ravel()
-
-    solution = solve_ivp(flat_velocity, (start, end), y.cpu().double().numpy().ravel(), rtol=rtol, atol=atol)
-    if not solution.success:
-        raise RuntimeError(f"scipy's RK45 stopped: {solution.message}")
-    return torch.from_numpy(solution.y[:, -1].reshape(y.shape)).to(y)
-
-
-def _dopri5(velocity: BatchVelocity, y: Tensor, start: float, end: float, *, rtol: float, atol: float, **_) -> Tensor:
-    from torchdiffeq import odeint
-
-    times = torch.tensor([start, end], dtype=y.dtype, device=y.device)
-    # By default the last step overshoots the end and is interpolated; beyond it the velocity may not exist.
-    settings = dict(method="dopri5", options={"step_t": times[-1:], "dtype": y.dtype})
-    try:
-        return odeint(lambda t, state: velocity(state, float(t)), y, times, rtol=rtol, atol=atol, **settings)[-1]
-    except AssertionError as error:
-        raise RuntimeError(f"torchdiffeq's dopri5 stopped: {error}") from error
-
-
 def _steps(start: float, end: float, num_steps: int) -> Iterator[tuple[float, float]]:
     return itertools.pairwise(torch.linspace(start, end, num_steps + 1, dtype=torch.float64).tolist())
 
@@ -169,10 +142,10 @@ def _adams(velocity: BatchVelocity, y: Tensor, start: float, end: float, *, num_
     return y
 
 
-SOLVERS = {"rk45": _rk45, "scipy": _scipy, "dopri5": _dopri5, "heun": _heun, "adams": _adams}
+SOLVERS = {"rk45": _rk45, "heun": _heun, "adams": _adams}
 """An import path can name another ``solver(velocity, y, start, end, *, rtol, atol, num_steps)`` of a BatchVelocity."""
 FIXED = ("heun", "adams")
-"""Those that take ``num_steps`` steps; the others choose their steps by rtol and atol."""
+"""Those that take ``num_steps`` steps; the other chooses its steps by rtol and atol."""
 
 
 def check_solver(solver: str, num_steps: int, section: str = "") -> None:
@@ -204,7 +177,7 @@ def integrate(
         velocity: see ``Velocity``; called with the rows of the batch that have not arrived yet.
         y: states at ``start``. In double precision the accumulated rounding is below any sensible tolerance.
         solver: a key of ``SOLVERS`` or an import path.
-        rtol, atol: tolerances of the adaptive solvers.
+        rtol, atol: tolerances of 'rk45'.
         num_steps: of 'heun' and 'adams'.
 
     Raises:

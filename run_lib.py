@@ -294,12 +294,10 @@ def evaluate(
     Raises:
         InvalidRun: bad config, data, checkpoint or working directory.
     """
-    from guidance.conditions import is_measurement
-
     workdir, enabled = Path(workdir), config.eval
     with contextlib.ExitStack() as stack:
         with checked():
-            if is_measurement(config.sampling.condition):
+            if config.sampling.condition not in ("", "class", "class_free"):
                 raise ValueError(f"sampling.condition={config.sampling.condition!r}: only with --mode=sample")
             if runtime.compile and not enabled.enable_sampling:
                 raise ValueError(
@@ -717,7 +715,7 @@ class TrainedScore:
     def identity(self) -> dict:
         """What decides whatever is computed with this score."""
         config = self.config
-        identity = {
+        return {
             "seed": config.seed,
             "weights": weights_digest(self.model),
             "training": {name: config.training[name] for name in ("sde", "continuous")},
@@ -725,9 +723,6 @@ class TrainedScore:
             "images": self.images.as_dict(),
             "precision": self.runtime.precision,
         }
-        if {"scipy", "dopri5"} & {config.sampling.solver, config.likelihood.solver}:
-            identity["batch_size"] = config.eval.batch_size  # these integrate a batch as one system
-        return identity
 
     def stage_key(self, name: str, size: int, settings: dict) -> str:
         identity = {"version": EVALUATION_VERSION, "stage": name, "size": size, **self.identity(), **settings}
@@ -810,7 +805,7 @@ def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | N
         check_compile(config, runtime.torch_device)
         score.model.compile_network()
     if config.sampling.condition == "class":
-        from guidance.classifier_training import load_classifier
+        from guidance.classifier import load_classifier
 
         identity = _classifier_identity(config, score.images)
         classifier = load_classifier(
@@ -855,7 +850,7 @@ def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime =
         FloatingPointError: the loss is not finite; the last checkpoint is good.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
-    from guidance.classifier_training import ClassifierTraining
+    from guidance.classifier import ClassifierTraining
 
     workdir = Path(workdir)
     with checked():

@@ -56,39 +56,6 @@ from experiment.registry import resolve
 from ode import FIXED, check_solver, integrate, state_dtype
 from sde_lib import SDE, ScoreFunction, expand
 
-__all__ = [
-    "CORRECTORS",
-    "FEW_STEP_SOLVERS",
-    "METHODS",
-    "PREDICTORS",
-    "AncestralPredictor",
-    "AnnealedLangevinCorrector",
-    "ConditionalScore",
-    "Corrector",
-    "CountedScore",
-    "DPMSolverPlusPlus2M",
-    "EDMHeun",
-    "EulerMaruyamaPredictor",
-    "ExponentialIntegratorPredictor",
-    "FewStepSampler",
-    "LangevinCorrector",
-    "LangevinTrajectory",
-    "LogDensity",
-    "ODESampler",
-    "PCSampler",
-    "Predictor",
-    "ProbabilityFlowPredictor",
-    "Projection",
-    "ReverseDiffusionPredictor",
-    "SDEDPMSolverPlusPlus2M",
-    "Sampler",
-    "Samples",
-    "denoise",
-    "edm_times",
-    "langevin_dynamics",
-    "make_sampler",
-]
-
 
 class Samples(NamedTuple):
     """Samples (B, ...) in the range of the training data, and network evaluations per sample."""
@@ -289,15 +256,13 @@ class Corrector(abc.ABC):
     def step_size(self, score: Tensor, t: Tensor) -> Tensor:
         """ε (B,), where the score has the values (B, ...)."""
 
-    def step(self, x: Tensor, t: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        """The state (B, ...) after all steps at the times t (B,), and its mean before the last noise was added."""
-        mean = x
+    def step(self, x: Tensor, t: Tensor, generator: Generator) -> Tensor:
+        """The state (B, ...) after all steps at the times t (B,)."""
         for _ in range(self.num_steps):
             score = self.score(x, t)
             size = expand(self.step_size(score, t), x)
-            mean = x + size * score
-            x = mean + (2 * size).sqrt() * normal_like(x, generator)
-        return x, mean
+            x = x + size * score + (2 * size).sqrt() * normal_like(x, generator)
+        return x
 
 
 class LangevinCorrector(Corrector):
@@ -353,6 +318,11 @@ FEW_STEP_SOLVERS: dict[str, type[Predictor]] = {
 # Samplers
 
 
+Plan = tuple[Tensor, Corrector | None, Predictor | None]
+"""A grid of times, falling, in the precision that corrector and predictor are given them in; the corrector, which acts
+at its first ``num_steps`` times; the predictor, which moves from each of its times to the next."""
+
+
 class Sampler(abc.ABC):
     """From the prior along a grid of times to samples; what a method adds is its ``plan``, and ``str`` describes it."""
 
@@ -361,18 +331,13 @@ class Sampler(abc.ABC):
     noise_removal: bool
 
     @abc.abstractmethod
-    def plan(self, score: CountedScore, projected: bool) -> tuple[Tensor, Corrector | None, Predictor | None]:
-        """The grid, float64, falling; the corrector, which acts at its first ``num_steps`` times; the predictor, which
-        moves from each of its times to the next. ``projected``: whether a projection is to follow every step."""
+    def plan(self, score: CountedScore, like: Tensor, projected: bool) -> Plan:
+        """For samples like ``like`` (B, ...); ``projected``: whether a projection is to follow every step."""
 
     @property
     @abc.abstractmethod
     def slug(self) -> str:
         """A short name for files and folders."""
-
-    def time_dtype(self, like: Tensor) -> torch.dtype:
-        """The precision of the times that corrector and predictor are given."""
-        return like.dtype
 
     @torch.no_grad()
     def __call__(
@@ -395,13 +360,12 @@ class Sampler(abc.ABC):
 
         with tqdm(disable=not progress, leave=False, unit="evaluation") as bar:
             counted = CountedScore(score, bar)
-            grid, corrector, predictor = self.plan(counted, projected=projection is not None)
-            # One row per time, on the device once.
-            times = grid.to(self.time_dtype(like)).to(like.device)[:, None].expand(-1, len(like))
+            grid, corrector, predictor = self.plan(counted, like, projected=projection is not None)
+            times = grid.to(like.device)[:, None].expand(-1, len(like))  # one row per time, on the device once
             x = project(self.sde.prior_sample(like, generator), times[0])
             for k, t in enumerate(times):
                 if corrector is not None and k < self.num_steps:
-                    x = project(corrector.step(x, t, generator)[0], t)
+                    x = project(corrector.step(x, t, generator), t)
                 if predictor is not None and k + 1 < len(times):
                     s = times[k + 1]
                     x = project(predictor.step(x, t, s, generator)[0], s)
@@ -449,7 +413,7 @@ class PCSampler(Sampler):
         predictor = resolve(self.predictor, PREDICTORS, "sampling.predictor")
         return predictor, resolve(self.corrector, CORRECTORS, "sampling.corrector")
 
-    def plan(self, score: CountedScore, projected: bool) -> tuple[Tensor, Corrector | None, Predictor | None]:
+    def plan(self, score: CountedScore, like: Tensor, projected: bool) -> Plan:
         if self.num_scales is not None:
             levels = torch.linspace(self.num_scales - 1, 0, self.num_steps, dtype=torch.float64)
             grid = self.sde.ladder(self.num_scales).time[levels.round().long()]
@@ -458,7 +422,7 @@ class PCSampler(Sampler):
             grid = torch.linspace(self.sde.end_time, self.sde.sampling_eps, stops, dtype=torch.float64)
         predictor, corrector = self._classes()
         corrector = corrector and corrector(self.sde, score, self.snr, self.n_steps_each)
-        return grid, corrector, predictor and predictor(self.sde, score)
+        return grid.to(like.dtype), corrector, predictor and predictor(self.sde, score)
 
     @property
     def slug(self) -> str:
@@ -491,16 +455,13 @@ class ODESampler(Sampler):
     def __post_init__(self) -> None:
         check_solver(self.solver, self.num_steps, "sampling.")
 
-    def plan(self, score: CountedScore, projected: bool) -> tuple[Tensor, Corrector | None, Predictor | None]:
+    def plan(self, score: CountedScore, like: Tensor, projected: bool) -> Plan:
         if projected and self.solver != "heun":
             raise ValueError(f"sampling.solver={self.solver!r}: a projection follows every step, so needs 'heun'")
         intervals = self.num_steps if projected else 1
         grid = torch.linspace(self.sde.end_time, self.sde.sampling_eps, intervals + 1, dtype=torch.float64)
         settings = dict(solver=self.solver, rtol=self.rtol, atol=self.atol, num_steps=self.num_steps // intervals)
-        return grid, None, _FlowSolver(self.sde, score, **settings)
-
-    def time_dtype(self, like: Tensor) -> torch.dtype:
-        return state_dtype(like)
+        return grid.to(state_dtype(like)), None, _FlowSolver(self.sde, score, **settings)
 
     @property
     def slug(self) -> str:
@@ -533,13 +494,13 @@ class FewStepSampler(Sampler):
     noise_removal: bool = True
 
     def __post_init__(self) -> None:
-        self._class()
+        self._predictor()  # raises for an unknown name
 
-    def _class(self) -> type[Predictor]:
+    def _predictor(self) -> type[Predictor]:
         return resolve(self.solver, FEW_STEP_SOLVERS, "sampling.method='few_step', sampling.solver")
 
-    def plan(self, score: CountedScore, projected: bool) -> tuple[Tensor, Corrector | None, Predictor | None]:
-        return edm_times(self.sde, self.num_steps), None, self._class()(self.sde, score)
+    def plan(self, score: CountedScore, like: Tensor, projected: bool) -> Plan:
+        return edm_times(self.sde, self.num_steps).to(like.dtype), None, self._predictor()(self.sde, score)
 
     @property
     def slug(self) -> str:
@@ -575,10 +536,6 @@ def make_sampler(sde: SDE, options: Mapping[str, object], *, num_scales: int, co
 # Langevin dynamics at one fixed time
 
 
-LogDensity = Callable[[Tensor, Tensor], Tensor]
-"""log p_t(x) in nats, up to a constant: takes x (B, ...) and t (B,), returns (B,)."""
-
-
 class LangevinTrajectory(NamedTuple):
     """The N + 1 states (N+1, B, ...), the start first, and whether each of the N moves was made (N, B); all are made
     without Metropolis adjustment."""
@@ -595,7 +552,7 @@ def langevin_dynamics(
     step_sizes: Sequence[float],
     *,
     noise: bool = True,
-    log_density: LogDensity | None = None,
+    log_density: Callable[[Tensor, Tensor], Tensor] | None = None,
     generator: Generator = None,
 ) -> LangevinTrajectory:
     """N steps of x ← x + α_i s(x, t) + √(2α_i) z, with t fixed.
@@ -612,32 +569,20 @@ def langevin_dynamics(
         score: s(x, t); N evaluations per sample, N + 1 if adjusted.
         x, t: start (B, ...) and times (B,).
         step_sizes: α_0, …, α_{N−1}, in units of x².
-        noise: whether z is drawn or zero.
-        log_density: the target of the Metropolis adjustment, need not be normalised.
+        noise: whether z is drawn or zero; if adjusted, it is drawn.
+        log_density: log p(x, t) (B,), the target of the Metropolis adjustment, need not be normalised. A ValueError if
+            it is not finite at the start.
         generator: draws z and then, if adjusted, one uniform number per sample.
-
-    Raises:
-        ValueError: no step sizes, or one that is not positive and finite; a ``log_density`` without noise, or not
-            finite at the start.
     """
-    for i, size in enumerate(step_sizes):
-        if not 0 < size < math.inf:
-            raise ValueError(f"step_sizes[{i}]={size}: allowed are positive numbers")
-    if len(step_sizes) == 0:
-        raise ValueError("step_sizes is empty: at least one step is needed")
-    if log_density is not None and not noise:
-        raise ValueError("log_density given with noise=False: a move without noise cannot be Metropolis-adjusted")
-
-    states = x.new_empty(len(step_sizes) + 1, *x.shape)
+    states = [x]
     accepted = torch.ones(len(step_sizes), len(x), dtype=torch.bool, device=x.device)
-    states[0] = x
     if log_density is None:
-        for i, size in enumerate(step_sizes):
+        for size in step_sizes:
             x = x + size * score(x, t)
             if noise:
                 x = x + math.sqrt(2 * size) * normal_like(x, generator)
-            states[i + 1] = x
-        return LangevinTrajectory(states, accepted)
+            states.append(x)
+        return LangevinTrajectory(torch.stack(states), accepted)
 
     gradient, log_p = score(x, t), log_density(x, t)
     if not log_p.isfinite().all():
@@ -655,5 +600,5 @@ def langevin_dynamics(
         x = torch.where(move, proposal, x)
         gradient = torch.where(move, proposed_gradient, gradient)
         log_p = torch.where(accepted[i], proposed_log_p, log_p)
-        states[i + 1] = x
-    return LangevinTrajectory(states, accepted)
+        states.append(x)
+    return LangevinTrajectory(torch.stack(states), accepted)

@@ -16,17 +16,7 @@ sub-VP    β/2                   β (1 − e^{−2B})             α = e^{−B/2
 ========  ====================  ==========================  =====================
 
 with B(t) = ∫₀ᵗ β. A schedule is a frozen dataclass with three closed forms: σ(t), d(σ²)/dt and the inverse of σ for
-VE; β(t), B(t) and the inverse of B for VP and sub-VP (docs/extending.md):
-
-===========  =============================================  ===========  =============================================
-VE           σ(t)                                           VP, sub-VP   β(t)
-===========  =============================================  ===========  =============================================
-geometric    σ_min (σ_max/σ_min)^t                          linear       β_min + t (β_max − β_min)
-constant     σ² linear in t: g constant                     constant     ½ (β_min + β_max)
-square_root  σ² linear in t²: g ∝ √t                        power        β^(1/ρ) linear in t
-polynomial   σ^(1/ρ) linear in t                            exponential  β_min (β_max/β_min)^t
-                                                            cosine       from α² = cos², at most β_max
-===========  =============================================  ===========  =============================================
+VE; β(t), B(t) and the inverse of B for VP and sub-VP (docs/extending.md).
 
 VE starts at σ(0) = σ_min: its t = 0 is data already blurred by σ_min, as in the source.
 
@@ -50,33 +40,6 @@ from torch import Tensor
 
 from experiment.randomness import Generator, normal_like
 from experiment.registry import resolve
-
-__all__ = [
-    "BETA_SCHEDULES",
-    "FAMILIES",
-    "SDE",
-    "SIGMA_SCHEDULES",
-    "VE",
-    "VP",
-    "BetaRange",
-    "BetaSchedule",
-    "ConstantBeta",
-    "ConstantDiffusionSigma",
-    "CosineBeta",
-    "ExponentialBeta",
-    "GeometricSigma",
-    "Ladder",
-    "LinearBeta",
-    "PolynomialSigma",
-    "PowerBeta",
-    "ReverseSDE",
-    "ScoreFunction",
-    "SigmaSchedule",
-    "SquareRootDiffusionSigma",
-    "SubVP",
-    "expand",
-    "make_sde",
-]
 
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 """A score s(x, t) = ∇ log p_t(x): takes x (B, ...) and t (B,), returns (B, ...)."""
@@ -316,47 +279,41 @@ class CosineBeta(BetaSchedule):
     """
 
     beta_max: float = 999.0
-    shift: ClassVar[float] = 0.008
+    SHIFT: ClassVar[float] = 0.008
+    RATE: ClassVar[float] = math.pi / (1 + SHIFT)
+    """2 dθ/dt."""
+    START: ClassVar[float] = 0.5 * RATE * SHIFT
+    """θ₀."""
 
     def __post_init__(self) -> None:
-        if not self._rate * math.tan(self._start) < self.beta_max < math.inf:
+        least = self.RATE * math.tan(self.START)
+        if not least < self.beta_max < math.inf:
             raise ValueError(
-                f"model.beta_max={self.beta_max}: the cosine schedule needs beta_max > "
-                f"{self._rate * math.tan(self._start):.3g}, its value at t = 0"
+                f"model.beta_max={self.beta_max}: the cosine schedule needs beta_max > {least:.3g}, its value at t = 0"
             )
-
-    @property
-    def _rate(self) -> float:
-        """2 dθ/dt."""
-        return math.pi / (1 + self.shift)
-
-    @property
-    def _start(self) -> float:
-        """θ₀."""
-        return 0.5 * self._rate * self.shift
 
     @property
     def clipping_time(self) -> float:
         """t_c."""
-        return 2 / self._rate * math.atan(self.beta_max / self._rate) - self.shift
+        return 2 / self.RATE * math.atan(self.beta_max / self.RATE) - self.SHIFT
 
     def beta(self, t: Tensor) -> Tensor:
-        angle = self._start + 0.5 * self._rate * t.clamp(max=self.clipping_time)
-        return torch.where(t < self.clipping_time, self._rate * torch.tan(angle), self.beta_max)
+        angle = self.START + 0.5 * self.RATE * t.clamp(max=self.clipping_time)
+        return torch.where(t < self.clipping_time, self.RATE * torch.tan(angle), self.beta_max)
 
     def integral(self, t: Tensor) -> Tensor:
         return self._unclipped(t.clamp(max=self.clipping_time)) + self.beta_max * (t - self.clipping_time).clamp(min=0)
 
     def _unclipped(self, t: Tensor) -> Tensor:
         # −2 log(cos θ/cos θ₀), in terms of δ = θ − θ₀ as that is small at first.
-        delta = 0.5 * self._rate * t
-        return -2 * torch.log1p(-2 * torch.sin(0.5 * delta) ** 2 - math.tan(self._start) * torch.sin(delta))
+        delta = 0.5 * self.RATE * t
+        return -2 * torch.log1p(-2 * torch.sin(0.5 * delta) ** 2 - math.tan(self.START) * torch.sin(delta))
 
     def time(self, integral: Tensor) -> Tensor:
         before = integral.clamp(max=self._unclipped(torch.tensor(self.clipping_time, dtype=torch.float64)).item())
-        cosine = math.cos(self._start) * torch.exp(-0.5 * before)
-        sine = torch.sqrt(math.sin(self._start) ** 2 - math.cos(self._start) ** 2 * torch.expm1(-before))
-        return 2 / self._rate * (torch.atan2(sine, cosine) - self._start) + (integral - before) / self.beta_max
+        cosine = math.cos(self.START) * torch.exp(-0.5 * before)
+        sine = torch.sqrt(math.sin(self.START) ** 2 - math.cos(self.START) ** 2 * torch.expm1(-before))
+        return 2 / self.RATE * (torch.atan2(sine, cosine) - self.START) + (integral - before) / self.beta_max
 
 
 SIGMA_SCHEDULES: dict[str, type[SigmaSchedule]] = {
@@ -428,10 +385,6 @@ class SDE(abc.ABC):
     @abc.abstractmethod
     def frozen_score_weight(self, s: Tensor, t: Tensor) -> Tensor:
         """∫ₛᵗ e^{∫ₛᵛ f} g(v)² dv: what a score that is constant from t back to s adds to x_s in the reverse SDE."""
-
-    @abc.abstractmethod
-    def time_at_std(self, std: Tensor) -> Tensor:
-        """The t at which σ(t) has the given value: the inverse of ``std``."""
 
     @abc.abstractmethod
     def time_at_noise_ratio(self, ratio: Tensor) -> Tensor:
@@ -521,9 +474,6 @@ class VE(SDE):
     def frozen_score_weight(self, s: Tensor, t: Tensor) -> Tensor:
         return self.transition_variance(s, t)
 
-    def time_at_std(self, std: Tensor) -> Tensor:
-        return self.schedule.time(std)
-
     def time_at_noise_ratio(self, ratio: Tensor) -> Tensor:
         return self.schedule.time(ratio)
 
@@ -564,9 +514,6 @@ class VP(SDE):
 
     def frozen_score_weight(self, s: Tensor, t: Tensor) -> Tensor:
         return 2 * torch.expm1(0.5 * (self.schedule.integral(t) - self.schedule.integral(s)))
-
-    def time_at_std(self, std: Tensor) -> Tensor:
-        return self.schedule.time(-torch.log1p(-(std**2)))
 
     def time_at_noise_ratio(self, ratio: Tensor) -> Tensor:
         return self.schedule.time(torch.log1p(ratio**2))  # e^{−B} = 1/(1 + ratio²)
@@ -609,9 +556,6 @@ class SubVP(VP):
         integral_s, integral_t = self.schedule.integral(s), self.schedule.integral(t)
         missing = -2 / 3 * torch.exp(-2 * integral_s) * torch.expm1(1.5 * (integral_s - integral_t))
         return super().frozen_score_weight(s, t) - missing
-
-    def time_at_std(self, std: Tensor) -> Tensor:
-        return self.schedule.time(-torch.log1p(-std))
 
     def time_at_noise_ratio(self, ratio: Tensor) -> Tensor:
         return self.schedule.time(2 * torch.asinh(ratio / 2))  # ratio = e^{B/2} − e^{−B/2}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from checkpoints import CheckpointError, CheckpointStore, load_state_dict_strictly
 from conservativeness import asymmetry
-from evaluation import precision_recall
+from evaluation import neighbourhood_metrics
 from exact.distributions import TWO_DIMENSIONAL, NoisedDistribution, entropy
 from experiment.files import claim, read_arrays, write_arrays, write_json
 from experiment.jobs import Update
@@ -163,7 +163,7 @@ def evaluate_score(config: ConfigDict, score: ScoreFunction, device: str = "cpu"
             values.append(float(value.mean()))
 
     samples = sampler(config, sde)(score, x0, generator(config, "prior"))
-    precision, recall = precision_recall(x0.cpu().numpy(), samples.x.cpu().numpy(), k=NEIGHBOURS)
+    precision, recall, *_ = neighbourhood_metrics(x0.cpu().numpy(), samples.x.cpu().numpy(), k=NEIGHBOURS)
     metrics = {
         "nll": -float(likelihood.log_prob.mean()),
         "nll_matched_prior": -float(matched.mean()),

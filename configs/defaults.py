@@ -15,7 +15,7 @@ IMAGE_SETS = ("digits", "npz", "folder", "MNIST", "CIFAR10", "CIFAR100", "SVHN",
 NETWORKS = ("ddpm", "ncsn", "ncsnpp", "ncsnv2", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256")
 PREDICTORS = ("euler_maruyama", "reverse_diffusion", "ancestral_sampling", "exponential_integrator")
 PREDICTORS += ("probability_flow", "none")
-ODE_SOLVERS = ("rk45", "scipy", "dopri5", "heun", "adams")
+ODE_SOLVERS = ("rk45", "heun", "adams")
 VE_SCHEDULES = ("geometric", "constant", "square_root", "polynomial")
 VP_SCHEDULES = ("linear", "constant", "power", "exponential", "cosine")
 MEASUREMENTS = ("inpaint", "colorize", "super_resolution", "ct", "linear")
@@ -105,7 +105,7 @@ FIELDS: dict[str, Field] = {
     "sampling.corrector": Field("langevin", "of pc", choices("langevin", "ald", "none", or_path=True)),
     "sampling.n_steps_each": Field(1, "steps of the corrector at each time", at_least(1)),
     "sampling.snr": Field(0.16, "signal-to-noise ratio of the corrector's steps", positive),
-    "sampling.solver": Field("rk45", "of ode: rk45 to adams; of few_step: heun, dpmpp_2m, dpmpp_2m_sde", _SOLVERS),
+    "sampling.solver": Field("rk45", "of ode: rk45, heun, adams; of few_step: heun, dpmpp_2m, dpmpp_2m_sde", _SOLVERS),
     "sampling.rtol": Field(1e-5, "relative tolerance of ode", positive),
     "sampling.atol": Field(1e-5, "absolute tolerance of ode", positive),
     "sampling.condition": Field(
@@ -142,8 +142,8 @@ FIELDS: dict[str, Field] = {
     "likelihood.time": Field("log_ratio", "integrate over log_ratio (noise to signal) or t", choices("t", "log_ratio")),
     "likelihood.solver": Field("adams", "of the probability-flow ODE", choices(*ODE_SOLVERS, or_path=True)),
     "likelihood.num_steps": Field(160, "of heun and adams", at_least(0)),
-    "likelihood.rtol": Field(1e-3, "relative tolerance of the other solvers", positive),
-    "likelihood.atol": Field(1e-5, "absolute tolerance of the other solvers", positive),
+    "likelihood.rtol": Field(1e-3, "relative tolerance of rk45", positive),
+    "likelihood.atol": Field(1e-5, "absolute tolerance of rk45", positive),
     "eval.batch_size": Field(128, "images at once, in each process", at_least(1)),
     "eval.enable_bpd": Field(True, "measure bits/dim"),
     "eval.enable_asymmetry": Field(True, "measure Asym and NAsym"),

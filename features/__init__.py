@@ -1,29 +1,7 @@
-"""Features of images: Inception, a small classifier, tensorflow-gan; your own."""
+"""Features of images: Inception, a small classifier, tensorflow-gan; your own. FID and its relatives from them."""
 
-from features.classifier import ClassifierFeatures, train_classifier
-from features.extraction import (
-    FeatureExtractor,
-    extract_features,
-    key_digest,
-    make_extractor,
-    read_statistics,
-    statistics_file,
-)
-from features.inception import InceptionFeatures, find_weights
-from features.tfgan import TFHubFeatures, make_backend, tfgan_backend
+from features.classifier import train_classifier
+from features.extraction import FeatureExtractor, extract_features
+from features.quality import SampleQuality, make_extractor
 
-__all__ = [
-    "ClassifierFeatures",
-    "FeatureExtractor",
-    "InceptionFeatures",
-    "TFHubFeatures",
-    "extract_features",
-    "find_weights",
-    "key_digest",
-    "make_backend",
-    "make_extractor",
-    "read_statistics",
-    "statistics_file",
-    "tfgan_backend",
-    "train_classifier",
-]
+__all__ = ["FeatureExtractor", "SampleQuality", "extract_features", "make_extractor", "train_classifier"]

@@ -10,8 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
-import os
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,8 @@ from checkpoints import weights_digest
 from data import Split
 from experiment.randomness import seed_from, uniform
 from experiment.runtime import Runtime
-from features.extraction import canonical, file_stem, key_digest, reproducible_convolutions
+from features.extraction import check_images, file_stem, key_digest, reproducible_convolutions
 from training import Trainer
-
-__all__ = ["ClassifierFeatures", "train_classifier"]
 
 # A change to the network or to its training must change this number: it is part of the cache key.
 _CLASSIFIER_VERSION = 1
@@ -64,44 +61,47 @@ class _Classifier(nn.Module):
         self.head = nn.Linear(_WIDTH, num_classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        pool = self.stages(x).mean((2, 3))
-        return pool, self.head(pool)
+        with torch.autocast(x.device.type, enabled=False):  # in float32 also where the runtime's precision is another
+            pool = self.stages(x).mean((2, 3))
+            return pool, self.head(pool)
 
 
 @dataclass(frozen=True, eq=False)
 class ClassifierFeatures:
     """A trained classifier as feature extractor: uint8 images (B, C, H, W) -> pooled features (B, 64), logits (B, K).
 
-    Its key names the data, architecture, training settings and a hash of the weights, because the same training on
-    another device or library version gives slightly different weights. ``test_accuracy`` is the fraction of the test
-    split that it classifies correctly.
+    Images must be of the shape and levels of ``test``, the test split. The key names the data, architecture, training
+    settings and a hash of the weights, because the same training on another device or library version gives slightly
+    different weights.
     """
 
     network: nn.Module
     name: str
     key: str
-    test_accuracy: float
-    image_shape: tuple[int, int, int]
-    num_levels: int
+    test: Split
     device: torch.device
     dimension: ClassVar[int] = _WIDTH
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images must be of the shape and levels that the classifier was trained on."""
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.image_shape:
-            raise ValueError(
-                f"{self.name}: images must be uint8 of shape (B, {', '.join(map(str, self.image_shape))}), not "
-                f"{images.dtype} of shape {tuple(images.shape)}"
-            )
-        if len(images) and int(images.max()) >= self.num_levels:
-            raise ValueError(f"{self.name}: pixels must be 0 … {self.num_levels - 1}, but one is {int(images.max())}")
+        shape = tuple(self.test.image_shape)
+        wanted = f"(B, {', '.join(map(str, shape))})"
+        check_images(self.name, images, wanted, tuple(images.shape[1:]) == shape, self.test.num_levels)
         with reproducible_convolutions():
-            return self.network(_scaled(images.to(self.device), self.num_levels))
+            return self.network(_scaled(images.to(self.device), self.test.num_levels))
+
+    @functools.cached_property
+    def test_accuracy(self) -> float:
+        """The fraction of the test split that it classifies correctly."""
+        correct = 0
+        for indices in torch.arange(len(self.test)).split(512):
+            images, labels = self.test.batch(indices)
+            correct += int((self(images)[1].argmax(1).cpu() == labels).sum())
+        return correct / len(self.test)
 
 
 def train_classifier(
-    train: Split, test: Split, *, seed: int, cache_dir: str | os.PathLike[str], runtime: Runtime
+    train: Split, test: Split, *, seed: int, cache_dir: str | Path, runtime: Runtime
 ) -> ClassifierFeatures:
     """Train a small classifier on a set's own training labels, or read it from ``cache_dir``.
 
@@ -110,27 +110,16 @@ def train_classifier(
     random state as it was, and is in float32 whatever the precision of ``runtime``. It happens in a folder of the cache
     whose name has a digest of data, architecture, version of the training settings and seed, and goes on there if it
     was interrupted. Every process of ``runtime`` must call this; another command that wants the same classifier waits.
-
-    Args:
-        train: split whose labels are learned; ``test``: split whose accuracy is reported.
-        seed: of initialisation, order and shifts.
-        cache_dir: folder, made if missing.
-        runtime: where to train and to evaluate.
+    The accuracy reported is that on ``test``.
 
     Raises:
-        ValueError: the set has no labels, or the two splits differ in image shape, levels or classes.
+        ValueError: the two splits differ in image shape, levels or classes.
         CheckpointError: the classifier in the cache is damaged.
         Interrupted: SIGINT or SIGTERM arrived.
     """
-    for split in (train, test):
-        if split.num_classes is None:
-            raise ValueError(f"dataset {split.name!r} has no labels to train a classifier on: choose other features")
     described = [(tuple(s.image_shape), s.num_levels, s.num_classes) for s in (train, test)]
     if described[0] != described[1]:
-        raise ValueError(
-            f"dataset {train.name!r}: (image shape, levels, classes) is {described[0]} in training but "
-            f"{described[1]} in testing"
-        )
+        raise ValueError(f"{train.name}: image shape, levels and classes differ from {test.name}: {described}")
     recipe = {
         "train": train.fingerprint,
         "test": test.fingerprint,
@@ -141,37 +130,31 @@ def train_classifier(
         "version": _CLASSIFIER_VERSION,
         "seed": seed,
     }
-    name, digest = f"classifier-{file_stem(train.name)}", key_digest(canonical(recipe))
+    name, digest = f"classifier-{file_stem(train.name)}", key_digest(json.dumps(recipe, sort_keys=True))
     folder = Path(cache_dir) / f"{name}-{digest}"
-    network = _initial_classifier(train.image_shape, train.num_classes, seed).to(runtime.torch_device)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock") if runtime.is_main else contextlib.nullcontext(), reproducible_convolutions():
-        runtime.accelerator.wait_for_everyone()
-        _fit(network, train, folder, seed=seed, runtime=runtime)
-        accuracy = _accuracy(network, test, runtime.torch_device)
-    return ClassifierFeatures(
-        network.requires_grad_(False),
-        name=name,
-        key=f"classifier-{digest}-{weights_digest(network)}",
-        test_accuracy=accuracy,
-        image_shape=tuple(train.image_shape),
-        num_levels=train.num_levels,
-        device=runtime.torch_device,
-    )
-
-
-def _initial_classifier(image_shape: Sequence[int], num_classes: int, seed: int) -> _Classifier:
     # Constructing modules draws from the global stream: fork it, and seed the CPU's generator alone (the function
     # torch.manual_seed would reseed every accelerator as well).
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed_from(seed, "classifier weights"))
-        return _Classifier(image_shape, num_classes)
+        network = _Classifier(train.image_shape, train.num_classes).to(runtime.torch_device)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock") if runtime.is_main else contextlib.nullcontext(), reproducible_convolutions():
+        runtime.accelerator.wait_for_everyone()
+        _fit(network, train, folder, seed=seed, runtime=runtime)
+    return ClassifierFeatures(
+        network.requires_grad_(False),
+        name=name,
+        key=f"classifier-{digest}-{weights_digest(network)}",
+        test=test,
+        device=runtime.torch_device,
+    )
 
 
 def _fit(network: nn.Module, train: Split, folder: Path, *, seed: int, runtime: Runtime) -> None:
     epochs = min(max(round(_IMAGES_SEEN / len(train)), 10), 30)
     steps = epochs * -(-len(train) // _BATCH)
     optimizer = torch.optim.AdamW(network.parameters(), lr=_PEAK_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
+    schedule = _one_cycle(steps)
 
     @functools.lru_cache(maxsize=1)  # every pass of a step takes the same
     def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -182,8 +165,9 @@ def _fit(network: nn.Module, train: Split, folder: Path, *, seed: int, runtime: 
 
     def loss(objective: nn.Module, step: int, positions: range) -> dict[str, Tensor]:
         for group in optimizer.param_groups:
-            group["betas"] = (_one_cycle(step, steps)[1], group["betas"][1])
-        return {"loss": objective(*batch(step))}
+            group["betas"] = (schedule[step][1], group["betas"][1])
+        x, labels = batch(step)
+        return {"loss": F.cross_entropy(objective(x)[1], labels)}
 
     if runtime.on_progress is not None:  # it counts other things
         runtime = dataclasses.replace(runtime, on_progress=lambda count: None)
@@ -195,8 +179,7 @@ def _fit(network: nn.Module, train: Split, folder: Path, *, seed: int, runtime: 
         n_iters=steps,
         # Every pass of every process computes the whole of a small batch, the last of which could not be divided.
         batch_size=runtime.accelerator.num_processes * runtime.accumulation_steps,
-        objective=_CrossEntropy(network),
-        learning_rate=lambda step: _one_cycle(step, steps)[0],
+        learning_rate=lambda step: schedule[step][0],
         save_freq=1000,
         runtime=runtime,
         description="feature classifier",
@@ -207,18 +190,6 @@ def _fit(network: nn.Module, train: Split, folder: Path, *, seed: int, runtime: 
     network.eval()
 
 
-class _CrossEntropy(nn.Module):
-    """The loss, in float32 also where the runtime's precision is another."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.cross_entropy(self.network(x)[1], labels)
-
-
 def _draws(size: int, epochs: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Step by step, which images (B,) and uniform numbers (B, 2) for their shifts."""
     generator = torch.Generator().manual_seed(seed_from(seed, "classifier training"))
@@ -227,23 +198,16 @@ def _draws(size: int, epochs: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]
             yield indices, uniform((len(indices), 2), generator)
 
 
-def _one_cycle(step: int, steps: int) -> tuple[float, float]:
-    """Learning rate and β₁ of a step: those of torch's OneCycleLR, as functions of the step.
-
-    For 30 % of the steps the rate rises from 1/25 of its peak and β₁ falls from 0.95 to 0.85; then the rate falls to
-    4e-6 of its peak and β₁ rises again; half a period of a cosine each.
-    """
-    top, last = 0.3 * steps - 1, steps - 1
-    rising = step <= top
-    fraction = step / top if rising else (step - top) / (last - top)
-
-    def between(start: float, end: float) -> float:
-        return end + (start - end) / 2.0 * (math.cos(math.pi * fraction) + 1)
-
-    first = _PEAK_LEARNING_RATE / 25
-    if rising:
-        return between(first, _PEAK_LEARNING_RATE), between(0.95, 0.85)
-    return between(_PEAK_LEARNING_RATE, first / 1e4), between(0.85, 0.95)
+def _one_cycle(steps: int) -> list[tuple[float, float]]:
+    """Learning rate and β₁ of every step, of torch's OneCycleLR, in a table, so that training can go on anywhere."""
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _PEAK_LEARNING_RATE, total_steps=steps)
+    table = []
+    for _ in range(steps):
+        table.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"][0]))
+        optimizer.step()
+        schedule.step()
+    return table
 
 
 def _shifted(x: Tensor, u: Tensor) -> Tensor:
@@ -258,16 +222,6 @@ def _shifted(x: Tensor, u: Tensor) -> Tensor:
     channel = torch.arange(channels, device=x.device)[None, :, None, None]
     padded = F.pad(x, (reach,) * 4, mode="replicate")
     return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-@torch.no_grad()
-def _accuracy(network: nn.Module, split: Split, device: torch.device | str) -> float:
-    correct = 0
-    for indices in torch.arange(len(split)).split(512):
-        images, labels = split.batch(indices)
-        _, logits = network(_scaled(images.to(device), split.num_levels))
-        correct += int((logits.argmax(1) == labels.to(device)).sum())
-    return correct / len(split)
 
 
 def _scaled(images: Tensor, num_levels: int) -> Tensor:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 from pathlib import Path
 
@@ -21,26 +20,17 @@ import torch
 from torch import Tensor
 
 from experiment.files import first_line
-from features.extraction import reproducible_convolutions
-
-__all__ = ["SHA256", "URL", "InceptionFeatures", "find_weights", "rgb_in_8_bits"]
+from features.extraction import check_images, reproducible_convolutions
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-_ALTERNATIVES = (
-    "or do without Inception: --config.eval.features=classifier (its numbers compare only with each other), "
-    "--config.eval.enable_sampling=False"
-)
 
 
-def find_weights(path: str | os.PathLike[str]) -> Path:
+def find_weights(path: str | Path) -> Path:
     """The file of weights: ``path``, or where torch-fidelity keeps them, fetched into there if need be.
 
-    Args:
-        path: ``config.eval.inception_path``; empty: torch's cache (``TORCH_HOME``, by default ~/.cache/torch).
-
-    Raises:
-        ValueError: there is no such file, or it is not in the cache and cannot be fetched.
+    ``path`` is ``config.eval.inception_path``; empty: torch's cache (``TORCH_HOME``, by default ~/.cache/torch). A
+    ValueError if there is no such file, or it is not in the cache and cannot be fetched.
     """
     if str(path):
         given = Path(path).expanduser()
@@ -56,7 +46,8 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
             raise ValueError(
                 f"eval.features='inception': the weights of Inception are not in {cached} and could not be fetched "
                 f"({first_line(error)}). Fetch {URL} (96 MB) and put it there, or anywhere and give "
-                f"--config.eval.inception_path=FILE; {_ALTERNATIVES}"
+                "--config.eval.inception_path=FILE; or do without Inception: --config.eval.features=classifier (its "
+                "numbers compare only with each other), --config.eval.enable_sampling=False"
             ) from error
     return cached
 
@@ -69,13 +60,10 @@ class InceptionFeatures:
 
     Args:
         path: the file of weights.
-        sha256: the hash that the file must have, for weights of the same network other than the published ones
-            (``config.eval.inception_sha256``); empty: that of the published ones.
+        sha256: the hash that the file must have; empty: that of the published weights, with which the extractor's name
+            is "inception"; else the name has a part of the hash.
         num_levels: number L of grey levels of the images.
         device: where to compute.
-
-    The name is "inception" with the published weights, else it has a part of the hash; the key names weights and number
-    of levels.
 
     Raises:
         ValueError: the file has another hash, or does not hold weights of this network.
@@ -84,7 +72,7 @@ class InceptionFeatures:
     dimension = 2048
 
     def __init__(
-        self, path: str | os.PathLike[str], *, sha256: str = "", num_levels: int = 256, device: torch.device | str
+        self, path: str | Path, *, sha256: str = "", num_levels: int = 256, device: torch.device | str
     ) -> None:
         # Slow to import, and not needed for other features.
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -126,12 +114,7 @@ class InceptionFeatures:
 
 def rgb_in_8_bits(images: Tensor, num_levels: int) -> Tensor:
     """Levels 0 … L−1 of (B, 1 or 3, H, W) spread over 0 … 255 and rounded; three equal channels of one."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(
-            f"Inception: images must be uint8 of shape (B, 1 or 3, H, W), not {images.dtype} of {tuple(images.shape)}"
-        )
-    if len(images) and int(images.max()) >= num_levels:
-        raise ValueError(f"Inception: pixels must be 0 … {num_levels - 1}, but one is {int(images.max())}")
+    check_images("Inception", images, "(B, 1 or 3, H, W)", images.ndim == 4 and images.shape[1] in (1, 3), num_levels)
     if num_levels != 256:
         images = (images.float() * (255 / (num_levels - 1))).round().to(torch.uint8)
     return images.expand(-1, 3, -1, -1)

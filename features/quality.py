@@ -2,10 +2,14 @@
 
 W/eval/sample_features.npz     features of the samples
 CACHE/features-….npz           those of the training images, shared by all models of a set
+
+In these files features (N, F) are called ``pool_3`` and logits (N, K) ``logits``, whatever the extractor, as
+score_sde_pytorch calls them.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,22 +18,46 @@ import numpy as np
 import torch
 
 from data import Split, evenly_spaced
-from evaluation import Features, sample_quality
+from evaluation import OWN_BACKEND, Features, check_matrix, sample_quality
+from experiment.files import first_line, read_arrays
 from experiment.registry import resolve
 from experiment.runtime import Runtime
-from features.extraction import (
-    FeatureExtractor,
-    extract_features,
-    key_digest,
-    make_extractor,
-    read_statistics,
-    statistics_file,
-)
-
-__all__ = ["SampleQuality"]
+from features import tfgan
+from features.classifier import train_classifier
+from features.extraction import FeatureExtractor, extract_features, file_stem, key_digest
+from features.inception import InceptionFeatures, find_weights
 
 LEAST_IMAGES = 4
 """For FID and its relatives."""
+
+
+def make_extractor(
+    settings: Mapping, train: Split, test: Split, *, seed: int, cache_dir: str | Path, runtime: Runtime
+) -> FeatureExtractor:
+    """The extractor that ``settings['features']`` names: ``inception``, ``classifier``, or the import path of your own
+    function, which is called with the keywords ``num_levels`` and ``device``.
+
+    Args:
+        settings: the fields of ``config.eval``.
+        train: the set whose images are compared; a classifier learns it, and is tested on ``test``.
+        seed, cache_dir, runtime: of the classifier, see ``train_classifier``.
+
+    Raises:
+        ValueError: unknown name, or the extractor cannot be had.
+    """
+
+    def inception(num_levels: int, device: torch.device) -> FeatureExtractor:
+        if settings["tfhub_inception"]:
+            return tfgan.TFHubFeatures(settings["tfhub_inception"], num_levels=num_levels)
+        with runtime.accelerator.main_process_first():  # it fetches them if they are not there
+            weights = find_weights(settings["inception_path"])
+        return InceptionFeatures(weights, sha256=settings["inception_sha256"], num_levels=num_levels, device=device)
+
+    def classifier(**_) -> FeatureExtractor:
+        return train_classifier(train, test, seed=seed, cache_dir=cache_dir, runtime=runtime)
+
+    make = resolve(settings["features"], {"inception": inception, "classifier": classifier}, "eval.features")
+    return make(num_levels=train.num_levels, device=runtime.torch_device)
 
 
 class SampleQuality:
@@ -49,15 +77,11 @@ class SampleQuality:
     def __init__(
         self, settings: Mapping, train_data: Split, test_data: Split, cache_dir: Path, runtime: Runtime, *, seed: int
     ) -> None:
+        needed = f"FID and its relatives need at least {LEAST_IMAGES}"
         if settings["num_samples"] < LEAST_IMAGES:
-            raise ValueError(
-                f"eval.num_samples={settings['num_samples']}: FID and its relatives need at least {LEAST_IMAGES}"
-            )
+            raise ValueError(f"eval.num_samples={settings['num_samples']}: {needed}")
         if not settings["stats_path"] and len(train_data) < LEAST_IMAGES:
-            raise ValueError(
-                f"{train_data.name}: {len(train_data)} training image(s); FID and its relatives need at least "
-                f"{LEAST_IMAGES}"
-            )
+            raise ValueError(f"{train_data.name}: {len(train_data)} training image(s); {needed}")
         self.classifies = settings["features"] == "classifier"
         if self.classifies and train_data.num_classes is None:
             raise ValueError(
@@ -66,31 +90,22 @@ class SampleQuality:
             )
         self.settings, self.seed, self.runtime = settings, seed, runtime
         self.train_data, self.test_data, self.cache_dir = train_data, test_data, cache_dir
-        self.backend = None
-        if settings["backend"] != "torch" and runtime.is_main:  # which computes the metrics
-            from features.tfgan import make_backend
-
-            self.backend = make_backend(settings["backend"])
+        self.backend = OWN_BACKEND
+        if runtime.is_main:  # which computes the metrics
+            known = {"torch": lambda: OWN_BACKEND, "tfgan": tfgan.tfgan_backend}
+            self.backend = resolve(settings["backend"], known, "eval.backend")()
         self.metrics = {name: resolve(name, {}, "eval.metrics") for name in settings["metrics"]}
         if not self.classifies:  # to train the classifier is work, and comes later
             _ = self.extractor
         self.statistics = None
         if settings["stats_path"]:
-            self.statistics = read_statistics(settings["stats_path"], self.extractor.dimension)
+            self.statistics = _read_statistics(settings["stats_path"], self.extractor.dimension)
 
     @cached_property
     def extractor(self) -> FeatureExtractor:
         """The one that the settings ask for; a classifier is trained if it is not in the cache."""
-        names = ("inception_path", "inception_sha256", "tfhub_inception")
-        return make_extractor(
-            self.settings["features"],
-            self.train_data,
-            self.test_data,
-            seed=self.seed,
-            cache_dir=self.cache_dir,
-            runtime=self.runtime,
-            **{name: self.settings[name] for name in names},
-        )
+        options = dict(seed=self.seed, cache_dir=self.cache_dir, runtime=self.runtime)
+        return make_extractor(self.settings, self.train_data, self.test_data, **options)
 
     def reference(self) -> tuple[Path, np.ndarray]:
         """The file of ``pool_3`` and ``logits`` of the images that samples are compared with, and ``pool_3`` (N, F)."""
@@ -99,7 +114,16 @@ class SampleQuality:
         data = self.train_data
         # Deviation from QCSBM, which takes as many from a shuffled set.
         count = min(self.settings["num_reference"] or len(data), len(data))
-        path, key = statistics_file(data, self.extractor, self.cache_dir, count)
+        identity = {
+            "data": data.fingerprint,
+            "extractor": self.extractor.key,
+            "image_shape": list(data.image_shape),
+            "num_images": len(data),
+        }
+        if count < len(data):
+            identity["of_them"] = count
+        key = json.dumps(identity, sort_keys=True)
+        path = Path(self.cache_dir) / f"features-{file_stem(data.name)}-{key_digest(key)}.npz"
 
         def images(items: range) -> torch.Tensor:
             return data.batch(evenly_spaced(items, count, len(data)))[0]
@@ -124,7 +148,7 @@ class SampleQuality:
             "feature_test_accuracy": getattr(extractor, "test_accuracy", None),
             "reference": "training images" if self.statistics is None else reference.name,
             "num_reference": len(real),
-            "backend": self.settings["backend"] if self.backend is None else self.backend.name,
+            "backend": self.backend.name,
         }
         if labels is not None and self.classifies:
             metrics["classified_as_wanted"] = float((generated.logits.argmax(1) == labels).mean())
@@ -141,6 +165,24 @@ class SampleQuality:
             found = extract_features(self.extractor, images(items))
             return {"pool_3": found.pool, "logits": found.logits}
 
-        batch_size = self.settings["batch_size"]
-        arrays = self.runtime.compute(path, key, size, batch_size, compute, description=path.stem)
+        arrays = self.runtime.compute(path, key, size, self.settings["batch_size"], compute, description=path.stem)
         return Features(arrays["pool_3"], arrays["logits"])
+
+
+def _read_statistics(path: str, dimension: int) -> np.ndarray:
+    """``pool_3``, float32 (N, dimension), from an archive in score_sde_pytorch's format: its ``cifar10_stats.npz``,
+    QCSBM's ``dataset_stat.npz``, or what ``--mode=stats`` writes; a ValueError if it is none."""
+    try:
+        arrays = read_arrays(Path(path))
+        if "pool_3" not in arrays:
+            raise ValueError(f"{path} has no array pool_3 (it has {', '.join(arrays) or 'nothing'})")
+        pool = arrays["pool_3"]
+        if pool.dtype.kind != "f" or pool.ndim != 2 or pool.shape[1] != dimension or len(pool) < LEAST_IMAGES:
+            raise ValueError(
+                f"{path}: pool_3 must be floating-point numbers of shape (N, {dimension}) with N of at least "
+                f"{LEAST_IMAGES}, not {pool.dtype} of shape {pool.shape}"
+            )
+        check_matrix(f"{path}: pool_3", pool)
+    except ValueError as error:
+        raise ValueError(f"eval.stats_path: {first_line(error)}") from error
+    return pool.astype(np.float32, copy=False)

@@ -12,9 +12,8 @@ model is a program: take it from nobody but TF-Hub.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
-import sys
+import platform
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,39 +23,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation import OWN_BACKEND, Backend
+from evaluation import Backend
 from experiment.files import first_line
-from experiment.registry import resolve
 from features.inception import rgb_in_8_bits
-
-__all__ = ["TFHubFeatures", "load_tensorflow_gan", "make_backend", "tfgan_backend"]
-
-
-def make_backend(name: str) -> Backend:
-    """The backend that ``eval.backend`` names: ``torch``, ``tfgan``, or the import path ``module:function`` of your own
-    function, which returns a ``Backend``."""
-    return resolve(name, {"torch": lambda: OWN_BACKEND, "tfgan": tfgan_backend}, "eval.backend")()
 
 
 def load_tensorflow_gan() -> tuple[ModuleType, ModuleType]:
     """The modules ``tensorflow`` and ``tensorflow_gan``, quietly, and leaving torch its share of a GPU; a ValueError if
     they are not installed, or do not work in this environment."""
-    missing = [name for name in ("tensorflow", "tensorflow_gan") if importlib.util.find_spec(name) is None]
-    python = ".".join(map(str, sys.version_info[:2]))
-    remedy = (
-        "tensorflow-gan needs TensorFlow 2.15, and that Python 3.11 or older (this is "
-        f"{python}): see requirements.txt. --config.eval.backend=torch computes the same numbers without"
-    )
-    if missing:
-        raise ValueError(f"eval.backend='tfgan': {' and '.join(missing)} not installed; {remedy}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations between releases that no longer change
             import tensorflow
             import tensorflow_gan
-    except Exception as error:  # a release that does not fit fails in whatever it meets first
-        raise ValueError(f"eval.backend='tfgan': it cannot be imported ({first_line(error)}); {remedy}") from error
+    except Exception as error:  # missing, or a release that does not fit and fails in whatever it meets first
+        raise ValueError(
+            f"eval.backend='tfgan': it cannot be imported ({first_line(error)}); tensorflow-gan needs TensorFlow 2.15, "
+            f"and that Python 3.11 or older (this is {platform.python_version()}): see requirements.txt. "
+            "--config.eval.backend=torch computes the same numbers without"
+        ) from error
     tensorflow.get_logger().setLevel("ERROR")
     for gpu in tensorflow.config.list_physical_devices("GPU"):
         tensorflow.config.experimental.set_memory_growth(gpu, True)
@@ -96,7 +82,7 @@ class TFHubFeatures:
 
     name = "inception-tfhub"
 
-    def __init__(self, folder: str | os.PathLike[str], *, num_levels: int = 256) -> None:
+    def __init__(self, folder: str | Path, *, num_levels: int = 256) -> None:
         folder = Path(folder).expanduser()
         if not (folder / "saved_model.pb").is_file():
             raise ValueError(

@@ -22,7 +22,7 @@ Song, Vahdat, Mardani, Kautz (ΠGDM, ICLR 2023); Dhariwal and Nichol (NeurIPS 20
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -30,23 +30,9 @@ from torch import Tensor
 
 from conservativeness import vjp
 from experiment.randomness import Generator, normal_like
-from experiment.registry import resolve
 from guidance.measurements import LinearOperator
 from sampling import ConditionalScore, Projection
 from sde_lib import SDE, ScoreFunction, expand
-
-__all__ = [
-    "CLASS_CONDITIONS",
-    "CONDITIONINGS",
-    "CONDITION_FIELDS",
-    "ClassifierFreeGuidance",
-    "ClassifierGuidance",
-    "DiffusionPosteriorSampling",
-    "MeasurementProjection",
-    "PseudoinverseGuidance",
-    "condition_on_measurement",
-    "is_measurement",
-]
 
 
 @dataclass
@@ -123,25 +109,15 @@ class PseudoinverseGuidance(_MeasurementScore):
     x̂_0 is off by about 1 %, its derivative by far more than that small number, and samples would go to infinity. The
     guidance is therefore at most ``TRUST`` times as long as that derivative would make it. (The source multiplies by
     r_t² instead, which removes nearly all guidance at much noise.) For Gaussian data nothing is cut off.
-
-    Raises:
-        ValueError: neither noise nor a prior variance.
     """
 
     noise_std: float = 0.0
     """σ_y."""
     prior_variance: float = 1.0
-    """v. With 0, and noise, the likelihood of DPS before its step size (Chung et al., 2023)."""
+    """v. With 0, for which there must be noise, the likelihood of DPS before its step size (Chung et al., 2023)."""
     weight: float = 1.0
     """γ."""
     TRUST: ClassVar[float] = 5.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (self.prior_variance >= 0 and self.noise_std >= 0 and self.prior_variance + self.noise_std > 0):
-            raise ValueError(
-                f"prior_variance={self.prior_variance}, noise_std={self.noise_std}: need one that is positive"
-            )
 
     def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
         alpha, std = self.sde.mean_coefficient(t)[:, None].to(x), self.sde.std(t)[:, None].to(x)
@@ -173,10 +149,7 @@ class DiffusionPosteriorSampling(_MeasurementScore):
 
     step_size: float
     """ζ."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.move: Tensor | float = 0.0
+    move: Tensor | float = field(default=0.0, init=False, compare=False)
 
     def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
         with torch.enable_grad():
@@ -250,39 +223,11 @@ class ClassifierFreeGuidance(ConditionalScore):
 # ---------------------------------------------------------------------------------------------------------------
 # From the options of sampling, such as ``config.sampling``
 
-CLASS_CONDITIONS = ("class", "class_free")
-"""Values of ``sampling.condition`` that ask for a class; all others are measurements."""
-
 CONDITION_FIELDS = (
     *("condition", "conditioning", "guidance_weight", "class_label", "mask", "factor", "num_views", "operator"),
     *("measurement_noise", "num_images", "samples_per_image"),
 )
 """Options that unconditional sampling does not read."""
-
-
-def is_measurement(condition: str) -> bool:
-    """Whether a value of ``sampling.condition`` measures images."""
-    return bool(condition) and condition not in CLASS_CONDITIONS
-
-
-Conditioned = tuple[ScoreFunction, Projection | None]
-
-
-def _projection(options, prior_variance: float, sde, score, operator, y) -> Conditioned:
-    return score, MeasurementProjection(sde, operator, y, options["measurement_noise"])
-
-
-def _dps(options, prior_variance: float, *given) -> Conditioned:
-    dps = DiffusionPosteriorSampling(*given, options["guidance_weight"])
-    return dps, dps
-
-
-def _pigdm(options, prior_variance: float, *given) -> Conditioned:
-    return PseudoinverseGuidance(*given, options["measurement_noise"], prior_variance, options["guidance_weight"]), None
-
-
-CONDITIONINGS = {"projection": _projection, "dps": _dps, "pigdm": _pigdm}
-"""An import path can name any other f(options, prior_variance, sde, score, operator, y) → score, projection or None."""
 
 
 def condition_on_measurement(
@@ -293,8 +238,17 @@ def condition_on_measurement(
     y: Tensor,
     *,
     prior_variance: float,
-) -> Conditioned:
+) -> tuple[ScoreFunction, Projection | None]:
     """The score and the projection that ``options['conditioning']`` makes of the unconditional score and measurements
     y (B, m) by the operator; ΠGDM needs the ``prior_variance`` of the data."""
-    make = resolve(options["conditioning"], CONDITIONINGS, "sampling.conditioning")
-    return make(options, prior_variance, sde, score, operator, y)
+    noise, weight = options["measurement_noise"], options["guidance_weight"]
+    match options["conditioning"]:
+        case "projection":
+            return score, MeasurementProjection(sde, operator, y, noise)
+        case "dps":
+            dps = DiffusionPosteriorSampling(sde, score, operator, y, weight)
+            return dps, dps
+        case "pigdm":
+            return PseudoinverseGuidance(sde, score, operator, y, noise, prior_variance, weight), None
+        case other:
+            raise ValueError(f"sampling.conditioning={other!r}: allowed are projection, dps, pigdm")

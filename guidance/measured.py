@@ -3,7 +3,8 @@
 Of some test images, spread over the set, a few samples each, which all have the same measurement:
 
     FOLDER/samples.npz       images (N, S, H, W, C), truth (N, H, W, C), input (N, H, W, C), num_levels, nfe
-    FOLDER/grid.png          a row per image: what the measurement alone gives, samples, the truth
+    FOLDER/grid.png          a row for each of up to eight images: what the measurement alone gives, up to six samples,
+                             the truth
     FOLDER/metrics.json      how far the samples are from the measurement
 """
 
@@ -15,19 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data import Split, evenly_spaced
-from experiment.figures import new_figure, save_figure
+from data.pixels import save_image_grid
 from experiment.files import write_arrays, write_json
 from experiment.randomness import SampleGenerators, normal_like
 from guidance.conditions import condition_on_measurement
 from guidance.measurements import LinearOperator, make_operator
-
-__all__ = ["MeasuredImages"]
-
-_VARIANCE_IMAGES = 1000
-"""Training images, at most, that the data's variance is estimated from."""
 
 
 class MeasuredImages:
@@ -53,13 +48,16 @@ class MeasuredImages:
         device = "cpu" if score.device.type == "mps" else score.device
         self.operator: LinearOperator = make_operator(self.sampling, score.shape, device)
         self.levels, _ = test_data.batch(evenly_spaced(range(count), count, available))
-        self.images = self._to_model(self.levels).to(score.device)
+        self.images = score.images.to_model(self.levels).to(score.device)
         y = self.operator(self.images)
         generator = SampleGenerators((score.config.seed, "measurement"), range(count))
         self.y = y + self.sampling.measurement_noise * normal_like(y, generator)
         self.prior_variance = math.nan
         if self.sampling.conditioning == "pigdm":
-            self.prior_variance = self._data_variance(train_data)
+            # Of training images' pixels about the mean image, averaged over pixels.
+            count = min(1000, len(train_data))
+            levels, _ = train_data.batch(evenly_spaced(range(count), count, len(train_data)))
+            self.prior_variance = float(score.images.to_model(levels).var(dim=0, unbiased=False).mean())
             if self.prior_variance == 0 and not self.sampling.measurement_noise:
                 raise ValueError(
                     "sampling.conditioning='pigdm': the training images do not vary; give sampling.measurement_noise "
@@ -83,7 +81,7 @@ class MeasuredImages:
         per_image = {name: values.reshape(len(self.images), each, *values.shape[1:]) for name, values in arrays.items()}
         if not score.runtime.is_main:
             return
-        metrics, num_levels = self._metrics(per_image), score.images.num_levels
+        metrics = self._metrics(per_image)
         given = score.images.to_levels(self.operator.pseudo_inverse(self.y)).permute(0, 2, 3, 1).cpu().numpy()
         truth = self.levels.permute(0, 2, 3, 1).numpy()
         write_arrays(
@@ -91,10 +89,11 @@ class MeasuredImages:
             images=per_image["images"],
             truth=truth,
             input=given,
-            num_levels=num_levels,
+            num_levels=score.images.num_levels,
             nfe=metrics["nfe_sampling"],
         )
-        _save_grid(folder / "grid.png", given, per_image["images"], truth, num_levels)
+        rows = np.concatenate([given[:, None], per_image["images"][:, :6], truth[:, None]], axis=1)[:8]
+        save_image_grid(folder / "grid.png", rows.reshape(-1, *truth.shape[1:]), score.images, columns=rows.shape[1])
         write_json(folder / "metrics.json", metrics)
 
     def _compute(self, items: range) -> dict[str, np.ndarray]:
@@ -117,7 +116,7 @@ class MeasuredImages:
             )
         levels = score.images.to_levels(result.x)
         misfit = self.operator(result.x) - y
-        rounded = self.operator(self._to_model(levels.cpu()).to(score.device)) - y
+        rounded = self.operator(score.images.to_model(levels.cpu()).to(score.device)) - y
         return {
             "images": levels.permute(0, 2, 3, 1).cpu().numpy(),
             "nfe": np.full(len(items), result.nfe),
@@ -144,29 +143,3 @@ class MeasuredImages:
             "num_images": len(self.images),
             "samples_per_image": self.sampling.samples_per_image,
         }
-
-    def _to_model(self, levels: Tensor) -> Tensor:
-        """Grey levels (B, C, H, W) as model values; those of dequantised data in the middle of their cell."""
-        return self.score.images.to_model(levels)
-
-    def _data_variance(self, data: Split) -> float:
-        """Of a training image's pixels about the mean image, averaged over pixels."""
-        count = min(_VARIANCE_IMAGES, len(data))
-        levels, _ = data.batch(evenly_spaced(range(count), count, len(data)))
-        return float(self._to_model(levels).var(dim=0, unbiased=False).mean())
-
-
-def _save_grid(path: Path, given: np.ndarray, samples: np.ndarray, truth: np.ndarray, num_levels: int) -> None:
-    """A row per image, (N, H, W, C), (N, S, H, W, C) and (N, H, W, C): given, up to six samples, truth."""
-    samples = samples[:8, :6]
-    titles = ["given", *(f"sample {i + 1}" for i in range(samples.shape[1])), "truth"]
-    rows, columns = len(samples), len(titles)
-    figure = new_figure(0.9 * columns, 0.9 * rows + 0.25)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for i, row in enumerate(axes):
-        for ax, image in zip(row, [given[i], *samples[i], truth[i]], strict=True):
-            ax.imshow(image.squeeze() / (num_levels - 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            ax.set_axis_off()
-    for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title, fontsize=8)
-    save_figure(figure, path)

@@ -40,11 +40,6 @@ SMALL_UNET = dict(
 """NCSN++ in small. init_scale 1 instead of 0, so that no branch is negligible."""
 
 
-def pytest_configure(config) -> None:
-    # torchdiffeq compiles a few of its functions in a way that torch deprecates.
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is deprecated:FutureWarning")
-
-
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)

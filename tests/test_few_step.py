@@ -86,13 +86,6 @@ def test_grid_is_that_of_edm(name):
     assert torch.allclose(root.diff(), root.diff().mean().expand(12), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", SDES)
-def test_time_at_noise_ratio_inverts_the_ratio(name):
-    sde = SDES[name]
-    t = torch.linspace(sde.sampling_eps, 1, 101, dtype=torch.float64)
-    assert torch.allclose(sde.time_at_noise_ratio(sde.std(t) / sde.mean_coefficient(t)), t, rtol=1e-7, atol=1e-9)
-
-
 def test_first_step_of_dpm_solver_and_a_step_to_no_noise_are_ddim():
     """Order one: x_s = α_s D + σ_s ε. Removing the noise that is left gives D."""
     sde, like = SDES["vp"], torch.zeros(3, 4, dtype=torch.float64)

@@ -128,15 +128,14 @@ def test_gaussian_in_the_logarithm_of_the_ratio(family):
     assert result.nfe == 170
 
 
-@every_family
-@pytest.mark.parametrize(("solver", "order"), [("adams", 4), ("heun", 2)])
+@pytest.mark.parametrize(("family", "solver", "order"), [*((family, "adams", 4) for family in SDES), ("vp", "heun", 2)])
 def test_order_in_the_logarithm_of_the_ratio(family, solver, order):
     sde = SDES[family]
     mixture = mixture_2d(sde)
     x = 1.5 * torch.randn(8, 2, dtype=torch.float64)
     exact = mixture.log_prob(x, times(EPS, x))
     errors = []
-    for steps in (160, 320, 640):
+    for steps in (160, 640):
         result = evaluator(family, time="log_ratio", solver=solver, num_steps=steps)(mixture.score, x)
         errors.append((with_the_exact_prior(result, mixture, sde) - exact).square().mean().sqrt().item())
     assert errors[-1] < 2e-4
@@ -324,8 +323,8 @@ def test_an_evaluator_describes_itself():
     assert str(LikelihoodEvaluator(sde, **base_config().likelihood)) == (
         "rademacher divergence, adams in ln(σ/α), 160 steps"
     )
-    several = LikelihoodEvaluator(sde, divergence="gaussian", probes=2, solver="scipy", rtol=1e-2)
-    assert str(several) == "gaussian divergence, 2 probes, scipy, rtol 0.01, atol 1e-05"
+    several = LikelihoodEvaluator(sde, divergence="gaussian", probes=2, solver="rk45", rtol=1e-2)
+    assert str(several) == "gaussian divergence, 2 probes, rk45, rtol 0.01, atol 1e-05"
     assert (
         str(LikelihoodEvaluator(sde, divergence="exact", probes=2)) == "exact divergence, rk45, rtol 0.001, atol 1e-05"
     )
@@ -347,7 +346,7 @@ def test_import_paths():
     ("fields", "message"),
     [
         (dict(divergence="hutchinson"), "likelihood.divergence='hutchinson': allowed are rademacher, gaussian, exact"),
-        (dict(solver="euler"), "likelihood.solver='euler': allowed are rk45, scipy, dopri5, heun, adams"),
+        (dict(solver="euler"), "likelihood.solver='euler': allowed are rk45, heun, adams"),
         (dict(solver="adams", num_steps=0), "likelihood.num_steps=0: likelihood.solver='adams' needs at least 1"),
         (dict(time="log_snr"), "likelihood.time='log_snr': allowed are t, log_ratio"),
     ],

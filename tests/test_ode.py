@@ -100,7 +100,7 @@ def test_backward_integration_returns(solver):
     def rotation(y: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         return frequency * (1 + t[:, None]) * torch.stack([-y[:, 1], y[:, 0]], 1)
 
-    settings = dict(solver=solver, rtol=1e-10, atol=1e-10, num_steps=6000)
+    settings = dict(solver=solver, rtol=1e-10, atol=1e-10, num_steps=6000 if solver == "heun" else 600)
     end = integrate(rotation, START, 0.2, 1.0, **settings)
     # The angle is 3 ∫ (1 + t) dt = 3 (0.8 + 0.48).
     cosine, sine = math.cos(3 * 1.28), math.sin(3 * 1.28)
@@ -109,11 +109,10 @@ def test_backward_integration_returns(solver):
     torch.testing.assert_close(integrate(rotation, end, 1.0, 0.2, **settings), START, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("solver", ["rk45", "scipy", "dopri5"])
-def test_adaptive_solvers_agree_at_a_tight_tolerance(solver):
+def test_rk45_at_a_tight_tolerance():
     # Rapid in time, so that a clock of single precision (relative error 6e-8) would show.
     problem = Tracking(RATES[:2], frequency=100.0)
-    y = integrate(problem.velocity, START[:2], 0.1, 0.9, solver=solver, rtol=1e-9, atol=1e-9)
+    y = integrate(problem.velocity, START[:2], 0.1, 0.9, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(y, problem.solution(START[:2], 0.1, 0.9), rtol=0, atol=2e-8)
     assert problem.evaluations.max() < 5000
 
@@ -198,14 +197,13 @@ def test_a_velocity_that_is_not_finite(solver, since):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("solver", ["rk45", "scipy", "dopri5"])
-def test_a_solution_that_ends_before_the_interval(solver):
+def test_a_solution_that_ends_before_the_interval():
     # y' = y² from 1 reaches infinity at t = 1.
     def velocity(y: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         return y**2
 
     with pytest.raises(RuntimeError):
-        integrate(velocity, torch.ones(1, 1, dtype=torch.float64), 0.0, 2.0, solver=solver, rtol=1e-6, atol=1e-6)
+        integrate(velocity, torch.ones(1, 1, dtype=torch.float64), 0.0, 2.0, rtol=1e-6, atol=1e-6)
 
 
 def test_rk45_of_nothing():
@@ -223,7 +221,7 @@ def test_rk45_at_rest_and_in_single_precision():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(solver="rk4"), "solver='rk4': allowed are rk45, scipy, dopri5, heun, adams, or module:attribute"),
+        (dict(solver="rk4"), "solver='rk4': allowed are rk45, heun, adams, or module:attribute"),
         (dict(solver="heun"), "num_steps=0: solver='heun' needs at least 1"),
         (dict(solver="adams", num_steps=-3), "num_steps=-3: solver='adams' needs at least 1"),
     ],

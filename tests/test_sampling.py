@@ -113,7 +113,7 @@ def test_langevin_corrector_at_a_fixed_time():
     dimension, snr = 16, 0.15
     corrector = LangevinCorrector(SDES["vp"], lambda x, t: -x, snr, num_steps=150)
     x = torch.randn(3000, dimension, dtype=torch.float64)
-    x, _ = corrector.step(x, torch.ones(3000), torch.Generator().manual_seed(0))
+    x = corrector.step(x, torch.ones(3000), torch.Generator().manual_seed(0))
     expected = (1 + 2 / dimension) / (1 - snr**2)
     assert abs((x**2).mean() / expected - 1) < 4 * (2 / x.numel()) ** 0.5 + snr**4 + 0.005
     assert x.mean(0).abs().max() < 4 * (expected / len(x)) ** 0.5
@@ -194,17 +194,14 @@ def test_corrector_step_sizes(family):
         (AnnealedLangevinCorrector(sde, score, snr), 2 * snr**2 * sde.std(t) ** 2),
     ):
         size = size[:, None, None, None]
-        new, mean = corrector.step(x, t, torch.Generator().manual_seed(3))
-        torch.testing.assert_close(mean, x + size * s, rtol=1e-12, atol=1e-14)
+        new = corrector.step(x, t, torch.Generator().manual_seed(3))
         z = normal_like(x, torch.Generator().manual_seed(3))
-        torch.testing.assert_close(new, mean + (2 * size).sqrt() * z, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(new, x + size * s + (2 * size).sqrt() * z, rtol=1e-12, atol=1e-14)
         # Two steps are one after the other.
         generator = torch.Generator().manual_seed(3)
-        once, _ = corrector.step(x, t, generator)
-        twice = corrector.step(once, t, generator)
+        twice = corrector.step(corrector.step(x, t, generator), t, generator)
         corrector.num_steps = 2
-        both = corrector.step(x, t, torch.Generator().manual_seed(3))
-        assert torch.equal(both[0], twice[0]) and torch.equal(both[1], twice[1])
+        assert torch.equal(corrector.step(x, t, torch.Generator().manual_seed(3)), twice)
 
 
 def test_langevin_corrector_needs_dimensions():
@@ -347,7 +344,7 @@ def test_fewer_steps_visit_evenly_chosen_levels(predictor, nfe):
 
 
 @every_family
-@pytest.mark.parametrize("solver", ["rk45", "scipy", "dopri5", "heun", "adams"])
+@pytest.mark.parametrize("solver", ["rk45", "heun", "adams"])
 def test_ode_sampler_is_the_gaussian_map(family, solver):
     sde = SDES[family]
     gaussian = gaussian_2d(sde)
@@ -406,7 +403,7 @@ def test_nfe_of_pc_samplers_is_the_number_of_calls(settings, expected, noise_rem
     assert samples.nfe == score.calls == expected + noise_removal
 
 
-@pytest.mark.parametrize("solver", ["rk45", "scipy", "dopri5", "heun", "adams"])
+@pytest.mark.parametrize("solver", ["rk45", "heun", "adams"])
 def test_nfe_of_ode_samplers_is_the_number_of_calls(solver):
     sde = SDES["ve"]
     score = Calls(gaussian_2d(sde).score)
@@ -571,7 +568,7 @@ def test_import_paths(fields, as_path):
         (dict(corrector="mala"), "sampling.corrector='mala': allowed are langevin, ald, none, or module:attribute"),
         (dict(corrector="user_classes:Mala"), "sampling.corrector='user_classes:Mala': module 'user_classes' has no"),
         (dict(predictor="none", corrector="none"), "at least one must be given"),
-        (dict(method="ode", solver="rk4"), "sampling.solver='rk4': allowed are rk45, scipy, dopri5, heun, adams"),
+        (dict(method="ode", solver="rk4"), "sampling.solver='rk4': allowed are rk45, heun, adams"),
         (
             dict(method="few_step", solver="rk45"),
             "sampling.method='few_step', sampling.solver='rk45': allowed are ",

@@ -253,9 +253,9 @@ def test_weight_of_a_frozen_score(sde):
 
 
 @every_sde
-def test_time_at_std_inverts_std(sde):
+def test_time_at_noise_ratio_inverts_the_ratio(sde):
     t = torch.cat([torch.tensor([1e-5, 1e-3], dtype=torch.float64), GRID[1:]])
-    torch.testing.assert_close(sde.time_at_std(sde.std(t)), t, rtol=1e-9, atol=0)
+    torch.testing.assert_close(sde.time_at_noise_ratio(sde.std(t) / sde.mean_coefficient(t)), t, rtol=1e-9, atol=0)
 
 
 @every_sde

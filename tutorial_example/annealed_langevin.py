@@ -55,7 +55,7 @@ def run(folder: Path, update: Update, *, particles: int = 2000, n_iters: int = 4
             x = start = 16 * uniform((particles, 2), source, dtype=torch.float64).to(dtype) - 8
             share = []
             for t in times:
-                x, _ = corrector.step(x, constant(x, t), source)
+                x = corrector.step(x, constant(x, t), source)
                 share.append(minor_share(x))
             update(LEVELS * STEPS)
             shares.setdefault((kind, sampler), []).append(share)

@@ -41,7 +41,7 @@ def order(rows: Sequence[dict]) -> float:
 def run(folder: Path, update: Update, *, duration: float = 20.0, particles: int = 2000, n_iters: int = 3000) -> Result:
     """``duration``: of a chain, the step size ε times the number of steps."""
     sde = SDES["VE"]
-    mixture, t = common.three_modes(sde), float(sde.time_at_std(torch.tensor(STD, dtype=torch.float64)))
+    mixture, t = common.three_modes(sde), float(sde.time_at_noise_ratio(torch.tensor(STD, dtype=torch.float64)))
     (mean, covariance), exact_nll = mixture.moments(t), entropy(mixture, t)
 
     # Train.

@@ -44,7 +44,7 @@ def run(folder: Path, update: Update, *, num_train: int = 10_000, n_iters: int =
     # Train, and measure the error by the density at the point.
     x, rows, maps = common.plane_grid(WIDTH, COUNT), [], {}
     for std in STDS:
-        t = float(sde.time_at_std(torch.tensor(std, dtype=torch.float64)))
+        t = float(sde.time_at_noise_ratio(torch.tensor(std, dtype=torch.float64)))
         learned = trained(std, t)(x.float(), constant(x.float(), t)).double()
         true, log_density = mixture.score(x, constant(x, t)), mixture.log_prob(x, constant(x, t))
         error, length, below_peak = (learned - true).norm(dim=1), true.norm(dim=1), log_density.max() - log_density

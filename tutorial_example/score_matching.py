@@ -51,7 +51,7 @@ def fisher_information(mixture: GaussianMixture, t: float, half_width: float = 6
 def run(folder: Path, update: Update, *, n_iters: int = 1000, seeds: int = 3, test_points: int = 50_000) -> Result:
     """A seed is that of weights, data and noise; under one seed the losses share all three."""
     sde = SDES["VE"]
-    mixture, t = common.three_modes(sde), float(sde.time_at_std(torch.tensor(STD, dtype=torch.float64)))
+    mixture, t = common.three_modes(sde), float(sde.time_at_noise_ratio(torch.tensor(STD, dtype=torch.float64)))
     fisher = fisher_information(mixture, t)
     constants = dict.fromkeys(LOSSES, -0.5 * fisher) | {"explicit": 0.0, "denoising": -0.5 * fisher + 2 / (2 * STD**2)}
 

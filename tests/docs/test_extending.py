@@ -65,7 +65,7 @@ def test_schedule_and_samplers_are_right() -> None:
     torch.testing.assert_close(1 / sigma, 1 / 0.02 + t * (1 / 7.0 - 1 / 0.02), rtol=1e-12, atol=0)
     (rate,) = torch.autograd.grad((sigma**2).sum(), t)
     torch.testing.assert_close(sde.diffusion(t) ** 2, rate)
-    torch.testing.assert_close(sde.time_at_std(sigma), t)
+    torch.testing.assert_close(sde.time_at_noise_ratio(sigma), t)
 
     sde = make_sde("vpsde", "", dict(beta_min=0.1, beta_max=20.0))
     mean, covariance = torch.tensor([1.0, -1.0]), torch.tensor([[1.0, 0.5], [0.5, 0.5]])

@@ -544,7 +544,7 @@ def test_noise_below_what_is_resolved_is_refused():
         Spirals(vp).log_prob(x, torch.tensor([0.5, 0.005]))
     assert Spirals(vp, smallest_noise=0.02).log_prob(x, torch.tensor([0.5, 0.005])).isfinite().all()
     # The paper's smallest noise, in single precision.
-    assert Spirals(PAPER).score(x, PAPER.time_at_std(torch.tensor([0.1, 0.1]))).isfinite().all()
+    assert Spirals(PAPER).score(x, PAPER.time_at_noise_ratio(torch.tensor([0.1, 0.1]))).isfinite().all()
 
 
 def test_entropy_of_a_gaussian_in_closed_form():

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from traps import Trap
 
+from configs.defaults import base_config
 from data import TensorSplit
+from evaluation import OWN_BACKEND, Backend
 from experiment.runtime import Runtime
-from features import extract_features, make_extractor, read_statistics, statistics_file
+from features import SampleQuality, extract_features, make_extractor
+from features.quality import _read_statistics
 
 POOL = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
 LOGITS = np.random.default_rng(1).standard_normal((6, 3))
@@ -24,7 +28,7 @@ LOGITS = np.random.default_rng(1).standard_normal((6, 3))
 )
 def test_published_statistics_are_read(arrays, tmp_path):
     np.savez(tmp_path / "stats.npz", **arrays)
-    pool = read_statistics(tmp_path / "stats.npz", 5)
+    pool = _read_statistics(tmp_path / "stats.npz", 5)
     assert pool.dtype == np.float32 and np.array_equal(pool, POOL)
 
 
@@ -44,13 +48,13 @@ def test_published_statistics_are_read(arrays, tmp_path):
 def test_other_statistics_are_refused(arrays, message, tmp_path):
     np.savez(tmp_path / "stats.npz", **arrays)
     with pytest.raises(ValueError, match=rf"eval\.stats_path: .*stats\.npz.* {message}"):
-        read_statistics(tmp_path / "stats.npz", 5)
+        _read_statistics(tmp_path / "stats.npz", 5)
 
 
 def test_files_that_are_no_archives_are_refused(tmp_path):
     path = tmp_path / "stats.npz"
     with pytest.raises(ValueError, match=r"eval\.stats_path: .*stats\.npz is missing"):
-        read_statistics(path, 5)
+        _read_statistics(path, 5)
     np.savez(path, pool_3=POOL)
     whole = path.read_bytes()
     (tmp_path / "single.npy").write_bytes(b"")
@@ -60,7 +64,7 @@ def test_files_that_are_no_archives_are_refused(tmp_path):
     for content in (whole[: len(whole) // 2], b"nothing", single, pickle.dumps(Trap(trace))):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"eval\.stats_path: .*damaged"):
-            read_statistics(path, 5)
+            _read_statistics(path, 5)
     assert not trace.exists()
 
 
@@ -90,7 +94,7 @@ def split() -> TensorSplit:
 def test_features_of_all_images_in_batches(split):
     extractor = MeanAndDeviation()
     features = extract_features(extractor, split.images, 33)
-    assert extractor.seen == [33, 33, 33, 1] and len(features) == 100
+    assert extractor.seen == [33, 33, 33, 1] and len(features.pool) == 100
     assert features.pool.dtype == features.logits.dtype == np.float32
     np.testing.assert_allclose(features.pool[:, 0], split.images.double().mean((1, 2, 3)), rtol=1e-6)
     assert np.array_equal(features.logits, split.images.flatten(1)[:, :3])
@@ -98,33 +102,45 @@ def test_features_of_all_images_in_batches(split):
     assert extractor.seen[4:] == [100] and np.array_equal(whole.pool, features.pool)
 
 
-def test_an_extractor_of_ones_own_by_its_import_path(split, monkeypatch):
+@pytest.fixture
+def of_a_test(monkeypatch) -> dict:
+    """Settings whose extractor and backend are named by their import path."""
     import features
 
-    monkeypatch.setattr(features, "of_a_test", MeanAndDeviation, raising=False)
+    backend = Backend("mine", lambda x, y: 1.0, lambda x, y: 2.0, lambda logits: 3.0)
+    monkeypatch.setattr(features, "extractor_of_a_test", MeanAndDeviation, raising=False)
+    monkeypatch.setattr(features, "backend_of_a_test", lambda: backend, raising=False)
+    given = dict(features="features:extractor_of_a_test", backend="features:backend_of_a_test")
+    return dict(base_config().eval) | given | dict(num_reference=0)
+
+
+def test_an_extractor_by_its_name_or_import_path(split, of_a_test):
     options = {"seed": 0, "cache_dir": "nowhere", "runtime": Runtime("cpu")}
-    assert make_extractor("features:of_a_test", split, split, **options).key == "moments-17"
-    with pytest.raises(
-        ValueError, match=r"eval\.features='vgg': allowed are inception, classifier, or module:attribute"
-    ):
-        make_extractor("vgg", split, split, **options)
-    with pytest.raises(ValueError, match="'noise/train' has no labels to train a classifier on"):
-        make_extractor("classifier", split, split, **options)
-    with pytest.raises(ValueError, match=r"eval\.inception_path=gone\.pth: no such file"):
-        make_extractor("inception", split, split, inception_path="gone.pth", **options)
-    with pytest.raises(ValueError, match=r"eval\.tfhub_inception=gone: no saved_model\.pb in it"):
-        make_extractor("inception", split, split, tfhub_inception="gone", **options)
+    assert make_extractor(of_a_test, split, split, **options).key == "moments-17"
+    for given, message in {
+        ("vgg", ""): r"eval\.features='vgg': allowed are inception, classifier, or module:attribute",
+        ("inception", "inception_path"): r"eval\.inception_path=gone: no such file",
+        ("inception", "tfhub_inception"): r"eval\.tfhub_inception=gone: no saved_model\.pb in it",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            make_extractor(of_a_test | {"features": given[0], given[1]: "gone"}, split, split, **options)
 
 
-def test_statistics_of_other_data_images_or_features_are_other_files(split, tmp_path):
-    extractor = MeanAndDeviation()
-    path, key = statistics_file(split, extractor, tmp_path, 100)
+def test_a_backend_by_its_name_or_import_path(split, of_a_test, tmp_path):
+    def backend(settings: dict) -> Backend:
+        return SampleQuality(settings, split, split, tmp_path, Runtime("cpu"), seed=0).backend
+
+    assert backend(of_a_test).name == "mine" and backend(of_a_test | dict(backend="torch")) is OWN_BACKEND
+    with pytest.raises(ValueError, match=r"eval\.backend='jax': allowed are torch, tfgan, or module:attribute"):
+        backend(of_a_test | dict(backend="jax"))
+
+
+def test_features_of_other_data_or_fewer_images_are_in_other_files(split, of_a_test, tmp_path):
+    def reference(data: TensorSplit, count: int = 0) -> Path:
+        settings = of_a_test | dict(num_reference=count)
+        return SampleQuality(settings, data, data, tmp_path, Runtime("cpu"), seed=0).reference()[0]
+
+    path = reference(split)
     assert path.parent == tmp_path and path.name.startswith("features-noise-train-") and path.suffix == ".npz"
-    assert statistics_file(split, MeanAndDeviation(), tmp_path, 100) == (path, key)
     changed = TensorSplit(split.name, split.images // 2, None, num_levels=17)
-    others = [
-        statistics_file(split, extractor, tmp_path, 99),
-        statistics_file(split, MeanAndDeviation(16), tmp_path, 100),
-        statistics_file(changed, extractor, tmp_path, 100),
-    ]
-    assert len({path, *(other for other, _ in others)}) == len({key, *(other for _, other in others)}) == 4
+    assert reference(split, 100) == path and len({path, reference(split, 99), reference(changed)}) == 3

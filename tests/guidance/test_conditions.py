@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -20,7 +19,6 @@ from guidance.conditions import (
     MeasurementProjection,
     PseudoinverseGuidance,
     condition_on_measurement,
-    is_measurement,
 )
 from guidance.measurements import (
     BlockMean,
@@ -505,16 +503,9 @@ def test_projections_are_for_fixed_steps():
     sde = SDES["ve"]
     data = gaussian_2d(sde)
     projection = MeasurementProjection(sde, Mask(torch.tensor([True, False])), torch.zeros(1, 1))
-    for solver in ("rk45", "scipy", "dopri5"):
+    for solver in ("rk45", "adams"):
         with pytest.raises(ValueError, match=rf"sampling\.solver='{solver}': a projection follows every step"):
             ODESampler(sde, solver)(data.score, torch.zeros(1, 2), projection=projection)
-
-
-def test_no_noise_and_no_prior_variance():
-    sde = SDES["ve"]
-    with pytest.raises(ValueError, match=r"prior_variance=0\.0, noise_std=0\.0"):
-        PseudoinverseGuidance(sde, gaussian_2d(sde).score, first_half(), torch.zeros(1, 4), prior_variance=0.0)
-    assert math.isfinite(PseudoinverseGuidance(sde, gaussian_2d(sde).score, first_half(), torch.zeros(1, 4)).weight)
 
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -524,7 +515,6 @@ def test_conditions_by_name_and_import_path():
     data = correlated(SDES["ve"], 1.0)
     options = dict(base_config().sampling) | dict(condition="user_classes:first_row", measurement_noise=0.2)
     options |= dict(guidance_weight=0.5, conditioning="pigdm")
-    assert is_measurement(options["condition"]) and not is_measurement("class") and not is_measurement("")
     operator = make_operator(options, (1, 2, 4))
     x = torch.arange(8.0).view(1, 1, 2, 4)
     y = operator(x)
@@ -534,8 +524,5 @@ def test_conditions_by_name_and_import_path():
     assert score == PseudoinverseGuidance(*given, 0.2, 0.3, 0.5) and projection is None
     score, projection = condition_on_measurement(options | dict(conditioning="dps"), *given, prior_variance=0.3)
     assert score is projection and score == DiffusionPosteriorSampling(*given, 0.5)
-    by_name, by_path = (
-        condition_on_measurement(options | dict(conditioning=name), *given, prior_variance=0.3)
-        for name in ("projection", "guidance.conditions:_projection")
-    )
-    assert by_name == by_path == (data.score, MeasurementProjection(data.sde, operator, y, 0.2))
+    projected = condition_on_measurement(options | dict(conditioning="projection"), *given, prior_variance=0.3)
+    assert projected == (data.score, MeasurementProjection(data.sde, operator, y, 0.2))

@@ -149,10 +149,8 @@ def test_radon_transform_of_a_disc():
         (lambda: BlockMean((1, 8, 8), 3), r"factor=3: need a divisor, at least 2, of the images' 8x8 pixels"),
         (lambda: BlockMean((1, 8, 8), 1), "factor=1"),
         (lambda: MatrixOperator(torch.ones(2, 3), (4,)), r"matrix of shape \(2, 3\) on x of shape \(4,\)"),
-        (lambda: MatrixOperator(torch.zeros(2, 3), (3,)), "not all zero"),
+        (lambda: MatrixOperator(torch.zeros(2, 3), (3,)), "the largest in"),
         (lambda: MatrixOperator(torch.full((2, 3), torch.inf), (3,)), "finite"),
-        (lambda: radon_transform((1, 8, 9), 4), "square"),
-        (lambda: radon_transform((1, 8, 8), 0), "num_views=0"),
     ],
 )
 def test_bad_operators(make, message):

@@ -18,8 +18,7 @@ from checkpoints import read_checkpoint
 from data import pixels
 from experiment.randomness import SampleGenerators
 from features import quality
-from guidance.classifier import NoiseConditionalClassifier
-from guidance.classifier_training import ClassifierTraining
+from guidance.classifier import ClassifierTraining, NoiseConditionalClassifier
 from guidance.measured import MeasuredImages
 from losses import Objective
 from sde_lib import VE, GeometricSigma

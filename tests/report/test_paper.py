@@ -125,7 +125,7 @@ def test_every_setting_that_differs_is_named(
     ("likelihood", "differs"),
     [
         ("rademacher divergence, adams in ln(σ/α), 160 steps", True),
-        ("rademacher divergence, scipy, rtol 0.001, atol 1e-05", False),
+        ("rademacher divergence, rk45, rtol 0.001, atol 1e-05", False),
         ("rademacher divergence, adams in ln(σ/α), 40 steps", True),
         ("rademacher divergence, adams, 160 steps", True),
     ],
