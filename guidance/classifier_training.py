@@ -137,7 +137,7 @@ def load_classifier(
         ValueError: it was made for another SDE, other images, or with other settings.
     """
     folder = workdir / "classifier"
-    store = CheckpointStore(folder / "checkpoints", keep=1, milestone_every=0)
+    store = CheckpointStore(folder / "checkpoints")
     state = store.load_latest()
     if state is None:
         raise CheckpointError(

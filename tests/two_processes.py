@@ -45,6 +45,7 @@ SETTINGS = {
     "sampling.num_steps": 3,
     "likelihood.solver": "heun",
     "likelihood.num_steps": 2,
+    "eval.features": "user_classes:moments",
     "eval.batch_size": 8,
     "eval.nll_images": 35,
     "eval.num_samples": 21,
