@@ -338,7 +338,7 @@ def test_a_loaded_score_computes_what_evaluation_and_sampling_do(trained, tmp_pa
     for path, options, message in (
         (trained, dict(step=5), "no checkpoint at .*step_00000005"),
         (tmp_path, {}, "no checkpoint there"),
-        (tmp_path / "gone.pt", {}, "no checkpoint at"),
+        (tmp_path / "gone.pt", {}, "no checkpoint there"),
     ):
         with pytest.raises(CheckpointError, match=message):
             run_lib.load(path, **options)
