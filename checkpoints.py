@@ -23,7 +23,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointStore",
     "check_state_dict",
-    "check_whole",
+    "check_version",
     "load_state_dict_strictly",
     "read_checkpoint",
     "weights_digest",
@@ -31,6 +31,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+CHECKPOINT_VERSION = 2
+"""To be raised when what a training run saves changes; a checkpoint of another version is refused."""
 
 
 class CheckpointError(ValueError):
@@ -78,18 +81,12 @@ def read_checkpoint(path: str | Path) -> dict | list:
     return state
 
 
-def check_whole(state: dict, source: object) -> None:
-    """Raise a CheckpointError unless ``state`` has what a training run saves (``training.Trainer``)."""
-    if "record" not in state:
-        raise CheckpointError(f"{source}: a checkpoint of an earlier version; train again, or use that version")
-    kinds = {"step": int, "model": dict, "optimizer": dict, "sums": dict, "log_size": int, "record": dict}
-    wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
-    wrong += [name for name in ("ema", "scaler", "hooks_done") if name not in state]
-    if wrong or state["step"] < 0:
-        raise CheckpointError(f"{source}: not a whole checkpoint; missing or wrong: {', '.join(wrong or ['step'])}")
-    averages = state["ema"] is None or (isinstance(state["ema"], dict) and isinstance(state["ema"].get("model"), dict))
-    if not averages or not isinstance(state["optimizer"].get("param_groups"), list):
-        raise CheckpointError(f"{source}: not a whole checkpoint; its averages or its optimiser state lack a part")
+def check_version(state: dict, source: object) -> None:
+    """Raise a CheckpointError unless ``state`` is what a training run of this version saves (``training.Trainer``)."""
+    if state.get("version") != CHECKPOINT_VERSION:
+        raise CheckpointError(
+            f"{source}: a checkpoint of another version, or of another program; version {CHECKPOINT_VERSION} is read"
+        )
 
 
 class CheckpointStore:
@@ -97,16 +94,11 @@ class CheckpointStore:
 
     Args:
         directory: where they live.
-        keep: how many of the newest are kept.
+        keep: how many of the newest are kept, at least 1.
         milestone_every: steps divisible by this are kept for ever; 0 keeps none.
     """
 
-    def __init__(self, directory: Path, *, keep: int, milestone_every: int) -> None:
-        if keep < 1 or milestone_every < 0:
-            raise ValueError(
-                f"training.keep_checkpoints={keep}, training.snapshot_freq={milestone_every}: "
-                "need at least 1 and at least 0"
-            )
+    def __init__(self, directory: Path, *, keep: int = 1, milestone_every: int = 0) -> None:
         self.directory = directory
         self.keep = keep
         self.milestone_every = milestone_every

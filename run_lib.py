@@ -34,7 +34,7 @@ from torch import Tensor
 from checkpoints import (
     CheckpointError,
     CheckpointStore,
-    check_whole,
+    check_version,
     load_state_dict_strictly,
     read_checkpoint,
     weights_digest,
@@ -46,7 +46,7 @@ from experiment.files import check_folder, differences, write_arrays, write_json
 from experiment.randomness import SampleGenerators, normal_like, uniform
 from experiment.runtime import Interrupted, InvalidRun, Runtime, checked, code_version
 from models import make_network, make_score_model
-from models.score import ScoreModel
+from models.score import ConservativeScore, ScoreModel
 from sde_lib import SDE, expand, make_sde
 
 if TYPE_CHECKING:
@@ -75,8 +75,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_VERSION = 1
-"""To be raised when a checkpoint's contents change; one of another version is refused."""
 EVALUATION_VERSION = 3
 """To be raised when a fix changes what sampling, likelihood or asymmetry compute, which is then computed again."""
 
@@ -231,18 +229,9 @@ def _state_to_begin_with(config: ConfigDict, model: ScoreModel, optimizer: torch
     """Weights, averages, optimiser and step of another run, as the paper starts QC from U."""
     if not config.training.init_from:
         return None
-    path = Path(config.training.init_from)
-    if path.is_dir():
-        state = CheckpointStore(path / "checkpoints", keep=1, milestone_every=0).load_latest()
-        if state is None:
-            raise CheckpointError(f"training.init_from={path}: no checkpoint in {path / 'checkpoints'}")
-    else:
-        state = read_checkpoint(path)
+    state, path = _read(config.training.init_from, "training.init_from=", step=None)
     if not _is_own(state, path):
-        from models.published import convert_public_checkpoint
-
-        _refuse_public_conservative(config, path)
-        state = convert_public_checkpoint(path, model, optimizer)
+        state = _convert(path, model, optimizer)
         if state["optimizer"] is None:
             logger.warning("training.init_from=%s has no optimiser state: Adam's moments start from zero", path)
     return {**state, "source": f"training.init_from={path}"}
@@ -251,7 +240,6 @@ def _state_to_begin_with(config: ConfigDict, model: ScoreModel, optimizer: torch
 def _record(config: ConfigDict, images: ImageFormat, train_data: Split) -> dict:
     """What a checkpoint says besides weights: enough to sample from it without the data."""
     return {
-        "version": CHECKPOINT_VERSION,
         "config": config.to_json(),
         "images": images.as_dict(),
         "data": train_data.fingerprint,
@@ -263,8 +251,7 @@ def _check_data(record: dict, train_data: Split, workdir: Path) -> None:
     """A run goes on with the data that it began with. Of image files, dates are all that is compared."""
     from data import FileSplit
 
-    _check_version(record, workdir)
-    if record.get("data") == train_data.fingerprint:
+    if record["data"] == train_data.fingerprint:
         return
     if isinstance(train_data, FileSplit):
         logger.warning("the training data are not, or not known to be, those of %s", workdir)
@@ -319,7 +306,9 @@ def evaluate(
             _write_config(config, workdir, runtime)
         metrics: dict = dict.fromkeys(METRICS)
         metrics |= {"checkpoint_step": score.step, "test_images": len(test_data)}
-        metrics["sampler"] = f"{sampler}{_guidance_name(config)}"
+        metrics["sampler"] = str(sampler)
+        if condition := config.sampling.condition:
+            metrics["sampler"] += f"; {condition}, weight {config.sampling.guidance_weight:g}"
         if enabled.enable_bpd:
             metrics |= _evaluate_nll(score, test_data)
         if enabled.enable_asymmetry:
@@ -490,7 +479,9 @@ def sample(
 
                 measured = MeasuredImages(score, sampler, *load_data(config, runtime))
                 identity = measured.identity()
-            name = f"{sampler.slug}{_condition_slug(config)}"
+            name = sampler.slug
+            if sampling.condition:
+                name += f"-{sampling.condition.rpartition(':')[2]}" + (f"-{sampling.conditioning}" if measured else "")
             # Samples without a measurement are those that an evaluation draws, and are kept in the same place.
             lock = f".samples-{name}.lock" if measured else ".evaluation.lock"
             stack.enter_context(runtime.exclusive(workdir / lock))
@@ -517,27 +508,6 @@ def sample(
             write_json(folder / "settings.json", settings)
         runtime.accelerator.wait_for_everyone()
     return folder
-
-
-def _condition_slug(config: ConfigDict) -> str:
-    """The condition as the end of a folder's name."""
-    sampling = config.sampling
-    weight = f"-w{sampling.guidance_weight:g}"
-    if not sampling.condition:
-        return ""
-    if sampling.condition in ("class", "class_free"):
-        return f"-{sampling.condition}{weight}" + ("" if sampling.class_label == -1 else f"-{sampling.class_label}")
-    details = {"inpaint": Path(sampling.mask).stem.replace(",", "_"), "super_resolution": sampling.factor}
-    details |= {"ct": sampling.num_views, "linear": Path(sampling.operator).stem}
-    condition = sampling.condition.rpartition(":")[2]
-    parts = [condition, str(details.get(condition, "")), sampling.conditioning]
-    slug = "-" + "-".join(part for part in parts if part) + ("" if sampling.conditioning == "projection" else weight)
-    return slug + (f"-noise{sampling.measurement_noise:g}" if sampling.measurement_noise else "")
-
-
-def _guidance_name(config: ConfigDict) -> str:
-    sampling = config.sampling
-    return f"; {sampling.condition}, weight {sampling.guidance_weight:g}" if sampling.condition else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -757,14 +727,7 @@ def load(
         CheckpointError: there is no such checkpoint, or it cannot be read.
         ValueError: a public checkpoint without its config.
     """
-    path = Path(path)
-    if path.is_dir():
-        store = CheckpointStore(path / "checkpoints", keep=1, milestone_every=0)
-        state = store.load_latest() if step is None else read_checkpoint(store.path(step))
-        if state is None:
-            raise CheckpointError(f"{path}: no checkpoint in {store.directory}")
-    else:
-        state = read_checkpoint(path)
+    state, path = _read(path, "", step)
     if config is None:
         if not _is_own(state, path):
             raise ValueError(f"{path} is a public checkpoint: give load(…, config=…) the config it was trained with")
@@ -786,19 +749,9 @@ def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | N
     """The score of a checkpoint, for evaluation and sampling; with the classifier that guides it, if one does."""
     check(config)
     _check_workdir(config, workdir, FREE_IN_EVALUATION)
-    if checkpoint is None:
-        store = CheckpointStore(workdir / "checkpoints", keep=1, milestone_every=0)
-        state = store.load_latest()
-        if state is None:
-            raise CheckpointError(f"no checkpoint in {store.directory}: train first, or give --checkpoint")
-        source: object = store.path(state.get("step", 0))
-    else:
-        if not Path(checkpoint).is_file():
-            raise CheckpointError(f"--checkpoint={checkpoint}: no such file")
-        state, source = read_checkpoint(checkpoint), checkpoint
-    score = _score_from_state(state, source, config, runtime.torch_device)
+    state, path = _read(checkpoint or workdir, "--checkpoint=" if checkpoint else "--workdir=", step=None)
+    score = _score_from_state(state, path, config, runtime.torch_device)
     score.runtime, score.workdir = runtime, workdir
-    score.trained_on = state["record"]["data"] if "record" in state else None
     runtime.check_agreement("the checkpoint's step", score.step, workdir)
     _check_classes(config, score.images)
     if runtime.compile:
@@ -815,16 +768,29 @@ def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | N
     return score
 
 
-def _score_from_state(state: dict, source: object, config: ConfigDict, device: torch.device) -> TrainedScore:
-    sde = build_sde(config)
-    if _is_own(state, source):
-        images, step = ImageFormat(**state["record"]["images"]), state["step"]
-        model = build_score_model(config, sde, images)
-        load_state_dict_strictly(model, state["ema"]["model"], source)
-    else:
-        from models.published import load_score_sde_checkpoint
+def _read(path: str | Path, flag: str, step: int | None) -> tuple[dict | list, Path]:
+    """The checkpoint in a file, or the one in a run's folder of a step, by default the newest; and its file.
 
-        _refuse_public_conservative(config, source)
+    Raises:
+        CheckpointError: there is none, which ``flag`` named, or it cannot be read.
+    """
+    path = Path(path)
+    if path.is_file():
+        return read_checkpoint(path), path
+    store = CheckpointStore(path / "checkpoints")
+    state = store.load_latest() if step is None else read_checkpoint(store.path(step))
+    if state is None:
+        raise CheckpointError(f"{flag}{path}: no checkpoint there; train first")
+    check_version(state, store.directory)
+    return state, store.path(state["step"])
+
+
+def _score_from_state(state: dict | list, path: Path, config: ConfigDict, device: torch.device) -> TrainedScore:
+    sde, trained_on = build_sde(config), None
+    if _is_own(state, path):
+        images, trained_on = ImageFormat(**state["record"]["images"]), state["record"]["data"]
+        model = build_score_model(config, sde, images)
+    else:
         data = config.data
         images = ImageFormat(
             (data.num_channels, data.image_size, data.image_size),
@@ -834,8 +800,11 @@ def _score_from_state(state: dict, source: object, config: ConfigDict, device: t
             dequantized=data.uniform_dequantization,
         )
         model = build_score_model(config, sde, images)
-        step = load_score_sde_checkpoint(source, model.network, ema=True, sde=sde)
-    return TrainedScore(config, model.eval().requires_grad_(False).to(device), images, step)
+        state = _convert(path, model)
+    load_state_dict_strictly(model, state["ema"]["model"], path)
+    score = TrainedScore(config, model.eval().requires_grad_(False).to(device), images, state["step"])
+    score.trained_on = trained_on
+    return score
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1009,28 +978,24 @@ def _check_workdir(config: ConfigDict, workdir: Path, free_fields: tuple[str, ..
         raise ValueError(f"--workdir={workdir} holds another run: {different}")
 
 
-def _is_own(state: dict | list, source: object) -> bool:
-    """Whether a checkpoint is one of ours, whole and of this version, rather than a public one."""
-    if isinstance(state, list) or not {"record", "sums"} & state.keys():
+def _is_own(state: dict | list, path: Path) -> bool:
+    """Whether a checkpoint is one of ours, which must be of this version, rather than a public one."""
+    if isinstance(state, list) or "record" not in state:
         return False
-    check_whole(state, source)
-    _check_version(state["record"], source)
+    check_version(state, path)
     return True
 
 
-def _check_version(record: dict, source: object) -> None:
-    if record.get("version") != CHECKPOINT_VERSION:
-        raise CheckpointError(
-            f"{source}: a checkpoint of another version, or of another program; version {CHECKPOINT_VERSION} is read"
-        )
+def _convert(path: Path, model: ScoreModel, optimizer: torch.optim.Optimizer | None = None) -> dict:
+    """A public checkpoint as one of ours."""
+    from models.published import convert_public_checkpoint
 
-
-def _refuse_public_conservative(config: ConfigDict, source: object) -> None:
-    if config.model.parameterization == "conservative":
+    if isinstance(model, ConservativeScore):
         raise CheckpointError(
-            f"{source} is in the public format, whose conservative models are ∇(−‖h/σ‖²/(2σ)) and not Eq. 10: "
+            f"{path} is in the public format, whose conservative models are ∇(−‖h/σ‖²/(2σ)) and not Eq. 10: "
             "model.parameterization must be unconstrained"
         )
+    return convert_public_checkpoint(path, model, optimizer)
 
 
 def _write_config(config: ConfigDict, workdir: Path, runtime: Runtime) -> None:

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
-from checkpoints import CheckpointError, CheckpointStore, check_whole, load_state_dict_strictly
+from checkpoints import CHECKPOINT_VERSION, CheckpointError, CheckpointStore, check_version, load_state_dict_strictly
 from experiment.runtime import COLLECTIVE_TIMEOUT, Interrupted, Runtime
 from models import EMA
 
@@ -112,12 +112,8 @@ class Trainer:
         description: str = "train",
     ) -> None:
         self.model, self.loss, self.workdir, self.ema = model, loss, workdir, ema
-        self.n_iters, self.batch_size, self.learning_rate, self.grad_clip = (
-            n_iters,
-            batch_size,
-            learning_rate,
-            grad_clip,
-        )
+        self.n_iters, self.batch_size = n_iters, batch_size
+        self.learning_rate, self.grad_clip = learning_rate, grad_clip
         self.log_freq, self.save_freq, self.milestone_freq = log_freq, save_freq, milestone_freq
         self.record, self.observe, self.hooks, self.description = dict(record or {}), observe, hooks, description
         self.runtime = runtime or Runtime("cpu")
@@ -155,8 +151,7 @@ class Trainer:
     ) -> None:
         state = self.store.load_latest()
         if state is None:
-            state = None if begin is None else begin()
-            if state is None:
+            if begin is None or (state := begin()) is None:
                 return
             self._load(state, state["source"])
             if self.step >= self.n_iters:
@@ -165,7 +160,7 @@ class Trainer:
                 )
             return
         source = self.store.path(state.get("step", 0))
-        check_whole(state, source)
+        check_version(state, source)
         if check_record is not None:
             check_record(state["record"])
         self._load(state, source)
@@ -200,6 +195,7 @@ class Trainer:
         if self.runtime.is_main:
             scaler = self.accelerator.scaler
             state = {
+                "version": CHECKPOINT_VERSION,
                 "step": self.step,
                 "model": self.model.state_dict(),
                 "ema": None if self.ema is None else self.ema.state_dict(),

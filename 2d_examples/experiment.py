@@ -94,7 +94,7 @@ def trained_model(config: ConfigDict, workdir: Path) -> tuple[ScoreModel, int]:
     Raises:
         CheckpointError: there is none.
     """
-    store = CheckpointStore(workdir / "checkpoints", keep=1, milestone_every=0)
+    store = CheckpointStore(workdir / "checkpoints")
     state = store.load_latest()
     if state is None:
         raise CheckpointError(f"no checkpoint in {store.directory}: train first")

@@ -190,7 +190,7 @@ def load_classifier(
         ValueError: it was made for another SDE, other images, or with other settings.
     """
     folder = workdir / "classifier"
-    store = CheckpointStore(folder / "checkpoints", keep=1, milestone_every=0)
+    store = CheckpointStore(folder / "checkpoints")
     if (state := store.load_latest()) is None:
         raise CheckpointError(
             f"sampling.condition='class': no classifier in {folder}; --mode=train_classifier trains it"

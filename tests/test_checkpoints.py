@@ -95,8 +95,3 @@ def test_missing_and_foreign_files_are_named(tmp_path):
     torch.save(1, tmp_path / "number.pt")
     with pytest.raises(CheckpointError, match="holds a int, not a checkpoint"):
         read_checkpoint(tmp_path / "number.pt")
-
-
-def test_store_settings():
-    with pytest.raises(ValueError, match="keep_checkpoints=0"):
-        CheckpointStore(Path("."), keep=0, milestone_every=1)

@@ -24,7 +24,7 @@ def test_the_same_work_in_one_workdir_at_once_is_refused(tmp_path, monkeypatch):
         (run_lib.train, "training", ""),
         (run_lib.evaluate, "evaluation", ""),
         (run_lib.sample, "evaluation", ""),
-        (run_lib.sample, "samples-pc-reverse_diffusion-langevin-3-inpaint-bottom-projection", "inpaint"),
+        (run_lib.sample, "samples-pc-reverse_diffusion-langevin-3-inpaint-projection", "inpaint"),
     ):
         config.sampling.condition = condition
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
@@ -95,22 +95,16 @@ def test_damaged_config_of_a_workdir_is_said(tmp_path, text):
         run_lib.train(tiny_config(), tmp_path, CPU)
 
 
-def test_checkpoint_that_lacks_a_part_is_refused(tmp_path):
-    """To go on from, to start from, to evaluate; and one of another version."""
+def test_checkpoint_of_another_version_is_refused(tmp_path):
+    """To go on from, to start from, to sample from."""
     run_lib.train(tiny_config(training__n_iters=2), tmp_path / "u", CPU)
-    path = tmp_path / "u" / "checkpoints" / "step_00000002.pt"
-    state = read_checkpoint(path)
+    state = read_checkpoint(tmp_path / "u" / "checkpoints" / "step_00000002.pt")
     (tmp_path / "w" / "checkpoints").mkdir(parents=True)
     own = tmp_path / "w" / "checkpoints" / "step_00000002.pt"
-    changes = [{name: None} for name in ("step", "model", "optimizer", "sums")]
-    changes += [{"step": -4}, {"model": 3}, {"ema": {}}, {"optimizer": {}}, {"record": {"version": 0}}]
-    for change in changes:
-        kept = {name: value for name, value in (state | change).items() if value is not None or name == "scaler"}
-        torch.save(kept, own)
-        message = "another version" if "record" in change else "not a whole checkpoint; "
-        with pytest.raises(run_lib.InvalidRun, match=message):
-            run_lib.train(tiny_config(training__n_iters=4, training__init_from=str(own)), tmp_path / "x", CPU)
-        for work in (run_lib.train, run_lib.sample):
-            with pytest.raises(run_lib.InvalidRun, match=message):
-                work(tiny_config(training__n_iters=4), tmp_path / "w", CPU)
-        assert not (tmp_path / "x").exists() and len(list((tmp_path / "w").iterdir())) == 1
+    torch.save(state | {"version": 0}, own)
+    with pytest.raises(run_lib.InvalidRun, match="another version"):
+        run_lib.train(tiny_config(training__n_iters=4, training__init_from=str(own)), tmp_path / "x", CPU)
+    for work in (run_lib.train, run_lib.sample):
+        with pytest.raises(run_lib.InvalidRun, match="another version"):
+            work(tiny_config(training__n_iters=4), tmp_path / "w", CPU)
+    assert not (tmp_path / "x").exists() and len(list((tmp_path / "w").iterdir())) == 1

@@ -25,7 +25,7 @@ LAST = SETTINGS["training.n_iters"]
 
 def launched(*command: str) -> subprocess.CompletedProcess:
     # Processes on CPUs: also where there is a GPU, which two could not share.
-    environ = {**environment(), "CUDA_VISIBLE_DEVICES": ""}
+    environ = {**environment(), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "tests")}
     return subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, env=environ, capture_output=True, text=True, errors="replace"
     )

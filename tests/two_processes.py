@@ -30,6 +30,7 @@ CPU = run_lib.Runtime(device="auto")
 # Adam's ε is above the rounding of gradients, which it would else turn into whole steps where a gradient vanishes.
 SETTINGS = {
     "model.nf": 8,
+    "model.ch_mult": (1,),
     "model.init_scale": 1.0,
     "model.dropout": 0.2,
     "optim.warmup": 0,
@@ -45,6 +46,7 @@ SETTINGS = {
     "sampling.num_steps": 3,
     "likelihood.solver": "heun",
     "likelihood.num_steps": 2,
+    "eval.features": "user_classes:moments",
     "eval.batch_size": 8,
     "eval.nll_images": 35,
     "eval.num_samples": 21,

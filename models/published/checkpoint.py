@@ -171,13 +171,13 @@ def load_score_sde_checkpoint(path: str | Path, network: UNet | RefineNet, ema: 
     return checkpoint.step
 
 
-def convert_public_checkpoint(path: str | Path, score_model: ScoreModel, optimizer: torch.optim.Adam) -> dict:
+def convert_public_checkpoint(path: str | Path, score_model: ScoreModel, optimizer: torch.optim.Adam | None) -> dict:
     """A public checkpoint as one of ours: what training needs to go on with it.
 
     Args:
         path: the ``.pth`` file.
         score_model: of the network and the SDE that the file was trained with.
-        optimizer: Adam of the trainable parameters of ``score_model``, in their order.
+        optimizer: Adam of the trainable parameters of ``score_model``, in their order; None leaves its state out.
 
     Returns:
         ``step``, ``model``, ``ema`` and ``optimizer``, which is None if the file has no optimiser state.
@@ -189,7 +189,8 @@ def convert_public_checkpoint(path: str | Path, score_model: ScoreModel, optimiz
     checkpoint.check_noise_levels(score_model.sde)
     weights = checkpoint.weights(network)
     check_state_dict(network, weights, path)
-    averages, states = checkpoint.averages(network), checkpoint.optimizer_state(network)
+    averages = checkpoint.averages(network)
+    states = None if optimizer is None else checkpoint.optimizer_state(network)
     if states is not None:
         trainable = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
         state = {index: states[name] for index, name in enumerate(trainable)}
