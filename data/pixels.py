@@ -135,10 +135,10 @@ def random_flip(images: Tensor, generator: Generator = None) -> Tensor:
     return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
 
-def save_image_grid(path: Path, levels: np.ndarray, images: ImageFormat, columns: int = 8) -> None:
-    """Write up to 64 images, uint8 levels (N, H, W, C), as one PNG in rows of eight, or another number."""
+def save_image_grid(path: Path, levels: np.ndarray, images: ImageFormat) -> None:
+    """Write up to 64 images, uint8 levels (N, H, W, C), as one PNG in rows of eight."""
     pixels = levels[:GRID_IMAGES].astype(np.float32) * (255 / (images.num_levels - 1))
-    columns = min(columns, len(pixels))
+    columns = min(8, len(pixels))
     rows = math.ceil(len(pixels) / columns)
     _, height, width, channels = pixels.shape
     gap = 1

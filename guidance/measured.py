@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data import Split, evenly_spaced
-from data.pixels import save_image_grid
+from experiment.figures import new_figure, save_figure
 from experiment.files import write_arrays, write_json
 from experiment.randomness import SampleGenerators, normal_like
 from guidance.conditions import condition_on_measurement
@@ -92,8 +92,7 @@ class MeasuredImages:
             num_levels=score.images.num_levels,
             nfe=metrics["nfe_sampling"],
         )
-        rows = np.concatenate([given[:, None], per_image["images"][:, :6], truth[:, None]], axis=1)[:8]
-        save_image_grid(folder / "grid.png", rows.reshape(-1, *truth.shape[1:]), score.images, columns=rows.shape[1])
+        _save_grid(folder / "grid.png", given, per_image["images"], truth, score.images.num_levels)
         write_json(folder / "metrics.json", metrics)
 
     def _compute(self, items: range) -> dict[str, np.ndarray]:
@@ -143,3 +142,18 @@ class MeasuredImages:
             "num_images": len(self.images),
             "samples_per_image": self.sampling.samples_per_image,
         }
+
+
+def _save_grid(path: Path, given: np.ndarray, samples: np.ndarray, truth: np.ndarray, num_levels: int) -> None:
+    """Of up to eight images, a row each: what is given (N, H, W, C), up to six samples (N, S, H, W, C), the truth."""
+    columns = {"given": given} | {f"sample {i + 1}": samples[:, i] for i in range(samples.shape[1])[:6]}
+    columns["truth"] = truth
+    count = min(len(truth), 8)
+    figure = new_figure(0.9 * len(columns), 0.9 * count + 0.25)
+    axes = figure.subplots(count, len(columns), squeeze=False)
+    for k, (title, images) in enumerate(columns.items()):
+        axes[0, k].set_title(title, fontsize=8)
+        for ax, image in zip(axes[:, k], images[:count], strict=True):
+            ax.imshow(image.squeeze() / (num_levels - 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            ax.set_axis_off()
+    save_figure(figure, path)

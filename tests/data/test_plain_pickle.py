@@ -112,7 +112,7 @@ def test_nothing_is_executed(protocol, tmp_path):
         b"cnumpy\nndarray\n)R.",  # an array without contents
         b"cnumpy\ndtype\n(X\x02\x00\x00\x00O8K\x00K\x01tR.",
         b"cnumpy\ndtype\n(cnumpy\nndarray\ntR.",
-            b"P1\n.",  # a persistent identity
+        b"P1\n.",  # a persistent identity
         b"\x82\x01.",  # an extension
         b"",
         b"\x80\x02}",
