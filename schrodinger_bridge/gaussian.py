@@ -73,13 +73,12 @@ def ipf_rows(reference: Reference, first: Normal, last: Normal, half_bridges: in
     E‖x_N − x_0‖²."""
     chain, rows = reference_chain(reference, first), []
     for number in range(half_bridges + 1):
-        if number:
-            chain = half_bridge(chain, last if chain.direction == FORWARD else first)
         laws, cross = chain.law()
         end, wanted = (laws[0], first) if chain.direction == BACKWARD else (laws[-1], last)
         displacement = laws[0].covariance + laws[-1].covariance - cross - cross.mT
         cost = float(torch.trace(displacement) + ((laws[0].mean - laws[-1].mean) ** 2).sum())
         rows.append({"half_bridge": number, "w2": wasserstein_gaussian(end, wanted), "transport_cost": cost})
+        chain = half_bridge(chain, wanted)
     return rows
 
 
