@@ -117,21 +117,16 @@ class BridgeRun:
         self.history: list[dict[str, float | int | str]] = []
 
     def _new_mean_map(self, direction: str, number: int) -> TransitionMean:
+        config, model, shape = self.config, self.config.model, self.marginals[0].shape
         # One stream of initial weights for each direction: forward and backward do not start as twins.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_from(self.config.seed, "weights", direction, number))
-            network = self._new_network()
-        return TransitionMean(network, self.gammas, drift=self.config.bridge.matching == "drift").to(self.device)
-
-    def _new_network(self) -> nn.Module:
-        model, shape = self.config.model, self.marginals[0].shape
-        if len(shape) == 1:
-            return resolve(model.name, NETWORKS, "model.name")(*shape, self.config)
-        if str(model.get("embedding_type")).lower() == "fourier":
-            raise ValueError("model.embedding_type='fourier': takes a logarithm, but the first edge has the label 0")
-        return make_network(
-            model.name, model, image_size=shape[1], num_channels=shape[0], centered=self.config.data.centered
-        )
+            torch.manual_seed(seed_from(config.seed, "weights", direction, number))
+            if len(shape) == 1:
+                network = resolve(model.name, NETWORKS, "model.name")(*shape, config)
+            else:
+                images = dict(image_size=shape[1], num_channels=shape[0], centered=config.data.centered)
+                network = make_network(model.name, model, **images)
+        return TransitionMean(network, self.gammas, drift=config.bridge.matching == "drift").to(self.device)
 
     def train(self) -> None:
         """All half-bridges that are left, each measured when it is done.
@@ -146,11 +141,9 @@ class BridgeRun:
         path = self.workdir / "history.json"
         self.history = json.loads(path.read_bytes()) if path.exists() else []
         self.runtime.check_agreement("what has been measured", len(self.history), self.workdir)
-        finished = max(0, len(self.history) - 1)
-        if finished > self.num_half_bridges:
-            raise ValueError(
-                f"bridge.num_ipf={self.config.bridge.num_ipf}: at least {(finished + 1) // 2}, already begun"
-            )
+        finished, num_ipf = max(0, len(self.history) - 1), self.config.bridge.num_ipf
+        if finished > 2 * num_ipf:
+            raise ValueError(f"bridge.num_ipf={num_ipf}: at least {(finished + 1) // 2}, already begun")
         if not self.history:
             self._measure(0)
         first = max(0, finished - 2)  # of the last two the networks are needed

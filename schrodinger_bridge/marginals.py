@@ -39,15 +39,6 @@ def _checkerboard(count: int, random: np.random.Generator) -> np.ndarray:
     return np.stack([x1, x2], axis=1)
 
 
-def _pinwheel(count: int, random: np.random.Generator) -> np.ndarray:
-    """Five arms of a Gaussian (radius 1 ± 0.3, width 0.1), bent by 0.25 e^radius."""
-    angle = 2 * np.pi * random.integers(0, 5, count) / 5
-    radius, across = 1 + 0.3 * random.standard_normal(count), 0.1 * random.standard_normal(count)
-    angle = angle + 0.25 * np.exp(radius)
-    cos, sin = np.cos(angle), np.sin(angle)
-    return np.stack([radius * cos - across * sin, radius * sin + across * cos], axis=1)
-
-
 def _on_a_circle(modes: int, deviation: float) -> DrawPoints:
     def draw(count: int, random: np.random.Generator) -> np.ndarray:
         angle = 2 * np.pi * random.integers(0, modes, count) / modes
@@ -84,7 +75,6 @@ POINT_SETS: dict[str, DrawPoints] = {
     "circles": _circles,
     "moons": _moons,
     "checkerboard": _checkerboard,
-    "pinwheel": _pinwheel,
     "8gaussians": _on_a_circle(8, 0.09),
     "mixture": _on_a_circle(4, 0.25),
 }
@@ -182,8 +172,6 @@ def get_marginals(data: ConfigDict, final: ConfigDict) -> tuple[Marginal, Margin
     Raises:
         ValueError, FileNotFoundError: whatever is wrong with them.
     """
-    if data.dataset == "gaussian":
-        raise ValueError("data.dataset='gaussian': a prior, for final.dataset")
     first = _marginal(data, "data")
     if final.dataset == "gaussian":
         return first, GaussianMarginal(torch.zeros(first.shape))

@@ -56,15 +56,12 @@ def imf_regression(
         first, last = states[0], states[-1]
     else:
         first, last = (start, other_end) if learned == BACKWARD else (other_end, start)
+    ahead, towards = (last, reference.towards_end) if learned == FORWARD else (first, reference.towards_start)
     inputs, targets = [], []
     for k in range(1, len(reference.gammas) + 1):
         edge = edges(k, start)
-        if learned == FORWARD:
-            inputs.append(reference.between(first, last, edge - 1, noise()))
-            targets.append(reference.towards_end(inputs[-1], last, edge))
-        else:
-            inputs.append(reference.between(first, last, edge, noise()))
-            targets.append(reference.towards_start(inputs[-1], first, edge))
+        inputs.append(reference.between(first, last, edge - 1 if learned == FORWARD else edge, noise()))
+        targets.append(towards(inputs[-1], ahead, edge))
     return Regression(torch.stack(inputs), torch.stack(targets))
 
 

@@ -26,7 +26,6 @@ from sde_lib import expand
 FORWARD, BACKWARD = "forward", "backward"
 LABEL_RANGE = 999.0
 """Networks know an edge by a number between 0 and this, the range of the time labels of VP models."""
-_MOST_FORGOTTEN = 1e12
 
 MeanMap: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Where an edge leads to on average: x (B, ...) and edges k (B,), integers from 1 to N → (B, ...)."""
@@ -86,7 +85,7 @@ class Reference(nn.Module):
         for factor, gamma in zip(self.factor, self.gammas, strict=True):
             v.append(factor**2 * v[-1] + 2 * gamma)
         self.register_buffer("variance_from_start", torch.stack(v))
-        if not self.brownian_variance < _MOST_FORGOTTEN * float(v[-1]):
+        if not self.brownian_variance < 1e12 * float(v[-1]):
             raise ValueError(
                 f"bridge.num_steps={len(gammas)} with step sizes of {float(gammas.sum()):.4g} in all: the reference "
                 f"keeps {float(self.alpha[-1]):.1g} of where it began; take fewer or smaller steps"

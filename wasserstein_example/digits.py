@@ -158,9 +158,6 @@ def reference_features(
     return extractor, extract_features(extractor, images, config.eval.batch_size)
 
 
-# ----------------------------------------------------------------------------------------------------------- the theory
-
-
 def gaussian_rows(processes: Sequence[str], plan: Sequence[tuple[str, int]]) -> list[dict]:
     """W₂ between the training set's Gaussian and the law of each sampler with its exact score."""
     train_data, _ = run_lib.load_data(get_config(processes[0]))
@@ -177,9 +174,6 @@ def gaussian_rows(processes: Sequence[str], plan: Sequence[tuple[str, int]]) -> 
             distance = wasserstein(sampler_law(run_lib.build_sde(config), data, sampler, steps), data)
             rows.append({"process": process, "sampler": sampler, "K": steps, "w2": distance / scale})
     return rows
-
-
-# -------------------------------------------------------------------------------------------------------------- results
 
 
 class Results(NamedTuple):

@@ -2,9 +2,8 @@
 
     python -m wasserstein_example.main --workdir=W [--steps=8,16,…] [--dimensions=1,4,…]
 
-Three questions: how W₂ falls with the number of steps K; how many steps K(ε) are needed if, as in the theory, the
-horizon grows until infinitely many steps leave ε/2; and what an error of the score costs (``theory``). ``digits`` asks
-the first of trained networks.
+How W₂ falls with the number of steps K; how many steps K(ε) are needed if, as in the paper, the horizon grows until
+infinitely many steps leave ε/2; what an error of the score costs. ``digits`` asks the first of trained networks.
 """
 
 from __future__ import annotations

@@ -106,9 +106,6 @@ def data_of(dimension: int) -> Law:
     return Law(torch.full_like(fractions, 0.5), 0.25 * 4.0**fractions)
 
 
-# -------------------------------------------------------------------------------------------------------- computation
-
-
 def distances(settings: Settings, process: str, sampler: str) -> list[dict]:
     """Rows of W₂ to the data and to the sampler's own limit, for every K and d.
 
@@ -242,9 +239,6 @@ def compute(settings: Settings) -> Results:
             of_sde, of_ode = (wasserstein(limit_law(sde, data, probability_flow=flow), data) for flow in (False, True))
             limits.append({"process": process, "d": d, "sde": of_sde, "ode": of_ode})
     return Results(settings, rows, limits, slopes, needed(settings), score_errors(settings))
-
-
-# -------------------------------------------------------------------------------------------------------------- tables
 
 
 def tables(results: Results) -> str:

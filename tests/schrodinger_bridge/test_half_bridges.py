@@ -354,9 +354,9 @@ def test_networks_of_images_fit_their_images(module, arguments):
             "bridge.num_steps=1100 with step sizes of 550 in all: the reference keeps",
         ),
         ({"model__name": "ncsnpp"}, "model.name='ncsnpp': allowed are time_mlp, affine, or module:attribute"),
-        ({"data__dataset": "gaussian"}, "data.dataset='gaussian': a prior"),
+        ({"data__dataset": "gaussian"}, "data.dataset='gaussian': allowed are scurve"),
         ({"data__dataset": "moon"}, "data.dataset='moon': allowed are scurve"),
-        ({"final__dataset": "moon"}, "final.dataset='moon': allowed are scurve"),
+        ({"final__dataset": "moon"}, "final.dataset='moon': allowed are gaussian, scurve"),
     ],
 )
 def test_bad_fields(fields, message, tmp_path):
@@ -388,7 +388,7 @@ def test_bad_classes_and_images():
     [
         ("all", {"final.dataset": "correlated_gaussian"}, "samples (2,), but those of data (1, 8, 8)"),
         ("all", {"data.dataset": "scurve"}, "model.name='ncsnpp': allowed are time_mlp, affine"),
-        ("all", {"model.embedding_type": "fourier"}, "model.embedding_type='fourier': takes a logarithm"),
+        ("all", {"model.embedding_type": "fourier"}, "model.embedding_type='fourier': allowed is positional"),
     ],
 )
 def test_what_does_not_go_with_images(pair, fields, message, tmp_path):
