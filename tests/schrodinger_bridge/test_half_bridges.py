@@ -17,6 +17,7 @@ from test_run_lib import ROOT, environment, rows
 
 from checkpoints import CheckpointError, read_checkpoint
 from configs.dsb import celeba, digits, mnist
+from experiment.command_line import one_line_errors
 from experiment.runtime import Runtime
 from models import EMA
 from schrodinger_bridge import compare, figures, half_bridges, main
@@ -512,21 +513,22 @@ def test_comparison_of_algorithms(tmp_path, monkeypatch):
 
 
 def test_command(tmp_path):
-    """The program as a whole: it says what is wrong in a line, learns, resumes, and writes what it says."""
+    """The program as a whole: it learns, writes what it says, resumes, and says what is wrong in a line."""
+    workdir, odd = tmp_path / "w", config_of(bridge__matching="odd")
+    with (
+        pytest.raises(SystemExit, match=r"^error: bridge\.matching='odd': allowed are drift, mean$"),
+        one_line_errors(),
+    ):
+        main.run(odd, str(workdir), "cpu")
+    assert not workdir.exists()
     flags = [f"--config.{name}={value}" for name, value in (TINY | {"bridge.num_ipf": 1}).items()]
-
-    def command(*arguments: str) -> subprocess.CompletedProcess:
-        program = [sys.executable, "-m", "schrodinger_bridge.main", f"--workdir={tmp_path / 'w'}"]
-        return subprocess.run([*program, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True)
-
-    bad = command("--config=configs/dsb/2d.py:moons", *flags, "--config.bridge.matching=odd")
-    assert bad.returncode == 1 and bad.stderr.splitlines()[-1].startswith("error: bridge.matching='odd': allowed are")
-    assert not (tmp_path / "w").exists()
-    done = command("--config=configs/dsb/2d.py:moons", *flags, "--device=cpu")
+    program = [sys.executable, "-m", "schrodinger_bridge.main", "--config=configs/dsb/2d.py:moons"]
+    program += [f"--workdir={workdir}", "--device=cpu", *flags]
+    done = subprocess.run(program, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    table = (tmp_path / "w" / "table.md").read_text()
+    table = (workdir / "table.md").read_text()
     assert table in done.stdout and "# moons – gaussian, IPF" in table
-    written = sorted(path.name for path in (tmp_path / "w").glob("*.*"))
+    written = sorted(path.name for path in workdir.glob("*.*"))
     assert written == [
         ".lock",
         "errors.png",
@@ -536,9 +538,9 @@ def test_command(tmp_path):
         "results.json",
         "table.md",
     ]
-    results = (tmp_path / "w" / "results.json").read_bytes()
-    assert main.run(config_of("moons", bridge__num_ipf=1), str(tmp_path / "w"), "cpu") == table
-    assert (tmp_path / "w" / "results.json").read_bytes() == results
+    results = (workdir / "results.json").read_bytes()
+    assert main.run(config_of("moons", bridge__num_ipf=1), str(workdir), "cpu") == table
+    assert (workdir / "results.json").read_bytes() == results
 
 
 @pytest.mark.slow
