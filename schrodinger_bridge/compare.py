@@ -32,44 +32,33 @@ from .metrics import entropic_plan
 from .process import BACKWARD, FORWARD
 
 ALGORITHMS = {"ipf": {}, "imf": {"bridge.algorithm": "imf", "bridge.coupling": "independent"}}
-PAIRS = ("scurve", "moons-8gaussians")
-EXPERIMENT = "schrodinger_bridge comparison"
+get_config = importlib.import_module("configs.dsb.2d").get_config  # no name of a module begins with a digit
 
 
-def run(workdir: str, pairs: tuple[str, ...] = PAIRS, jobs: int = available_cores()) -> str:
-    """Compare both algorithms.
+def run(workdir: str, pairs: tuple[str, ...] = ("scurve", "moons-8gaussians"), jobs: int = available_cores()) -> str:
+    """Learn all pairs by both algorithms, write all files and return the table.
 
     Args:
         workdir: Folder for the runs, results.json, table.md and figure.
         pairs: Arguments of configs/dsb/2d.py.
         jobs: Processes that share the runs, about 1 GB each.
-    """
-    return table(compare(Path(workdir), pairs, jobs=jobs))
-
-
-def compare(
-    workdir: Path, pairs: Sequence[str], overrides: Mapping[str, object] | None = None, *, jobs: int
-) -> list[dict[str, object]]:
-    """Learn all pairs by both algorithms, write all files to ``workdir``, return the rows; ``overrides`` are of the
-    configs' fields.
 
     Raises:
         ValueError: an unknown pair, none, fewer than one job, or a folder of something else.
     """
     if not pairs:
         raise ValueError("--pairs is empty: give at least one")
-    tasks, total, overrides = {}, 0, dict(overrides or {})
+    tasks, total = {}, 0
     for pair in dict.fromkeys(pairs):
         for algorithm, fields in ALGORITHMS.items():
-            config = importlib.import_module("configs.dsb.2d").get_config(pair)
-            config.update_from_flattened_dict({**fields, **overrides})
+            config = get_config(pair)
+            config.update_from_flattened_dict(fields)
             total += 2 * config.bridge.num_ipf * config.training.n_iters
-            tasks[f"{pair}, {algorithm}"] = partial(learn, config, pair, workdir / "runs" / pair / algorithm)
-    claim(workdir, EXPERIMENT, {"pairs": list(dict.fromkeys(pairs)), **overrides})
+            tasks[f"{pair}, {algorithm}"] = partial(learn, config, pair, Path(workdir, "runs", pair, algorithm))
+    folder = claim(workdir, "schrodinger_bridge comparison", {"pairs": list(dict.fromkeys(pairs))})
     rows = run_all(tasks, jobs=jobs, total=total, unit="step", description="bridges")
-    results = {"experiment": EXPERIMENT, "rows": rows}
-    write_results(workdir, results, table(rows), {"comparison": draw_comparison(rows)})
-    return rows
+    results = {"experiment": "schrodinger_bridge comparison", "rows": rows}
+    return write_results(folder, results, table(rows), {"comparison": draw_comparison(rows)})
 
 
 def learn(config: ConfigDict, pair: str, folder: Path, update: Update) -> dict[str, object]:
@@ -94,26 +83,22 @@ def learn(config: ConfigDict, pair: str, folder: Path, update: Update) -> dict[s
 
 def table(rows: Sequence[Mapping]) -> str:
     """In Markdown."""
-    iterations = rows[0]["history"][-1]["iteration"]
-
-    def cells(row: Mapping, direction: str) -> tuple[str, str]:
-        history = {entry["iteration"]: entry for entry in row["history"] if entry["direction"] == direction}
-        first, last = history[1], history[iterations]
-        first_w2, last_w2 = (with_error(entry["w2"], entry.get("w2_error")) for entry in (first, last))
-        cost = with_error(last["transport_cost"], last.get("transport_cost_error"))
-        difference = 100 * (last["transport_cost"] / row["static_cost"] - 1)
-        return f"{first_w2} → {last_w2} ({row['sampling_error'][direction]:.3f})", f"{cost} ({difference:+.1f} %)"
-
     lines = []
     for row in rows:
-        distances, costs = zip(*(cells(row, direction) for direction in (BACKWARD, FORWARD)), strict=True)
+        distances, costs = [], []
+        for direction in (BACKWARD, FORWARD):
+            history = [entry for entry in row["history"] if entry["direction"] == direction and entry["iteration"]]
+            first, last = (with_error(entry["w2"], entry.get("w2_error")) for entry in (history[0], history[-1]))
+            distances.append(f"{first} → {last} ({row['sampling_error'][direction]:.3f})")
+            cost, error = history[-1]["transport_cost"], history[-1].get("transport_cost_error")
+            costs.append(f"{with_error(cost, error)} ({100 * (cost / row['static_cost'] - 1):+.1f} %)")
         lines.append([row["pair"], row["algorithm"].upper(), *distances, *costs, f"{row['static_cost']:.3f}"])
     header = ["pair", "algorithm", "W₂ at x₀", "W₂ at x_N", "cost, backward", "cost, forward", "static bridge"]
     return (
-        f"Exact W₂ of {rows[0]['num_samples']} samples to the true marginal, after the first and after {iterations} "
-        "iterations, ± its standard error (in parentheses: two sets of true samples); and the coupling's cost "
-        "E‖x_N − x₀‖² after the last, with its difference from the static bridge's; in units of the data.\n\n"
-        + markdown_table(header, lines)
+        f"Exact W₂ of {rows[0]['num_samples']} samples to the true marginal, after the first and after "
+        f"{rows[0]['history'][-1]['iteration']} iterations, ± its standard error (in parentheses: two sets of true "
+        "samples); and the coupling's cost E‖x_N − x₀‖² after the last, with its difference from the static bridge's; "
+        "in units of the data.\n\n" + markdown_table(header, lines)
     )
 
 

@@ -57,15 +57,13 @@ def reference_chain(reference: Reference, start: Normal) -> AffineChain:
 def half_bridge(chain: AffineChain, start: Normal) -> AffineChain:
     """The chain of the other direction that IPF learns from this one, begun at ``start``."""
     laws, _ = chain.law()
-    identity = torch.eye(len(start.mean), dtype=torch.float64)
-    # The regression's inputs: states at the far end of each edge.
+    # Of the regression's inputs, states at the far end of each edge.
     inputs = laws[1:] if chain.direction == FORWARD else laws[:-1]
-    matrices, offsets = [], []
-    for a, c, gamma, (mean, covariance) in zip(chain.matrices, chain.offsets, chain.gammas, inputs, strict=True):
-        precision = 2 * gamma * torch.linalg.inv(covariance)
-        matrices.append(2 * identity - a - precision)
-        offsets.append(precision @ mean - c)
-    return AffineChain(opposite(chain.direction), start, torch.stack(matrices), torch.stack(offsets), chain.gammas)
+    mean, covariance = (torch.stack(column) for column in zip(*inputs, strict=True))
+    precision = 2 * chain.gammas[:, None, None] * torch.linalg.inv(covariance)
+    matrices = 2 * torch.eye(len(start.mean), dtype=torch.float64) - chain.matrices - precision
+    offsets = (precision @ mean[:, :, None])[:, :, 0] - chain.offsets
+    return AffineChain(opposite(chain.direction), start, matrices, offsets, chain.gammas)
 
 
 def ipf_rows(reference: Reference, first: Normal, last: Normal, half_bridges: int) -> list[dict[str, float]]:
@@ -73,13 +71,12 @@ def ipf_rows(reference: Reference, first: Normal, last: Normal, half_bridges: in
     E‖x_N − x_0‖²."""
     chain, rows = reference_chain(reference, first), []
     for number in range(half_bridges + 1):
-        if number:
-            chain = half_bridge(chain, last if chain.direction == FORWARD else first)
         laws, cross = chain.law()
         end, wanted = (laws[0], first) if chain.direction == BACKWARD else (laws[-1], last)
         displacement = laws[0].covariance + laws[-1].covariance - cross - cross.mT
         cost = float(torch.trace(displacement) + ((laws[0].mean - laws[-1].mean) ** 2).sum())
         rows.append({"half_bridge": number, "w2": wasserstein_gaussian(end, wanted), "transport_cost": cost})
+        chain = half_bridge(chain, wanted)
     return rows
 
 

@@ -41,7 +41,7 @@ from training import Trainer
 from .marginals import ImageMarginal, Key, get_marginals, moments
 from .matching import ALGORITHMS, Regression
 from .metrics import mean_squared_displacement, wasserstein
-from .process import BACKWARD, FORWARD, LABEL_RANGE, MeanMap, Reference, TransitionMean, opposite, simulate, step_sizes
+from .process import BACKWARD, FORWARD, LABEL_RANGE, MeanMap, Noise, Reference, TransitionMean, simulate, step_sizes
 
 VERSION = 3
 """To be raised when a fix changes what training or evaluation compute; a folder of another version is refused."""
@@ -63,13 +63,11 @@ class PerEdgeAffine(nn.Module):
         return torch.einsum("bij,bj->bi", self.weight[edge], x) + self.bias[edge]
 
 
+# Of points: (dimension, config) → h.
 NETWORKS: dict[str, Callable[[int, ConfigDict], nn.Module]] = {
-    "time_mlp": lambda dimension, config: TimeConditionalMLP(
-        dimension, width=config.model.width, depth=config.model.depth
-    ),
-    "affine": lambda dimension, config: PerEdgeAffine(dimension, config.bridge.num_steps),
+    "time_mlp": lambda dim, config: TimeConditionalMLP(dim, width=config.model.width, depth=config.model.depth),
+    "affine": lambda dim, config: PerEdgeAffine(dim, config.bridge.num_steps),
 }
-"""Of points: (dimension, config) → h."""
 
 
 class Objective(nn.Module):
@@ -91,8 +89,6 @@ class BridgeRun:
     Attributes:
         marginals: of x_0 and of x_N.
         starts, ends: where chains of a direction begin, and what they are to end at.
-        reference: the reference process.
-        num_half_bridges: 2·num_ipf.
         history: of the reference and of every finished half-bridge what was measured.
 
     Raises:
@@ -104,11 +100,11 @@ class BridgeRun:
         self.config, self.workdir, self.runtime, bridge = config, Path(workdir), runtime, config.bridge
         self.accelerator, self.device = runtime.accelerator, runtime.torch_device
         self.num_half_bridges = 2 * bridge.num_ipf
-        self.regression = resolve(bridge.algorithm, ALGORITHMS, "bridge.algorithm")
+        self.regression = ALGORITHMS[bridge.algorithm]
         size, processes = config.training.batch_size, self.accelerator.num_processes
         if size % processes:
             raise ValueError(f"training.batch_size={size}: must be a multiple of the {processes} process(es)")
-        self.gammas = step_sizes(bridge.ladder, bridge.num_steps, bridge.gamma_min, bridge.gamma_max)
+        self.gammas = step_sizes(bridge.num_steps, bridge.gamma_min, bridge.gamma_max)
         with self.accelerator.main_process_first():  # which may download data
             self.marginals = get_marginals(config.data, config.final)
         self.starts = dict(zip((FORWARD, BACKWARD), self.marginals, strict=True))
@@ -121,23 +117,16 @@ class BridgeRun:
         self.history: list[dict[str, float | int | str]] = []
 
     def _new_mean_map(self, direction: str, number: int) -> TransitionMean:
+        config, model, shape = self.config, self.config.model, self.marginals[0].shape
         # One stream of initial weights for each direction: forward and backward do not start as twins.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_from(self.config.seed, "weights", direction, number))
-            network = self._new_network()
-        return TransitionMean(network, self.gammas, self.config.bridge.matching).to(self.device)
-
-    def _new_network(self) -> nn.Module:
-        model, shape = self.config.model, self.marginals[0].shape
-        if len(shape) == 1:
-            return resolve(model.name, NETWORKS, "model.name")(*shape, self.config)
-        if str(model.get("embedding_type")).lower() == "fourier":
-            raise ValueError("model.embedding_type='fourier': takes a logarithm, but the first edge has the label 0")
-        if model.dropout:
-            raise ValueError(f"model.dropout={model.dropout}: bridges are learned without, it must be 0")
-        channels, size, _ = shape
-        images = dict(image_size=size, num_channels=channels, centered=self.config.data.centered)
-        return make_network(model.name, model, **images)
+            torch.manual_seed(seed_from(config.seed, "weights", direction, number))
+            if len(shape) == 1:
+                network = resolve(model.name, NETWORKS, "model.name")(*shape, config)
+            else:
+                images = dict(image_size=shape[1], num_channels=shape[0], centered=config.data.centered)
+                network = make_network(model.name, model, **images)
+        return TransitionMean(network, self.gammas, drift=config.bridge.matching == "drift").to(self.device)
 
     def train(self) -> None:
         """All half-bridges that are left, each measured when it is done.
@@ -152,11 +141,9 @@ class BridgeRun:
         path = self.workdir / "history.json"
         self.history = json.loads(path.read_bytes()) if path.exists() else []
         self.runtime.check_agreement("what has been measured", len(self.history), self.workdir)
-        finished = max(0, len(self.history) - 1)
-        if finished > self.num_half_bridges:
-            raise ValueError(
-                f"bridge.num_ipf={self.config.bridge.num_ipf}: at least {(finished + 1) // 2}, already begun"
-            )
+        finished, num_ipf = max(0, len(self.history) - 1), self.config.bridge.num_ipf
+        if finished > 2 * num_ipf:
+            raise ValueError(f"bridge.num_ipf={num_ipf}: at least {(finished + 1) // 2}, already begun")
         if not self.history:
             self._measure(0)
         first = max(0, finished - 2)  # of the last two the networks are needed
@@ -190,14 +177,13 @@ class BridgeRun:
             self.mean_maps[direction] = self._new_mean_map(direction, number)
         mean_map = self.mean_maps[direction]
         average = EMA(mean_map, self.config.model.ema_rate)
-        betas = (optim.beta1, optim.beta2)
 
         def cosine(step: int) -> float:
             return optim.lr * (0.5 * (1 + math.cos(math.pi * step / training.n_iters)))
 
         trainer = Trainer(
             mean_map,
-            torch.optim.Adam(mean_map.parameters(), lr=optim.lr, betas=betas, eps=optim.eps, fused=True),
+            torch.optim.Adam(mean_map.parameters(), optim.lr, (optim.beta1, optim.beta2), optim.eps, fused=True),
             self._loss(number),
             self._folder(number),
             n_iters=training.n_iters,
@@ -220,31 +206,28 @@ class BridgeRun:
 
     def _loss(self, number: int) -> Callable[[nn.Module, int, range], dict[str, Tensor]]:
         training = self.config.training
-        cache, present = None, -1
+        caches: dict[int, Regression] = {}  # the present one
 
         def loss(objective: nn.Module, step: int, positions: range) -> dict[str, Tensor]:
-            nonlocal cache, present
             refresh = step // training.refresh_freq
-            if refresh != present:
-                cache = None  # the memory of the old one
-                cache, present = self._cache(number, refresh), refresh
-            return {"loss": objective(*self._batch(cache, number * training.n_iters + step, positions))}
+            if refresh not in caches:
+                caches.clear()  # before the memory for the next is taken
+                caches[refresh] = self._cache(number, refresh)
+            return {"loss": objective(*self._batch(caches[refresh], number * training.n_iters + step, positions))}
 
         return loss
 
     def _cache(self, number: int, refresh: int) -> Regression:
         """This process's part of what half-bridge ``number`` learns from until the next refresh."""
-        learned = DIRECTIONS[number % 2]
-        simulated, seed, key = opposite(learned), self.config.seed, ("cache", number, refresh)
-        count = self.config.training.cache_size
+        learned, simulated = DIRECTIONS[number % 2], DIRECTIONS[(number + 1) % 2]
+        key, count = (self.config.seed, "cache", number, refresh), self.config.training.cache_size
         part = count // self.accelerator.num_processes
         share = slice(self.accelerator.process_index * part, (self.accelerator.process_index + 1) * part)
-        start, options = self.starts[simulated], {}
+        options = {}
         if number == 0 and self.config.bridge.coupling == "independent":
-            other_end = self.ends[simulated].sample(count, (seed, *key, "other end"), share)
-            options["other_end"] = other_end.to(self.device)
-        x = start.sample(count, (seed, *key, "start"), share).to(self.device)
-        noise = self._noise(count, start.shape, share, (*key, "noise"))
+            options["other_end"] = self.ends[simulated].sample(count, (*key, "other end"), share).to(self.device)
+        x = self.starts[simulated].sample(count, (*key, "start"), share).to(self.device)
+        noise = self._noise(count, share, (*key, "noise"))
         return self.regression(learned, x, self.mean_map(simulated), self.reference, noise, **options)
 
     def _batch(self, cache: Regression, step: int, positions: range) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,10 +235,10 @@ class BridgeRun:
         counted from the first half-bridge on, positions are those in the batch of all processes."""
         training = self.config.training
         generator = torch.Generator().manual_seed(seed_from(self.config.seed, "batch", step))
-        part = training.cache_size // training.batch_size
-        edge = torch.randint(len(self.gammas), (training.batch_size,), generator=generator)
-        chain = torch.randint(part, (training.batch_size,), generator=generator)
-        chain += part * torch.arange(training.batch_size) - self.accelerator.process_index * cache.inputs.shape[1]
+        size, part = training.batch_size, training.cache_size // training.batch_size
+        edge = torch.randint(len(self.gammas), (size,), generator=generator)
+        chain = torch.randint(part, (size,), generator=generator) + part * torch.arange(size)
+        chain -= self.accelerator.process_index * cache.inputs.shape[1]
         mine = slice(positions.start, positions.stop)
         edge, chain = edge[mine].to(self.device), chain[mine].to(self.device)
         return cache.inputs[edge, chain], edge + 1, cache.targets[edge, chain]
@@ -273,18 +256,18 @@ class BridgeRun:
 
         return averaged
 
-    def _noise(self, count: int, shape: tuple[int, ...], share: slice, key: Key) -> Callable[[], Tensor]:
+    def _noise(self, count: int, share: slice, key: Key) -> Noise:
         """Standard normal numbers for a share of ``count`` chains, again and again."""
-        generator = torch.Generator().manual_seed(seed_from(self.config.seed, *key))
-        return lambda: torch.randn((count, *shape), generator=generator)[share].to(self.device)
+        generator = torch.Generator().manual_seed(seed_from(*key))
+        shape = (count, *self.marginals[0].shape)
+        return lambda: torch.randn(shape, generator=generator)[share].to(self.device)
 
     def chains(self, direction: str, count: int, key: Key) -> Tensor:
         """``count`` chains (N + 1, count, …) from held-out data, on the CPU, without the last step's noise where data
         are ``sharp``; ``key`` is that of their randomness."""
-        start = self.starts[direction]
-        x = start.sample(count, (self.config.seed, *key, direction), test=True).to(self.device)
-        noise = self._noise(count, start.shape, slice(None), (*key, direction))
-        sharp = self.ends[direction].sharp
+        key, sharp = (self.config.seed, *key, direction), self.ends[direction].sharp
+        x = self.starts[direction].sample(count, key, test=True).to(self.device)
+        noise = self._noise(count, slice(None), key)
         return simulate(self.mean_map(direction), x, self.gammas, direction, noise, noise_removal=sharp)[0].cpu()
 
     def _measure(self, number: int) -> None:
@@ -297,16 +280,13 @@ class BridgeRun:
         measured: dict[str, list[float]] = {"w2": [], "transport_cost": []}
         for i in range(evaluation.num_sets):
             states = self.chains(direction, evaluation.num_samples, ("evaluation", i))
-            first, last = (states[0], states[-1]) if direction == FORWARD else (states[-1], states[0])
-            measured["w2"].append(wasserstein(last, self._true_samples(direction, "wanted", i), self.config.seed))
-            measured["transport_cost"].append(mean_squared_displacement(first, last))
+            end = states[-1 if direction == FORWARD else 0]
+            measured["w2"].append(wasserstein(end, self._true_samples(direction, "wanted", i), self.config.seed))
+            measured["transport_cost"].append(mean_squared_displacement(states[0], states[-1]))
         for name, values in measured.items():
             row[name] = fmean(values)
             if len(values) > 1:
                 row[f"{name}_error"] = stdev(values) / math.sqrt(len(values))
-        if number:
-            log = (self._folder(number - 1) / "metrics.jsonl").read_text()
-            row["loss"] = json.loads(log.splitlines()[-1])["loss"]
         self.history.append(row)
         if self.runtime.is_main:
             write_json(self.workdir / "history.json", self.history)

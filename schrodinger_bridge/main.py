@@ -1,6 +1,6 @@
 """Learn a Schrödinger bridge, measure it at every half-bridge, draw it.
 
-python -m schrodinger_bridge.main --config=configs/dsb/2d.py:PAIR --workdir=W [--animate]
+python -m schrodinger_bridge.main --config=configs/dsb/2d.py:PAIR --workdir=W
 
 Written to W: ``results.json``, ``table.md`` (also printed), ``history.json`` and ``half_bridges/``, ``errors.png``; of
 points ``marginals.png``, of images ``*_images.png`` and ``*_transitions.png``. Stopped at any moment, the same command
@@ -25,15 +25,12 @@ from .marginals import GaussianMarginal
 from .process import BACKWARD, FORWARD
 
 
-def run(
-    config: ConfigDict, workdir: str, animate: bool = False, device: str = "auto", precision: str = "fp32"
-) -> str | None:
+def run(config: ConfigDict, workdir: str, device: str = "auto", precision: str = "fp32") -> str | None:
     """Learn a bridge.
 
     Args:
         config: The bridge, configs/dsb/…; override with --config.x.y=VALUE.
         workdir: Folder of the run: checkpoints, logs, results, figures.
-        animate: Also write an animation of each direction (GIF).
         device: auto, cpu, cuda or mps.
         precision: fp32, bf16 or fp16, of the networks.
     """
@@ -43,15 +40,13 @@ def run(
     bridge.train()
     if not bridge.runtime.is_main:
         return None
-    results, chains = results_of(bridge), figures.chains_of(bridge)
-    if animate:
-        figures.animate(bridge, chains)
-    return write_results(bridge.workdir, results, table(results), figures.draw(bridge, chains))
+    figures.save_images(bridge)
+    results = results_of(bridge)
+    return write_results(bridge.workdir, results, table(results), figures.draw(bridge))
 
 
 def results_of(bridge: BridgeRun) -> dict[str, object]:
-    """What results.json holds: settings, and a row for the reference and every half-bridge; between Gaussians also what
-    linear algebra gives in the place of learning."""
+    """Settings, and a row for the reference and every half-bridge; between Gaussians also what linear algebra gives."""
     results = {
         "experiment": "schrodinger_bridge",
         "config": bridge.config.to_dict(),

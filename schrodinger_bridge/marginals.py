@@ -18,37 +18,25 @@ from ml_collections import ConfigDict
 from sklearn.datasets import make_s_curve, make_swiss_roll
 from torch import Tensor
 
-from data import Split, pixels, sets
-from experiment.randomness import SampleGenerators, seed_from, uniform
+from data import ImageFormat, Split, load_dataset
+from experiment.randomness import SampleGenerators, seed_from
 from experiment.registry import resolve
 
 Key: TypeAlias = tuple[int | str, ...]
-_STANDARDISING_POINTS = 200_000
-_MOMENT_SAMPLES = 2_000
-
-
-def _seed(key: Key, test: bool) -> int:
-    return seed_from(*key, "test" if test else "train")
 
 
 DrawPoints: TypeAlias = Callable[[int, np.random.Generator], np.ndarray]
 """(count, random numbers) → points (count, 2)."""
 
 
+def _seed(key: Key, test: bool) -> int:
+    return seed_from(*key, "test" if test else "train")
+
+
 def _checkerboard(count: int, random: np.random.Generator) -> np.ndarray:
     x1 = random.uniform(-2, 2, count)
     x2 = random.uniform(0, 1, count) - 2 * random.integers(0, 2, count) + np.floor(x1) % 2
     return np.stack([x1, x2], axis=1)
-
-
-def _pinwheel(count: int, random: np.random.Generator) -> np.ndarray:
-    """Five arms of a Gaussian (radius 1 ± 0.3, width 0.1), bent by 0.25 e^radius."""
-    angle = 2 * np.pi * random.integers(0, 5, count) / 5
-    radius = 1 + 0.3 * random.standard_normal(count)
-    across = 0.1 * random.standard_normal(count)
-    angle = angle + 0.25 * np.exp(radius)
-    cos, sin = np.cos(angle), np.sin(angle)
-    return np.stack([radius * cos - across * sin, radius * sin + across * cos], axis=1)
 
 
 def _on_a_circle(modes: int, deviation: float) -> DrawPoints:
@@ -87,7 +75,6 @@ POINT_SETS: dict[str, DrawPoints] = {
     "circles": _circles,
     "moons": _moons,
     "checkerboard": _checkerboard,
-    "pinwheel": _pinwheel,
     "8gaussians": _on_a_circle(8, 0.09),
     "mixture": _on_a_circle(4, 0.25),
 }
@@ -95,13 +82,13 @@ POINT_SETS: dict[str, DrawPoints] = {
 
 @cache
 def _centre_and_scale(draw: DrawPoints) -> tuple[np.ndarray, float]:
-    points = draw(_STANDARDISING_POINTS, np.random.default_rng(0))
+    points = draw(200_000, np.random.default_rng(0))
     return points.mean(0), float(points.std(0).mean())
 
 
 class PointMarginal:
     """Points in the plane, of ``POINT_SETS`` or by 'module:function', moved and scaled to mean 0 and a mean standard
-    deviation of ``scale`` per coordinate.
+    deviation of 1 per coordinate.
 
     Raises:
         ValueError: unknown name.
@@ -110,47 +97,32 @@ class PointMarginal:
     shape = (2,)
     sharp = True
 
-    def __init__(self, name: str, scale: float, field: str = "data.dataset") -> None:
-        self.draw = resolve(name, POINT_SETS, field)
-        self.name, self.scale = name, scale
+    def __init__(self, name: str, field: str = "data.dataset") -> None:
+        self.draw, self.name = resolve(name, POINT_SETS, field), name
 
     def sample(self, count: int, key: Key, share: slice = slice(None), *, test: bool = False) -> Tensor:
         centre, deviation = _centre_and_scale(self.draw)
         points = self.draw(count, np.random.default_rng(_seed(key, test)))
-        return torch.from_numpy(self.scale * (points - centre) / deviation).float()[share]
-
-
-_CORRELATED_MEAN = np.array([1.0, -0.5])
-_CORRELATED_COVARIANCE = np.array([[0.9, 0.4], [0.4, 0.5]])
+        return torch.from_numpy((points - centre) / deviation).float()[share]
 
 
 class GaussianMarginal:
-    """N(m, Σ) of any shape.
-
-    Args:
-        mean: m, of the shape of a sample.
-        root: a matrix R (D, D) with RRᵀ = Σ, or a standard deviation for all coordinates alike.
-        name: what tables and figures call it.
-    """
+    """N(m, I) with m of the shape of a sample, or N(m, RRᵀ) of vectors (D,) with a ``root`` R (D, D)."""
 
     sharp = False
 
-    def __init__(self, mean: Tensor, root: Tensor | float, name: str = "gaussian") -> None:
-        self.mean, self.root, self.name = mean.float(), root, name
-        self.shape = tuple(mean.shape)
+    def __init__(self, mean: Tensor, root: Tensor | None = None, name: str = "gaussian") -> None:
+        self.mean, self.root, self.name, self.shape = mean.float(), root, name, tuple(mean.shape)
 
     @property
     def covariance(self) -> Tensor:
-        """Σ (D, D), float64, of a vector."""
-        if isinstance(self.root, float):
-            return self.root**2 * torch.eye(len(self.mean), dtype=torch.float64)
-        return self.root.double() @ self.root.double().mT
+        """(D, D), float64, of a vector."""
+        return torch.eye(len(self.mean)).double() if self.root is None else self.root.double() @ self.root.double().mT
 
     def sample(self, count: int, key: Key, share: slice = slice(None), *, test: bool = False) -> Tensor:
         generator = torch.Generator().manual_seed(_seed(key, test))
         z = torch.randn((count, *self.shape), generator=generator)[share]
-        scaled = self.root * z if isinstance(self.root, float) else z @ self.root.float().mT
-        return self.mean + scaled
+        return self.mean + (z if self.root is None else z @ self.root.float().mT)
 
 
 class ImageMarginal:
@@ -166,9 +138,9 @@ class ImageMarginal:
     def __init__(
         self, halves: tuple[Split, Split], class_label: int, *, centered: bool, name: str, field: str = "data"
     ) -> None:
-        self.halves, self.centered = halves, centered
+        self.halves, self.images = halves, ImageFormat.of(halves[0], centered=centered, dequantized=True)
         self.name = name if class_label == -1 else f"{name}, class {class_label}"
-        self.shape, self.num_levels = halves[0].image_shape, halves[0].num_levels
+        self.shape = self.images.image_shape
         self.indices = [
             torch.arange(len(half)) if class_label == -1 else (half.labels == class_label).nonzero().flatten()
             for half in halves
@@ -179,13 +151,8 @@ class ImageMarginal:
     def sample(self, count: int, key: Key, share: slice = slice(None), *, test: bool = False) -> Tensor:
         split, indices = self.halves[test], self.indices[test]
         generator = torch.Generator().manual_seed(_seed(key, test))
-        images, _ = split.batch(indices[torch.randint(len(indices), (count,), generator=generator)][share])
-        noise = uniform(images.shape, SampleGenerators((*key, "dequantisation"), range(count)[share]))
-        return pixels.scale(pixels.to_unit_interval(images, self.num_levels, dequantization=noise), self.centered)
-
-    def to_pixels(self, x: Tensor) -> Tensor:
-        """uint8 levels (B, C, H, W)."""
-        return pixels.to_pixels(pixels.unscale(x, self.centered), self.num_levels, True)
+        levels, _ = split.batch(indices[torch.randint(len(indices), (count,), generator=generator)][share])
+        return self.images.to_model(levels, SampleGenerators((*key, "dequantisation"), range(count)[share]))
 
 
 Marginal: TypeAlias = PointMarginal | GaussianMarginal | ImageMarginal
@@ -194,23 +161,20 @@ Marginal: TypeAlias = PointMarginal | GaussianMarginal | ImageMarginal
 def moments(marginal: Marginal, seed: int) -> tuple[Tensor, float]:
     """Mean (…) and the coordinates' mean variance, exact of a Gaussian, otherwise of draws."""
     if isinstance(marginal, GaussianMarginal):
-        root = marginal.root
-        return marginal.mean, root**2 if isinstance(root, float) else float(marginal.covariance.diag().mean())
-    x = marginal.sample(_MOMENT_SAMPLES, (seed, "moments")).double()
+        return marginal.mean, 1.0 if marginal.root is None else float(marginal.covariance.diag().mean())
+    x = marginal.sample(2000, (seed, "moments")).double()
     return x.mean(0).float(), float(x.var(0).mean())
 
 
 def get_marginals(data: ConfigDict, final: ConfigDict) -> tuple[Marginal, Marginal]:
-    """Of x_0 and of x_N; points and Gaussians have ``scale``, 1 where it is not given.
+    """Of x_0 and of x_N.
 
     Raises:
         ValueError, FileNotFoundError: whatever is wrong with them.
     """
-    if data.dataset == "gaussian":
-        raise ValueError("data.dataset='gaussian': a prior, for final.dataset")
     first = _marginal(data, "data")
     if final.dataset == "gaussian":
-        return first, GaussianMarginal(torch.zeros(first.shape), float(final.get("scale", 1)))
+        return first, GaussianMarginal(torch.zeros(first.shape))
     last = _marginal(final, "final")
     if last.shape != first.shape:
         raise ValueError(f"final.dataset={final.dataset!r}: samples {last.shape}, but those of data {first.shape}")
@@ -218,13 +182,11 @@ def get_marginals(data: ConfigDict, final: ConfigDict) -> tuple[Marginal, Margin
 
 
 def _marginal(data: ConfigDict, field: str) -> Marginal:
-    name, scale = data.dataset, float(data.get("scale", 1))
+    name = data.dataset
     if name == "correlated_gaussian":
-        root = torch.from_numpy(scale * np.linalg.cholesky(_CORRELATED_COVARIANCE))
-        return GaussianMarginal(torch.from_numpy(scale * _CORRELATED_MEAN), root, name)
+        covariance = np.array([[0.9, 0.4], [0.4, 0.5]])
+        return GaussianMarginal(torch.tensor([1.0, -0.5]), torch.from_numpy(np.linalg.cholesky(covariance)), name)
     if "image_size" not in data or name in POINT_SETS:
-        return PointMarginal(name, scale, f"{field}.dataset")
+        return PointMarginal(name, f"{field}.dataset")
     sizes = {key: data[key] for key in ("image_size", "num_channels", "path", "root", "download", "resize")}
-    return ImageMarginal(
-        sets.load_dataset(name, **sizes), data.class_label, centered=data.centered, name=name, field=field
-    )
+    return ImageMarginal(load_dataset(name, **sizes), data.class_label, centered=data.centered, name=name, field=field)

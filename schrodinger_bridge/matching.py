@@ -19,13 +19,12 @@ The chain of means so found, with noise √(2γ), tends to the bridge as the ste
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .process import BACKWARD, FORWARD, MeanMap, Reference, edges, opposite, simulate
+from .process import BACKWARD, FORWARD, MeanMap, Noise, Reference, edges, opposite, simulate
 
 
 class Regression(NamedTuple):
@@ -36,11 +35,9 @@ class Regression(NamedTuple):
 
 
 @torch.no_grad()
-def ipf_regression(
-    learned: str, start: Tensor, mean_map: MeanMap, reference: Reference, noise: Callable[[], Tensor]
-) -> Regression:
+def ipf_regression(learned: str, start: Tensor, mean_map: MeanMap, reference: Reference, noise: Noise) -> Regression:
     """Regression of the direction ``learned`` on chains of the opposite one, from ``start`` (B, ...) by its
-    ``mean_map`` and ``noise``, called once a step for standard normal numbers (B, ...)."""
+    ``mean_map``."""
     states, means = simulate(mean_map, start, reference.gammas, opposite(learned), noise)
     inputs = states[1:] if learned == BACKWARD else states[:-1]
     targets = torch.empty_like(inputs)
@@ -51,12 +48,7 @@ def ipf_regression(
 
 @torch.no_grad()
 def imf_regression(
-    learned: str,
-    start: Tensor,
-    mean_map: MeanMap,
-    reference: Reference,
-    noise: Callable[[], Tensor],
-    other_end: Tensor | None = None,
+    learned: str, start: Tensor, mean_map: MeanMap, reference: Reference, noise: Noise, other_end: Tensor | None = None
 ) -> Regression:
     """The same for IMF. With ``other_end`` (B, ...) bridges lead there from ``start``, and no chain is simulated."""
     if other_end is None:
@@ -64,15 +56,12 @@ def imf_regression(
         first, last = states[0], states[-1]
     else:
         first, last = (start, other_end) if learned == BACKWARD else (other_end, start)
+    ahead, towards = (last, reference.towards_end) if learned == FORWARD else (first, reference.towards_start)
     inputs, targets = [], []
     for k in range(1, len(reference.gammas) + 1):
         edge = edges(k, start)
-        if learned == FORWARD:
-            inputs.append(reference.between(first, last, edge - 1, noise()))
-            targets.append(reference.towards_end(inputs[-1], last, edge))
-        else:
-            inputs.append(reference.between(first, last, edge, noise()))
-            targets.append(reference.towards_start(inputs[-1], first, edge))
+        inputs.append(reference.between(first, last, edge - 1 if learned == FORWARD else edge, noise()))
+        targets.append(towards(inputs[-1], ahead, edge))
     return Regression(torch.stack(inputs), torch.stack(targets))
 
 

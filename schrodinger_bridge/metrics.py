@@ -15,9 +15,6 @@ for _library in ("TENSORFLOW", "JAX", "CUPY"):
     os.environ.setdefault(f"POT_BACKEND_DISABLE_{_library}", "1")
 import ot  # noqa: E402
 
-_PROJECTIONS = 200
-_ITERATIONS = 2000
-
 
 def wasserstein(a: Tensor, b: Tensor, seed: int) -> float:
     """W₂ between the empirical measures of samples (n, …) and (m, …), in units of the data.
@@ -32,9 +29,8 @@ def wasserstein(a: Tensor, b: Tensor, seed: int) -> float:
         raise FloatingPointError("samples are not finite; try a smaller optim.lr")
     a, b = a.flatten(1).double().numpy(), b.flatten(1).double().numpy()
     if a.shape[1] > 3:
-        return float(ot.sliced_wasserstein_distance(a, b, n_projections=_PROJECTIONS, seed=seed % 2**32))
-    weights = (np.full(len(a), 1 / len(a)), np.full(len(b), 1 / len(b)))
-    squared, log = ot.emd2(*weights, ot.dist(a, b), numItermax=10_000_000, log=True)
+        return float(ot.sliced_wasserstein_distance(a, b, n_projections=200, seed=seed % 2**32))
+    squared, log = ot.emd2([], [], ot.dist(a, b), numItermax=10_000_000, log=True)  # []: equal weights
     if log["warning"] is not None:
         raise FloatingPointError(f"exact transport of {len(a)} samples: {log['warning']}")
     return float(np.sqrt(squared))
@@ -48,20 +44,15 @@ def mean_squared_displacement(first: Tensor, last: Tensor) -> float:
 def entropic_plan(a: Tensor, b: Tensor, brownian_variance: float) -> tuple[float, float]:
     """The static Schrödinger bridge between samples (n, D) and (m, D): min_P ⟨P, ‖x − y‖²⟩ + ε Σ P log P.
 
-    ε = 2s² makes P ∝ exp(−‖x − y‖²/2s²), the coupling that Brownian motion of variance s² is closest to. Sinkhorn's
-    iteration on logarithms.
-
-    Args:
-        a, b: samples.
-        brownian_variance: s², see ``Reference.brownian_variance``.
+    ε = 2s², s² = ``Reference.brownian_variance``, makes P ∝ exp(−‖x − y‖²/2s²), the coupling that Brownian motion of
+    that variance is closest to. Sinkhorn's iteration on logarithms.
 
     Returns:
         its cost ⟨P, ‖x − y‖²⟩, and the larger ℓ₁ distance of its marginals to those wanted.
     """
     a, b = a.double().numpy(), b.double().numpy()
     cost = ot.dist(a, b)
-    weights = (np.full(len(a), 1 / len(a)), np.full(len(b), 1 / len(b)))
-    options = {"method": "sinkhorn_log", "numItermax": _ITERATIONS, "stopThr": 1e-7, "warn": False}
-    plan = ot.sinkhorn(*weights, cost, 2 * brownian_variance, **options)
-    violation = max(np.abs(plan.sum(axis) - w).sum() for axis, w in ((1, weights[0]), (0, weights[1])))
+    options = {"method": "sinkhorn_log", "numItermax": 2000, "stopThr": 1e-7, "warn": False}
+    plan = ot.sinkhorn([], [], cost, 2 * brownian_variance, **options)
+    violation = max(np.abs(plan.sum(axis) - 1 / len(points)).sum() for axis, points in ((1, a), (0, b)))
     return float((plan * cost).sum()), float(violation)

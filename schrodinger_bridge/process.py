@@ -21,20 +21,16 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from experiment.registry import resolve
 from sde_lib import expand
 
 FORWARD, BACKWARD = "forward", "backward"
-MATCHINGS = ("drift", "mean")
 LABEL_RANGE = 999.0
 """Networks know an edge by a number between 0 and this, the range of the time labels of VP models."""
 
-LEAST_GAMMA = 1e-12
-"""Noise of √(2γ) is then well within single precision."""
-_MOST_FORGOTTEN = 1e12
-
 MeanMap: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Where an edge leads to on average: x (B, ...) and edges k (B,), integers from 1 to N → (B, ...)."""
+Noise: TypeAlias = Callable[[], Tensor]
+"""Called once a step for standard normal numbers (B, ...)."""
 
 
 def opposite(direction: str) -> str:
@@ -46,31 +42,19 @@ def edges(k: int, x: Tensor) -> Tensor:
     return torch.full((len(x),), k, dtype=torch.int64, device=x.device)
 
 
-LADDERS: dict[str, Callable[[float, float, int], Tensor]] = {
-    "constant": lambda low, high, count: torch.full((count,), low, dtype=torch.float64),
-    "linear": lambda low, high, count: torch.linspace(low, high, count, dtype=torch.float64),
-    "geometric": lambda low, high, count: torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64),
-}
-"""The rising half: (γ_min, γ_max, count) → (count,)."""
-
-
-def step_sizes(ladder: str, num_steps: int, gamma_min: float, gamma_max: float) -> Tensor:
-    """γ_1 … γ_N (N,) float64: from ``gamma_min`` up to ``gamma_max`` in the middle and the same way down.
+def step_sizes(num_steps: int, gamma_min: float, gamma_max: float) -> Tensor:
+    """γ_1 … γ_N (N,) float64: linearly from ``gamma_min`` up to ``gamma_max`` in the middle, and the same way down.
 
     An even number of steps has the largest twice, an odd one once.
 
     Raises:
-        ValueError: an unknown ladder, or one that the numbers do not fit.
+        ValueError: γ_max is below γ_min, or there are too few steps to rise and fall.
     """
-    rising = resolve(ladder, LADDERS, "bridge.ladder")
-    given = f"bridge.gamma_min={gamma_min}, bridge.gamma_max={gamma_max}"
-    if not LEAST_GAMMA <= gamma_min <= gamma_max < math.inf:
-        raise ValueError(f"{given}: need {LEAST_GAMMA:g} ≤ γ_min ≤ γ_max")
-    if ladder == "constant" and gamma_min < gamma_max:
-        raise ValueError(f"{given}: a constant ladder has one step size")
+    if gamma_min > gamma_max:
+        raise ValueError(f"bridge.gamma_min={gamma_min}, bridge.gamma_max={gamma_max}: need γ_min ≤ γ_max")
     if num_steps < 3 and gamma_min < gamma_max:
         raise ValueError(f"bridge.num_steps={num_steps}: at least 3 for step sizes that rise and fall")
-    half = rising(gamma_min, gamma_max, (num_steps + 1) // 2)
+    half = torch.linspace(gamma_min, gamma_max, (num_steps + 1) // 2, dtype=torch.float64)
     return torch.cat([half, half.flip(0)[num_steps % 2 :]])
 
 
@@ -78,12 +62,7 @@ class Reference(nn.Module):
     """The process that a bridge is to stay close to: x_k − m = a_k (x_{k−1} − m) + √(2γ_k) z.
 
     Ornstein–Uhlenbeck with the stationary law N(m, s²), a_k = 1 − γ_k/s², the Euler step of dx = ∇log N(x; m, s²) dt +
-    √2 dW; or Brownian motion, a_k = 1, for s² = ∞.
-
-    Args:
-        gammas: (N,).
-        mean: m, of the shape of a sample.
-        variance: s².
+    √2 dW; or Brownian motion, a_k = 1, for s² = ∞. Step sizes are (N,), m has the shape of a sample.
 
     Attributes:
         alpha, variance_from_start: (N + 1,), of x_k given x_0: N(m + α_k (x_0 − m), v_k).
@@ -100,18 +79,16 @@ class Reference(nn.Module):
             )
         self.register_buffer("gammas", gammas.double())
         self.register_buffer("mean", mean)
-        a = 1 - gammas.double() / variance
-        alpha, v = [torch.ones((), dtype=torch.float64)], [torch.zeros((), dtype=torch.float64)]
-        for factor, gamma in zip(a, gammas.double(), strict=True):
-            alpha.append(factor * alpha[-1])
+        self.register_buffer("factor", 1 - self.gammas / variance)
+        self.register_buffer("alpha", torch.cat([torch.ones(1).double(), self.factor.cumprod(0)]))
+        v = [torch.zeros((), dtype=torch.float64)]
+        for factor, gamma in zip(self.factor, self.gammas, strict=True):
             v.append(factor**2 * v[-1] + 2 * gamma)
-        self.register_buffer("factor", a)
-        self.register_buffer("alpha", torch.stack(alpha))
         self.register_buffer("variance_from_start", torch.stack(v))
-        if not self.brownian_variance < _MOST_FORGOTTEN * float(v[-1]):
+        if not self.brownian_variance < 1e12 * float(v[-1]):
             raise ValueError(
                 f"bridge.num_steps={len(gammas)} with step sizes of {float(gammas.sum()):.4g} in all: the reference "
-                f"keeps {float(alpha[-1]):.1g} of where it began; take fewer or smaller steps"
+                f"keeps {float(self.alpha[-1]):.1g} of where it began; take fewer or smaller steps"
             )
 
     @property
@@ -165,65 +142,41 @@ def _per_sample(value: Tensor, x: Tensor) -> Tensor:
 
 
 class TransitionMean(nn.Module):
-    """A mean map from a network h(x, label).
+    """A mean map from a network h(x, label), x and h (B, ...), label (B,), and step sizes (N,).
 
-    ``drift``: M_k(x) = x + √(2γ_k) h, the displacement in units of the step's noise; ``mean``: M_k(x) = h.
-
-    Args:
-        network: (x (B, ...), label (B,)) → (B, ...).
-        gammas: (N,).
-        matching: one of ``MATCHINGS``.
-
-    Raises:
-        ValueError: unknown matching.
+    With ``drift`` M_k(x) = x + √(2γ_k) h, the displacement in units of the step's noise; without, M_k(x) = h.
     """
 
-    def __init__(self, network: nn.Module, gammas: Tensor, matching: str) -> None:
+    def __init__(self, network: nn.Module, gammas: Tensor, *, drift: bool) -> None:
         super().__init__()
-        if matching not in MATCHINGS:
-            raise ValueError(f"bridge.matching={matching!r}: allowed are {', '.join(MATCHINGS)}")
-        self.network = network
-        self.matching = matching
+        self.network, self.drift = network, drift
         self.register_buffer("noise_scale", (2 * gammas).sqrt().float(), persistent=False)
 
     def forward(self, x: Tensor, edge: Tensor) -> Tensor:
         """M_k(x) (B, ...) for edges k (B,)."""
         label = LABEL_RANGE * (edge - 1).to(x.dtype) / (len(self.noise_scale) - 1)
         output = self.network(x, label)
-        return output if self.matching == "mean" else x + expand(self.noise_scale[edge - 1], x) * output
+        return x + expand(self.noise_scale[edge - 1], x) * output if self.drift else output
 
 
 @torch.no_grad()
 def simulate(
-    mean_map: MeanMap,
-    start: Tensor,
-    gammas: Tensor,
-    direction: str,
-    noise: Callable[[], Tensor],
-    *,
-    noise_removal: bool = False,
+    mean_map: MeanMap, start: Tensor, gammas: Tensor, direction: str, noise: Noise, *, noise_removal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """A chain's states x_0 … x_N (N + 1, B, ...), whichever direction they are simulated in.
+    """A chain of one direction from ``start`` (B, ...), x_0 or x_N, with step sizes (N,).
 
-    Args:
-        mean_map: of that direction.
-        start: x_0 (B, ...) of a forward chain, x_N of a backward one.
-        gammas: (N,).
-        direction: 'forward' or 'backward'.
-        noise: called once a step for standard normal numbers (B, ...).
-        noise_removal: leave the noise out of the last step.
+    ``noise_removal`` leaves the noise out of the last step.
 
     Returns:
-        states, and means (N, B, ...): M_k of the state before edge k.
+        states x_0 … x_N (N + 1, B, ...), whichever the direction, and means (N, B, ...): M_k of the state before edge k
     """
-    count = len(gammas)
+    order = range(1, len(gammas) + 1) if direction == FORWARD else range(len(gammas), 0, -1)
     states, means = [start], []
-    for position, k in enumerate(range(1, count + 1) if direction == FORWARD else range(count, 0, -1), 1):
-        mean = mean_map(states[-1], edges(k, start))
+    for k in order:
+        means.append(mean_map(states[-1], edges(k, start)))
         z = noise()  # drawn even where it is left out, so that both kinds of chains share their noise
-        last = noise_removal and position == count
-        states.append(mean if last else mean + math.sqrt(2 * float(gammas[k - 1])) * z)
-        means.append(mean)
+        scale = 0.0 if noise_removal and k == order[-1] else math.sqrt(2 * float(gammas[k - 1]))
+        states.append(means[-1] + scale * z)
     if direction == BACKWARD:
         states.reverse()
         means.reverse()

@@ -3,17 +3,13 @@
     python -m wasserstein_example.digits --workdir=W [--processes=ve,vp,…] [--seeds=2] [--jobs=2] [--steps=…]
 
 Every process of ``configs/wasserstein/digits.py`` is trained with every seed, and every model sampled with each number
-K of steps by three samplers: the exponential integrator, which the paper analyses, ancestral sampling, which is common
-in practice, and Heun's method for the probability-flow ODE, two network evaluations a step. FID is that of 1000 samples
-to the training set, in the features of a classifier of digits (``features.classifier``).
+K of steps by three samplers: the exponential integrator, which the paper analyses, ancestral sampling, and Heun's
+method for the probability-flow ODE, two network evaluations a step. FID is that of 1000 samples to the training set, in
+the features of a classifier of digits, with the jackknife error of ``evaluation.fid_with_error``.
 
-Next to it the exact W₂ between N(m, Σ), with the mean and covariance of the training set, and the law of the same
-sampler with that Gaussian's own score (``exact``): what discretisation, starting from the prior and stopping
-before t = 0 would cost if the data were Gaussian and nothing had to be learned. Its unit is the range of a pixel, for
-all processes.
-
-Errors. Of the samples: the jackknife of ``evaluation.fid_with_error``. Of training and samples together: the range
-over seeds, and, as a few seeds say little, the standard deviation of log FID between seeds pooled over all processes.
+Next to it the exact W₂, in units of a pixel's range, between the Gaussian with mean and covariance of the training set
+and the law of the same sampler with that Gaussian's own score (``exact``): what discretisation, starting from the prior
+and stopping before t = 0 would cost if the data were Gaussian and nothing had to be learned.
 
 Written to W: ``runs/PROCESS/seed_K/`` (runs of ``main.py``), ``results.json``, ``table.md`` and ``fid.png``.
 Interrupted, the same command continues to the same numbers. Finished runs and samples are kept, also when other seeds,
@@ -40,7 +36,7 @@ from evaluation import Features, fid_with_error
 from exact.gaussian_law import diagonalise, sampler_law, wasserstein
 from experiment.command_line import available_cores, check_positive, command
 from experiment.figures import new_figure
-from experiment.files import claim, write_json
+from experiment.files import claim, read_arrays, write_json
 from experiment.jobs import Update, run_all
 from experiment.results import markdown_table, number, write_results
 from experiment.runtime import Runtime
@@ -73,9 +69,9 @@ def run(
         workdir: Folder for the runs, results.json, table.md and fid.png.
         processes: Forward processes, names of configs/wasserstein/digits.py.
         seeds: Seeds 0 … N−1 of every process.
-        steps: Numbers of steps K of the exponential integrator. Empty: without it.
-        ancestral_steps: Numbers of steps K of ancestral sampling. Empty: without it.
-        heun_steps: Numbers of steps K of Heun's method. Empty: without it.
+        steps: Numbers of steps K of the exponential integrator; like the next two it may be empty.
+        ancestral_steps: Those of ancestral sampling.
+        heun_steps: Those of Heun's method.
         jobs: Processes that share the runs, about 1 GB each. They change no result.
         device: auto, cpu, cuda or mps.
 
@@ -83,9 +79,8 @@ def run(
         ValueError: bad input; nothing has been written.
     """
     processes = tuple(dict.fromkeys(processes))
-    plan = [
-        (sampler, k) for sampler, ks in zip(EVALUATIONS, (steps, ancestral_steps, heun_steps), strict=True) for k in ks
-    ]
+    steps_of = zip(EVALUATIONS, (steps, ancestral_steps, heun_steps), strict=True)
+    plan = [(sampler, k) for sampler, numbers in steps_of for k in numbers]
     if unknown := [process for process in processes if process not in MODELS]:
         raise ValueError(f"--processes={unknown[0]}: allowed are {', '.join(MODELS)}")
     if not processes or not plan:
@@ -94,8 +89,7 @@ def run(
     runtime = Runtime(device)
     device = runtime.torch_device.type
     base = get_config(processes[0])
-    iterations, count = base.training.n_iters, base.eval.num_samples
-    settings = {"device": device, "training_steps": iterations, "num_samples": count}
+    settings = {"device": device, "training_steps": base.training.n_iters, "num_samples": base.eval.num_samples}
     folder = claim(workdir, "wasserstein_example on digits", settings)
 
     models = [(process, seed) for seed in range(seeds) for process in processes]
@@ -106,11 +100,11 @@ def run(
         run_folder = folder / "runs" / process / f"seed_{seed}"
         tasks[f"{process}, seed {seed}"] = (config, run_folder, str(folder / "cache"), device)
     training = {name: partial(train, *task) for name, task in tasks.items()}
-    run_all(training, jobs=jobs, total=iterations * len(tasks), unit="step", description="train")
+    run_all(training, jobs=jobs, total=base.training.n_iters * len(tasks), unit="step", description="train")
 
     extractor, _ = reference_features(base, folder / "cache", runtime)  # not by two processes at once
     sampling = {name: partial(sample, *task, plan) for name, task in tasks.items()}
-    cost = count * sum(evaluations(*case) for case in plan)
+    cost = base.eval.num_samples * sum(evaluations(*case) for case in plan)
     measured = run_all(sampling, jobs=jobs, total=cost * len(tasks), unit="evaluation", description="sample")
 
     rows = [{"process": p, "seed": s, **row} for (p, s), found in zip(models, measured, strict=True) for row in found]
@@ -131,34 +125,27 @@ def train(config: ConfigDict, workdir: Path, cache_dir: str, device: str, update
 def sample(
     config: ConfigDict, workdir: Path, cache_dir: str, device: str, plan: Sequence[tuple[str, int]], update: Update
 ) -> list[dict]:
-    """FID of one model by every sampler and number of steps. Every finished one is kept in its own file."""
+    """FID of one model by every sampler and number of steps, with the network evaluations as counted. Every finished
+    one is kept in its own file."""
     extractor, real = reference_features(config, cache_dir, Runtime(device))
-    rows = []
+    rows, count = [], config.eval.num_samples
     for sampler, steps in plan:
         path, cost = workdir / "fid" / f"{sampler}-{steps}.json", evaluations(sampler, steps)
         if path.exists():
-            update(config.eval.num_samples * cost)
+            update(count * cost)
         else:
-            method = (
-                {"method": "ode", "solver": "heun"} if sampler == "heun" else {"method": "pc", "predictor": sampler}
-            )
+            is_ode = sampler == "heun"
+            method = {"method": "ode", "solver": sampler} if is_ode else {"method": "pc", "predictor": sampler}
             config.sampling.update(num_steps=steps, **method)
             runtime = Runtime(device, cache_dir=cache_dir, on_progress=lambda images, cost=cost: update(images * cost))
-            measured = measure(config, workdir, runtime, extractor, real)
-            write_json(path, {"sampler": sampler, "K": steps, "num_samples": config.eval.num_samples, **measured})
+            drawn = read_arrays(run_lib.sample(config, workdir, runtime) / "samples.npz")
+            images = torch.from_numpy(drawn["images"]).permute(0, 3, 1, 2)
+            generated = extract_features(extractor, images, config.eval.batch_size)
+            fid, error = fid_with_error(real.pool, generated.pool)
+            row = {"sampler": sampler, "K": steps, "num_samples": count, "nfe": float(drawn["nfe"])}
+            write_json(path, row | {"fid": fid, "fid_se": error})
         rows.append(json.loads(path.read_bytes()))
     return rows
-
-
-def measure(
-    config: ConfigDict, workdir: Path, runtime: run_lib.Runtime, extractor: FeatureExtractor, real: Features
-) -> dict[str, float]:
-    """Sample and compare: network evaluations as counted, FID and its jackknife error."""
-    with np.load(run_lib.sample(config, workdir, runtime) / "samples.npz", allow_pickle=False) as file:
-        images, nfe = torch.from_numpy(file["images"]).permute(0, 3, 1, 2), float(file["nfe"])
-    generated = extract_features(extractor, images, config.eval.batch_size)
-    distance, error = fid_with_error(real.pool, generated.pool)
-    return {"nfe": nfe, "fid": distance, "fid_se": error}
 
 
 def reference_features(
@@ -169,9 +156,6 @@ def reference_features(
     extractor = train_classifier(train_data, test_data, seed=FEATURE_SEED, cache_dir=cache_dir, runtime=runtime)
     images, _ = train_data.batch(torch.arange(len(train_data)))
     return extractor, extract_features(extractor, images, config.eval.batch_size)
-
-
-# ----------------------------------------------------------------------------------------------------------- the theory
 
 
 def gaussian_rows(processes: Sequence[str], plan: Sequence[tuple[str, int]]) -> list[dict]:
@@ -192,9 +176,6 @@ def gaussian_rows(processes: Sequence[str], plan: Sequence[tuple[str, int]]) -> 
     return rows
 
 
-# -------------------------------------------------------------------------------------------------------------- results
-
-
 class Results(NamedTuple):
     """What table and figure are made from."""
 
@@ -209,31 +190,21 @@ class Results(NamedTuple):
         """Numbers of steps by sampler."""
         return {name: [k for sampler, k in self.plan if sampler == name] for name, _ in self.plan}
 
-    def fid(self, sampler: str, steps: int, key: str = "fid") -> np.ndarray:
-        """(processes, seeds)"""
-        found = {(r["process"], r["seed"]): r[key] for r in self.rows if (r["sampler"], r["K"]) == (sampler, steps)}
-        return np.array([[found[process, seed] for seed in range(self.seeds)] for process in self.processes])
+    def values(self, key: str, sampler: str, steps: int) -> np.ndarray:
+        """(processes, seeds); of the Gaussian's ``w2`` (processes, 1)."""
+        rows = self.gaussian if key == "w2" else self.rows
+        chosen = [row for row in rows if (row["sampler"], row["K"]) == (sampler, steps)]
+        return np.array([[row[key] for row in chosen if row["process"] == process] for process in self.processes])
 
-    def w2(self, sampler: str, steps: int) -> np.ndarray:
-        """(processes,)"""
-        found = {r["process"]: r["w2"] for r in self.gaussian if (r["sampler"], r["K"]) == (sampler, steps)}
-        return np.array([found[process] for process in self.processes])
-
-    def sampling_error(self, sampler: str, steps: int) -> float:
-        """Relative, the median over models."""
-        return float(np.median(self.fid(sampler, steps, "fid_se") / self.fid(sampler, steps)))
-
-    def seed_deviation(self, sampler: str, steps: int) -> float | None:
-        """Standard deviation of log FID between seeds, pooled over processes; None for one seed."""
-        if self.seeds == 1:
-            return None
-        return float(np.sqrt(np.log(self.fid(sampler, steps)).var(axis=1, ddof=1).mean()))
-
-    def rank_correlation(self, sampler: str, steps: int) -> float | None:
-        """Spearman's, over processes, between mean FID and the Gaussian's W₂; None for fewer than three."""
-        if len(self.processes) < 3:
-            return None
-        return float(spearmanr(self.fid(sampler, steps).mean(1), self.w2(sampler, steps)).statistic)
+    def statistics(self, sampler: str, steps: int) -> dict[str, float | None]:
+        """What stands below the processes in the table."""
+        fid, error, w2 = (self.values(key, sampler, steps) for key in ("fid", "fid_se", "w2"))
+        several, enough = self.seeds > 1, len(self.processes) > 2
+        return {
+            "error of the samples": np.median(error / fid),
+            "deviation between seeds": np.sqrt(np.log(fid).var(axis=1, ddof=1).mean()) if several else None,
+            "rank correlation": spearmanr(fid.mean(1), w2[:, 0]).statistic if enough else None,
+        }
 
 
 def table(results: Results) -> str:
@@ -245,20 +216,18 @@ def table(results: Results) -> str:
         "FID from its samples; the standard deviation of log FID between seeds, pooled over processes; Spearman's rank "
         "correlation, over processes, with the W₂ of the table that follows.\n"
     ]
+    titles = [theory.TITLES[NAMES[process]] for process in results.processes]
     for sampler, steps in results.steps().items():
         header = (theory.SAMPLER_TITLES[sampler], *(f"K = {k}" for k in steps))
-        fid, w2 = ([of(sampler, k) for k in steps] for of in (results.fid, results.w2))
-        titles = [theory.TITLES[NAMES[process]] for process in results.processes]
-        rows = [(title, *(_with_range(values[i]) for values in fid)) for i, title in enumerate(titles)]
-        for label, of in {
-            "error of the samples": results.sampling_error,
-            "deviation between seeds": results.seed_deviation,
-            "rank correlation": results.rank_correlation,
-        }.items():
-            rows.append((label, *(number(of(sampler, k), 2) for k in steps)))
-        parts.append(markdown_table(header, rows))
+        statistics = [results.statistics(sampler, k) for k in steps]
+        fid = [
+            [*map(_with_range, results.values("fid", sampler, k)), *(number(value, 2) for value in below.values())]
+            for k, below in zip(steps, statistics, strict=True)
+        ]
+        w2 = [[number(value, 2) for value in results.values("w2", sampler, k)[:, 0]] for k in steps]
+        parts.append(markdown_table(header, [*zip([*titles, *statistics[0]], *fid, strict=True)]))
         parts.append(f"W₂ on the Gaussian with the digits' mean and covariance, exact score: {header[0]}.\n")
-        parts.append(markdown_table(header, [(t, *(number(x[i], 2) for x in w2)) for i, t in enumerate(titles)]))
+        parts.append(markdown_table(header, [*zip(titles, *w2, strict=True)]))
     return "\n".join(parts)
 
 
@@ -276,7 +245,7 @@ def draw_fid(results: Results) -> Figure:
     figure, samplers = new_figure(7.2, 5.6), results.steps()
     panels = figure.subplots(2, len(samplers), sharex="col", sharey="row", squeeze=False)
     for (measured, predicted), (sampler, steps) in zip(panels.T, samplers.items(), strict=True):
-        fid, w2 = (np.array([of(sampler, k) for k in steps]) for of in (results.fid, results.w2))
+        fid, w2 = (np.array([results.values(key, sampler, k) for k in steps]) for key in ("fid", "w2"))
         for i, process in enumerate(results.processes):
             style, mean = figures.STYLES[NAMES[process]], fid[:, i].mean(1)
             reach = np.abs(np.stack((fid[:, i].min(1), fid[:, i].max(1))) - mean)

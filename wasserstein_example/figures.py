@@ -44,34 +44,14 @@ def draw_w2(results: theory.Results) -> Figure:
     return figure
 
 
-def draw_discretisation(results: theory.Results) -> Figure:
-    """The discretisation error against K, one panel per sampler."""
-    figure = new_figure(7.2, 5.2)
-    panels = figure.subplots(2, 3, sharex=True, sharey=True)
-    for axes, (sampler, title) in zip(panels.flat, theory.SAMPLER_TITLES.items(), strict=True):
-        for process, style in STYLES.items():
-            axes.plot(*results.curve(process, sampler, "discretisation"), **style)
-        _guide(axes, results.settings.steps, 300, -2 if sampler == "heun" else -1)
-        axes.set(xscale="log", yscale="log", title=title, ylim=(1e-8, 1e4))
-        axes.set(xlabel="sampling steps K", ylabel="W₂ to K = ∞")
-        axes.label_outer()
-    guide = Line2D([], [], color="0.6", linewidth=3, alpha=0.5, label="1/K; Heun: 1/K²")
-    handles = [*panels[0, 0].get_legend_handles_labels()[0], guide]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-    return figure
-
-
 def draw_needed(results: theory.Results) -> Figure:
     """K(ε) with the horizon of the theory, against 1/ε and against d."""
     figure = new_figure(7.2, 3.7)
     by_epsilon, by_d = figure.subplots(1, 2)
     reference = results.settings.reference
-    for process in theory.PROCESSES:
-        known = [row for row in results.needed if row["process"] == process and row["K"] is not None]
-        points = [(1 / row["epsilon"], row["K"]) for row in known if row["d"] == reference]
-        by_epsilon.plot(*np.array(points).reshape(-1, 2).T, **STYLES[process])
-        points = sorted((row["d"], row["K"]) for row in known if row["epsilon"] == theory.HORIZON_EPSILON)
-        by_d.plot(*np.array(points).reshape(-1, 2).T, **STYLES[process])
+    for process in theory.BOUNDS:
+        for axes, points in zip((by_epsilon, by_d), results.counts(process), strict=True):
+            axes.plot(*np.array(points).reshape(-1, 2).T, **STYLES[process])
     for axes, exponents, x in (
         (by_epsilon, (1, 2), [1 / epsilon for epsilon in theory.EPSILONS]),
         (by_d, (0.5, 1), results.settings.dimensions),

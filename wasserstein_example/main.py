@@ -2,15 +2,11 @@
 
     python -m wasserstein_example.main --workdir=W [--steps=8,16,…] [--dimensions=1,4,…]
 
-The data are N(m, Σ) with all components of m equal to ``--mean`` and the eigenvalues of Σ between
-``--smallest_variance`` and ``--largest_variance``. Three questions: how W₂ falls with the number of steps K; how many
-steps K(ε) are needed if, as in the theory, the horizon grows until infinitely many steps leave ε/2; and what an error
-of the score costs (``theory``). ``digits`` asks the first of trained networks.
+How W₂ falls with the number of steps K; how many steps K(ε) are needed if, as in the paper, the horizon grows until
+infinitely many steps leave ε/2; what an error of the score costs. ``digits`` asks the first of trained networks.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 
@@ -26,9 +22,6 @@ def run(
     *,
     steps: tuple[int, ...] = tuple(2**k for k in range(3, 14)),
     dimensions: tuple[int, ...] = (1, 4, 16, 64, 256),
-    mean: float = 0.5,
-    smallest_variance: float = 0.25,
-    largest_variance: float = 1.0,
 ) -> str:
     """Compute, write all files and return the tables.
 
@@ -36,9 +29,6 @@ def run(
         workdir: Folder for results.json, table.md and the figures.
         steps: Numbers of steps K.
         dimensions: Dimensions d of the data; figures and most tables are of the middle one.
-        mean: Every component of the data's mean.
-        smallest_variance: Lower end of the eigenvalues of the data's covariance.
-        largest_variance: Upper end of the eigenvalues of the data's covariance.
 
     Raises:
         ValueError: bad input; nothing has been written.
@@ -46,24 +36,12 @@ def run(
     for flag, values in (("steps", steps), ("dimensions", dimensions)):
         if min(values, default=0) < 1:
             raise ValueError(f"--{flag}={','.join(map(str, values))}: allowed are integers from 1 on, at least one")
-    if not math.isfinite(mean):
-        raise ValueError(f"--mean={mean}: allowed are finite numbers")
-    if not 0 < smallest_variance <= largest_variance < math.inf:
-        raise ValueError(
-            f"--smallest_variance={smallest_variance}, --largest_variance={largest_variance}: the covariance must be "
-            "positive definite, 0 < smallest_variance <= largest_variance"
-        )
-    sizes = (tuple(sorted(set(values))) for values in (steps, dimensions))
-    settings = theory.Settings(*sizes, mean, smallest_variance, largest_variance)
+    settings = theory.Settings(*(tuple(sorted(set(values))) for values in (steps, dimensions)))
     folder = claim(workdir, "wasserstein_example", settings._asdict())
 
     torch.set_num_threads(1)  # tensors this small are only slowed down by more
     results = theory.compute(settings)
-    drawn = {
-        "w2": figures.draw_w2(results),
-        "discretisation": figures.draw_discretisation(results),
-        "needed": figures.draw_needed(results),
-    }
+    drawn = {"w2": figures.draw_w2(results), "needed": figures.draw_needed(results)}
     content = {"experiment": "wasserstein_example", **results._asdict(), "settings": settings._asdict()}
     return write_results(folder, content, theory.tables(results), drawn)
 

@@ -13,8 +13,8 @@ Source: Gao, Nguyen, Zhu, "Wasserstein Convergence Guarantees for a General Clas
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,78 +23,50 @@ from tqdm import tqdm
 
 from exact.gaussian_law import DETERMINISTIC, Law, limit_law, sampler_law, wasserstein
 from experiment.results import markdown_table, number
-from sde_lib import (
-    SDE,
-    VE,
-    VP,
-    ConstantBeta,
-    ConstantDiffusionSigma,
-    CosineBeta,
-    ExponentialBeta,
-    GeometricSigma,
-    LinearBeta,
-    PolynomialSigma,
-    PowerBeta,
-    SigmaSchedule,
-    SquareRootDiffusionSigma,
-)
-
-SIGMA_MIN = 0.01
+from sde_lib import SDE, make_sde
 
 
-class Process(NamedTuple):
-    """A forward process on [0, T].
+class Bounds(NamedTuple):
+    """The paper's, on K and on the score error, and the exponents of 1/ε and d in the former, without logarithms."""
 
-    ``stretched`` makes the process from its horizon: for VE that is σ_max, for VP T with β(t) continued beyond 1, in
-    units of time in which T is 1 again. ``horizon`` is that of the configs. ``steps`` and ``error`` are the paper's
-    bounds on K and on the score error, ``exponents`` those of 1/ε and d in the former, without logarithms.
-    """
-
-    stretched: Callable[[float], SDE]
-    horizon: float
     steps: str
     error: str
     exponents: tuple[float, float]
 
 
-def _ve(schedule: Callable[..., SigmaSchedule], sigma_max: float, *constants: float) -> SDE:
-    return VE(schedule(SIGMA_MIN, sigma_max, *constants))
-
-
-def _polynomial(sigma_max: float) -> SDE:
-    return _ve(PolynomialSigma, sigma_max, 2.0)  # ρ = 2: g ∝ (b + at)^c with c = 3/2
-
-
-def _linear(horizon: float) -> SDE:
-    return VP(LinearBeta(horizon * 0.1, horizon * (0.1 + horizon * 19.9)))
-
-
-def _constant(horizon: float) -> SDE:
-    return VP(ConstantBeta(horizon * 0.1, horizon * 10.0))
-
-
-def _power(horizon: float, rho: float = 2.0) -> SDE:
-    start, end = 0.1 ** (1 / rho), 20.0 ** (1 / rho)
-    return VP(PowerBeta(horizon * 0.1, horizon * (start + horizon * (end - start)) ** rho, rho))
-
-
-def _exponential(horizon: float) -> SDE:
-    return VP(ExponentialBeta(horizon * 0.1, horizon * 0.1 * 300.0**horizon))
-
-
-PROCESSES: dict[str, Process] = {
-    "ve_geometric": Process(partial(_ve, GeometricSigma), 50.0, "d log(d/ε)/ε²", "ε/log(1/ε)", (2, 1)),
-    "ve_constant": Process(partial(_ve, ConstantDiffusionSigma), 50.0, "d^(3/2) log(d/ε)/ε³", "ε/√log(d/ε)", (3, 1.5)),
-    "ve_square_root": Process(partial(_ve, SquareRootDiffusionSigma), 50.0, "d^(5/4)/ε^(5/2)", "ε^(3/2)", (2.5, 1.25)),
-    "ve_polynomial": Process(_polynomial, 50.0, "d^(9/8)/ε^(9/4)", "ε^(7/4)", (2.25, 1.125)),
-    "vp_linear": Process(_linear, 1.0, "d √log(d/ε)/ε²", "ε", (2, 1)),
-    "vp_constant": Process(_constant, 1.0, "d log(d/ε)/ε²", "ε", (2, 1)),
-    "vp_power": Process(_power, 1.0, "d (log(d/ε))^(1/3)/ε²", "ε", (2, 1)),
-    "vp_exponential": Process(_exponential, 1.0, "d log log(d/ε)/ε²", "ε", (2, 1)),
+BOUNDS = {
+    "ve_geometric": Bounds("d log(d/ε)/ε²", "ε/log(1/ε)", (2, 1)),
+    "ve_constant": Bounds("d^(3/2) log(d/ε)/ε³", "ε/√log(d/ε)", (3, 1.5)),
+    "ve_square_root": Bounds("d^(5/4)/ε^(5/2)", "ε^(3/2)", (2.5, 1.25)),
+    "ve_polynomial": Bounds("d^(9/8)/ε^(9/4)", "ε^(7/4)", (2.25, 1.125)),  # g ∝ (b + at)^c with c = 3/2
+    "vp_linear": Bounds("d √log(d/ε)/ε²", "ε", (2, 1)),
+    "vp_constant": Bounds("d log(d/ε)/ε²", "ε", (2, 1)),
+    "vp_power": Bounds("d (log(d/ε))^(1/3)/ε²", "ε", (2, 1)),
+    "vp_exponential": Bounds("d log log(d/ε)/ε²", "ε", (2, 1)),
 }
-SDES: dict[str, SDE] = {name: process.stretched(process.horizon) for name, process in PROCESSES.items()}
+"""By forward process, family and schedule."""
+HORIZONS = {"ve": 50.0, "vp": 1.0}
+"""Of the paper's configs: σ_max, and the length T of time."""
+
+
+def stretched(process: str, horizon: float) -> SDE:
+    """A process with the paper's constants on another horizon: for VE that is σ_max, for VP T with β(t) continued
+    beyond 1, in units of time in which T is 1 again."""
+    family, _, schedule = process.partition("_")
+    if family == "ve":
+        return make_sde("vesde", schedule, {"sigma_min": 0.01, "sigma_max": horizon, "rho": 2.0})
+    beta_max = {  # T β(T)
+        "linear": horizon * (0.1 + horizon * 19.9),
+        "constant": horizon * 10.0,
+        "power": horizon * (0.1**0.5 + horizon * (20.0**0.5 - 0.1**0.5)) ** 2,
+        "exponential": horizon * 0.1 * 300.0**horizon,
+    }
+    return make_sde("vpsde", schedule, {"beta_min": horizon * 0.1, "beta_max": beta_max[schedule], "rho": 2.0})
+
+
+SDES = {process: stretched(process, HORIZONS[process[:2]]) for process in BOUNDS}
 # Not in the paper, and with its end fixed: it has no horizon to stretch.
-SDES["vp_cosine"] = VP(CosineBeta(999.0))
+SDES["vp_cosine"] = make_sde("vpsde", "cosine", {"beta_max": 999.0})
 
 SAMPLER_TITLES = {
     "euler_maruyama": "Euler–Maruyama",
@@ -117,26 +89,21 @@ SCORE_ERROR_STEPS = 1024
 
 
 class Settings(NamedTuple):
-    """Checked input."""
+    """Numbers of steps and dimensions, ascending."""
 
     steps: tuple[int, ...]
     dimensions: tuple[int, ...]
-    mean: float
-    smallest_variance: float
-    largest_variance: float
 
     @property
     def reference(self) -> int:
         """The dimension that figures and most tables are of: the middle one."""
         return self.dimensions[len(self.dimensions) // 2]
 
-    def data(self, dimension: int) -> Law:
-        fractions = (torch.arange(dimension, dtype=torch.float64) + 0.5) / dimension
-        ratio = self.largest_variance / self.smallest_variance
-        return Law(torch.full_like(fractions, self.mean), self.smallest_variance * ratio**fractions)
 
-
-# -------------------------------------------------------------------------------------------------------- computation
+def data_of(dimension: int) -> Law:
+    """N(m, Σ): all components of m are ½, and the eigenvalues of Σ lie between ¼ and 1."""
+    fractions = (torch.arange(dimension, dtype=torch.float64) + 0.5) / dimension
+    return Law(torch.full_like(fractions, 0.5), 0.25 * 4.0**fractions)
 
 
 def distances(settings: Settings, process: str, sampler: str) -> list[dict]:
@@ -145,7 +112,7 @@ def distances(settings: Settings, process: str, sampler: str) -> list[dict]:
     Directions are independent, so the data of all dimensions go through the sampler together.
     """
     sde = SDES[process]
-    parts = [settings.data(d) for d in settings.dimensions]
+    parts = [data_of(d) for d in settings.dimensions]
     data = Law(*(torch.cat(column) for column in zip(*parts, strict=True)))
     limit = limit_law(sde, data, probability_flow=sampler in DETERMINISTIC)
     rows = []
@@ -165,38 +132,29 @@ def slope(steps: Sequence[int], errors: Sequence[float]) -> float:
     return float(np.polyfit(np.log(steps), np.log(errors), 1)[0])
 
 
-def measured_slopes(settings: Settings, rows: Sequence[dict]) -> list[dict]:
-    """Of the discretisation error of each sampler and process: over the last four octaves of ``--steps``, and at more
-    steps than these."""
-    first = max(settings.steps) / 16
-    data = settings.data(settings.reference)
-    curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for row in rows:
-        if row["d"] == settings.reference and row["K"] >= first:
-            curves.setdefault((row["process"], row["sampler"]), []).append((row["K"], row["discretisation"]))
-    slopes = []
-    for (process, sampler), points in tqdm(curves.items(), desc="slopes", leave=False):
-        sde = SDES[process]
-        limit = limit_law(sde, data, probability_flow=sampler in DETERMINISTIC)
-        errors = [wasserstein(sampler_law(sde, data, sampler, k), limit) for k in LONG_STEPS]
-        short = slope(*zip(*points, strict=True)) if len(points) > 1 else None
-        long = slope(LONG_STEPS, errors)
-        slopes.append({"process": process, "sampler": sampler, "slope": short, "long_slope": long})
-    return slopes
+def measured_slope(settings: Settings, process: str, sampler: str, rows: Sequence[dict]) -> dict:
+    """Of the discretisation error: over the last four octaves of ``--steps``, and at more steps than these."""
+    sde, data = SDES[process], data_of(settings.reference)
+    limit = limit_law(sde, data, probability_flow=sampler in DETERMINISTIC)
+    errors = [wasserstein(sampler_law(sde, data, sampler, k), limit) for k in LONG_STEPS]
+    rows = [row for row in rows if row["d"] == settings.reference and row["K"] >= max(settings.steps) / 16]
+    short = slope([row["K"] for row in rows], [row["discretisation"] for row in rows]) if len(rows) > 1 else None
+    return {"process": process, "sampler": sampler, "slope": short, "long_slope": slope(LONG_STEPS, errors)}
 
 
-def horizon_for(process: Process, data: Law, limit: float) -> float | None:
+def horizon_for(process: str, data: Law, limit: float) -> float | None:
     """The smallest horizon at which the reverse SDE's limit is ``limit``; none if it never gets there."""
 
     def missing(horizon: float) -> float:
-        return wasserstein(limit_law(process.stretched(horizon), data, probability_flow=False), data) - limit
+        return wasserstein(limit_law(stretched(process, horizon), data, probability_flow=False), data) - limit
 
     # From a horizon at which next to no noise is added, by 5 % at a time: the limit need not fall for ever, because
     # sampling stops at a fixed fraction of the horizon.
-    low = high = 0.02 * process.horizon
+    usual = HORIZONS[process[:2]]
+    low = high = 0.02 * usual
     while missing(high) > 0:
         low, high = high, 1.05 * high
-        if high > 20 * process.horizon:
+        if high > 20 * usual:
             return None
     for _ in range(50):
         middle = math.sqrt(low * high)
@@ -213,11 +171,7 @@ def steps_needed(sde: SDE, data: Law, epsilon: float) -> int:
     high = 1
     while not reached(high):
         high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if reached(middle) else (middle, high)
-    return high
+    return high // 2 + 1 + bisect_left(range(high // 2 + 1, high), True, key=reached)
 
 
 def needed(settings: Settings) -> list[dict]:
@@ -225,12 +179,12 @@ def needed(settings: Settings) -> list[dict]:
     cases = [(settings.reference, epsilon) for epsilon in EPSILONS]
     cases += [(d, HORIZON_EPSILON) for d in settings.dimensions if d != settings.reference]
     rows = []
-    for name, process in tqdm(PROCESSES.items(), desc="K(ε)", leave=False):
+    for process in tqdm(BOUNDS, desc="K(ε)", leave=False):
         for d, epsilon in cases:
-            data = settings.data(d)
+            data = data_of(d)
             horizon = horizon_for(process, data, epsilon / 2)
-            count = None if horizon is None else steps_needed(process.stretched(horizon), data, epsilon)
-            rows.append({"process": name, "d": d, "epsilon": epsilon, "horizon": horizon, "K": count})
+            count = None if horizon is None else steps_needed(stretched(process, horizon), data, epsilon)
+            rows.append({"process": process, "d": d, "epsilon": epsilon, "horizon": horizon, "K": count})
     return rows
 
 
@@ -238,7 +192,7 @@ def score_errors(settings: Settings) -> list[dict]:
     """W₂ if the score is off by a constant vector of length M, the same in all directions; and how far the mean of the
     samples is then moved, per M, which does not depend on M."""
     d = settings.reference
-    data, rows = settings.data(d), []
+    data, rows = data_of(d), []
     for process, sde in SDES.items():
         exact = sampler_law(sde, data, ANALYSED, SCORE_ERROR_STEPS)
         for size in SCORE_ERRORS:
@@ -265,54 +219,51 @@ class Results(NamedTuple):
         chosen = [row for row in self.rows if (row["process"], row["sampler"], row["d"]) == case]
         return [row["K"] for row in chosen], [row[quantity] for row in chosen]
 
+    def counts(self, process: str) -> tuple[list[tuple[float, int]], list[tuple[int, int]]]:
+        """(1/ε, K(ε)) in the reference dimension, and (d, K(ε)) at one ε, where K(ε) is known."""
+        known = [row for row in self.needed if row["process"] == process and row["K"] is not None]
+        by_epsilon = [(1 / row["epsilon"], row["K"]) for row in known if row["d"] == self.settings.reference]
+        return by_epsilon, sorted((row["d"], row["K"]) for row in known if row["epsilon"] == HORIZON_EPSILON)
+
 
 def compute(settings: Settings) -> Results:
     """Everything but tables and figures."""
-    cases = [(process, sampler) for process in SDES for sampler in SAMPLER_TITLES]
-    rows = [row for case in tqdm(cases, desc="W₂", leave=False) for row in distances(settings, *case)]
-    limits = []
+    rows, limits, slopes = [], [], []
+    for process, sampler in tqdm([(p, s) for p in SDES for s in SAMPLER_TITLES], desc="W₂", leave=False):
+        of_case = distances(settings, process, sampler)
+        rows += of_case
+        slopes.append(measured_slope(settings, process, sampler, of_case))
     for process, sde in SDES.items():
         for d in settings.dimensions:
-            data = settings.data(d)
+            data = data_of(d)
             of_sde, of_ode = (wasserstein(limit_law(sde, data, probability_flow=flow), data) for flow in (False, True))
             limits.append({"process": process, "d": d, "sde": of_sde, "ode": of_ode})
-    slopes = measured_slopes(settings, rows)
     return Results(settings, rows, limits, slopes, needed(settings), score_errors(settings))
-
-
-# -------------------------------------------------------------------------------------------------------------- tables
 
 
 def tables(results: Results) -> str:
     """In Markdown."""
     settings, d, last = results.settings, results.settings.reference, max(results.settings.steps)
-    slopes = {(r["process"], r["sampler"]): f"{number(r['slope'])} ({number(r['long_slope'])})" for r in results.slopes}
-    by_sampler = [(TITLES[p], *(slopes[p, s] for s in SAMPLER_TITLES)) for p in SDES]
-    distances = {row["process"]: [row["sde"], row["ode"]] for row in results.limits if row["d"] == d}
-    for p in SDES:
-        distances[p] += [results.curve(p, s, "w2")[1][-1] for s in SAMPLER_TITLES]
-    w2 = [(TITLES[p], *map(number, distances[p])) for p in SDES]
-    count = {(row["process"], row["d"], row["epsilon"]): row["K"] or "–" for row in results.needed}
     others = [other for other in settings.dimensions if other != d]
-    bounds = []
-    for name, process in PROCESSES.items():
-        of_epsilon, of_d = measured_exponents(results, name)
-        bounds.append(
-            (
-                TITLES[name],
-                process.steps,
-                *(count[name, d, epsilon] for epsilon in EPSILONS),
-                f"{number(of_epsilon)} ({process.exponents[0]:g})",
-                *(count[name, other, HORIZON_EPSILON] for other in others),
-                f"{number(of_d)} ({process.exponents[1]:g})",
-            )
+    by_sampler, w2, bounds, by_error = [], [], [], []
+    for name, title in TITLES.items():
+        slopes = [row for row in results.slopes if row["process"] == name]
+        by_sampler.append((title, *(f"{number(row['slope'])} ({number(row['long_slope'])})" for row in slopes)))
+        [limit] = [row for row in results.limits if (row["process"], row["d"]) == (name, d)]
+        at_last = [results.curve(name, sampler, "w2")[1][-1] for sampler in SAMPLER_TITLES]
+        w2.append((title, *map(number, (limit["sde"], limit["ode"], *at_last))))
+        rows = [row for row in results.score_errors if row["process"] == name]
+        numbers = map(number, (*(row["w2"] for row in rows), rows[-1]["shift_per_error"]))
+        by_error.append((title, *numbers, BOUNDS[name].error if name in BOUNDS else "–"))
+    for name, bound in BOUNDS.items():
+        count = {(row["d"], row["epsilon"]): row["K"] or "–" for row in results.needed if row["process"] == name}
+        of_epsilon, of_d = (
+            f"{number(slope(*zip(*points, strict=True)) if len(points) > 1 else None)} ({exponent:g})"
+            for points, exponent in zip(results.counts(name), bound.exponents, strict=True)
         )
+        at_d, at_others = [count[d, epsilon] for epsilon in EPSILONS], [count[x, HORIZON_EPSILON] for x in others]
+        bounds.append((TITLES[name], bound.steps, *at_d, of_epsilon, *at_others, of_d))
     bounds.append(("lower bound", "√d/ε", *("" for _ in EPSILONS), "(1)", *("" for _ in others), "(0.5)"))
-    by_error = []
-    for p in SDES:
-        rows = [row for row in results.score_errors if row["process"] == p]
-        numbers = [*(row["w2"] for row in rows), rows[-1]["shift_per_error"]]
-        by_error.append((TITLES[p], *map(number, numbers), PROCESSES[p].error if p in PROCESSES else "–"))
     titles = list(SAMPLER_TITLES.values())
     counts = (f"K({epsilon:g})" for epsilon in EPSILONS), (f"K({HORIZON_EPSILON:g}), d = {other}" for other in others)
     return f"""\
@@ -331,11 +282,3 @@ W₂ of the exponential integrator with {SCORE_ERROR_STEPS} steps and a constant
 how far the mean of the samples moves, divided by M.
 
 {markdown_table(("process", *(f"M = {m:g}" for m in SCORE_ERRORS), "shift/M", "the paper's M for ε"), by_error)}"""
-
-
-def measured_exponents(results: Results, process: str) -> tuple[float | None, float | None]:
-    """Of 1/ε, over all ε in the reference dimension, and of d, over all dimensions at one ε, in K(ε)."""
-    known = [row for row in results.needed if row["process"] == process and row["K"] is not None]
-    of_epsilon = [(1 / row["epsilon"], row["K"]) for row in known if row["d"] == results.settings.reference]
-    of_d = [(row["d"], row["K"]) for row in known if row["epsilon"] == HORIZON_EPSILON]
-    return tuple(slope(*zip(*points, strict=True)) if len(points) > 1 else None for points in (of_epsilon, of_d))

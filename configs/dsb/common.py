@@ -4,15 +4,10 @@ from ml_collections import ConfigDict
 
 from configs import defaults
 from configs.fields import Field, check_fields, make_config, with_defaults
-from configs.ranges import Range, at_least, choices, fraction, positive
+from configs.ranges import at_least, choices, fraction, positive
 
-POINT_SETS = ("scurve", "swissroll", "circles", "moons", "checkerboard", "pinwheel", "8gaussians", "mixture")
-_SETS = choices(*POINT_SETS, "correlated_gaussian", "gaussian", *defaults.IMAGE_SETS, or_path=True, any_case=True)
-_SCALE = Field(
-    1.0,
-    "standard deviation of points, on average over the coordinates",
-    Range("1e-06 to 1e+06", lambda value: 1e-6 <= value <= 1e6),
-)
+POINT_SETS = ("scurve", "swissroll", "circles", "moons", "checkerboard", "8gaussians", "mixture")
+_SETS = (*POINT_SETS, "correlated_gaussian", *defaults.IMAGE_SETS)
 
 # Of all bridges; the defaults are those of the plane.
 COMMON = {
@@ -20,9 +15,8 @@ COMMON = {
     "bridge.algorithm": Field("ipf", "iterative proportional or iterative Markovian fitting", choices("ipf", "imf")),
     "bridge.num_ipf": Field(20, "iterations, of two half-bridges each", at_least(1)),
     "bridge.num_steps": Field(20, "steps of a chain", at_least(2)),
-    "bridge.ladder": Field("constant", "how step sizes rise and fall", choices("constant", "linear", "geometric")),
-    "bridge.gamma_min": Field(0.01, "smallest step size", at_least(1e-12)),
-    "bridge.gamma_max": Field(0.01, "largest step size", at_least(1e-12)),
+    "bridge.gamma_min": Field(0.01, "step size at the ends", at_least(1e-12)),
+    "bridge.gamma_max": Field(0.01, "step size in the middle, up to which they rise linearly", at_least(1e-12)),
     "bridge.reference": Field("ornstein_uhlenbeck", "to stay close to", choices("ornstein_uhlenbeck", "brownian")),
     "bridge.coupling": Field("reference", "of the first half-bridge", choices("reference", "independent")),
     "bridge.matching": Field("drift", "what the network gives", choices("drift", "mean")),
@@ -41,14 +35,12 @@ COMMON = {
     "evaluation.num_samples": Field(2000, "samples of a set", at_least(2)),
     "evaluation.num_sets": Field(5, "sets of so many samples; the mean over them is reported", at_least(1)),
     "evaluation.batch_size": Field(10_000, "samples at once", at_least(1)),
-    "data.dataset": Field("scurve", "distribution at one end", _SETS),
-    "final.dataset": Field("gaussian", "distribution at the other end", _SETS),
-    "final.scale": _SCALE,
+    "data.dataset": Field("scurve", "distribution at one end", choices(*_SETS, or_path=True, any_case=True)),
+    "final.dataset": Field("gaussian", "at the other", choices("gaussian", *_SETS, or_path=True, any_case=True)),
     "model.name": Field("time_mlp", "the network", choices("time_mlp", "affine", *defaults.NETWORKS, or_path=True)),
     **with_defaults(defaults.FIELDS, {"model.ema_rate": 0.99}),
 }
 POINTS = {
-    "data.scale": _SCALE,
     "model.width": Field(128, "units of a layer", at_least(1)),
     "model.depth": Field(3, "hidden layers", at_least(1)),
 }
@@ -60,6 +52,8 @@ IMAGES = {
     if name.startswith(("data.", "model.")) and name not in COMMON and name.partition(".")[2] not in _UNREAD
 }
 IMAGES["data.class_label"] = Field(-1, "the one class to take; -1: all", at_least(-1))
+# The Fourier embedding takes a logarithm, but the first edge has the label 0.
+IMAGES["model.embedding_type"] = Field("positional", "of the number of the edge", choices("positional"))
 IMAGES["model.dropout"] = Field(0.0, "bridges are learned without", choices(0.0))
 FIELDS = COMMON | POINTS | IMAGES | {f"final.{n[5:]}": field for n, field in IMAGES.items() if n.startswith("data.")}
 
@@ -69,8 +63,8 @@ def image_config(dataset: str, image_size: int, num_channels: int) -> ConfigDict
     network = dict(name="ncsnpp", nf=64, ch_mult=(1, 2, 2), num_res_blocks=2, attn_resolutions=(), ema_rate=0.999)
     overrides = {
         "data": dict(dataset=dataset, image_size=image_size, num_channels=num_channels, centered=True),
-        "model": network | dict(embedding_type="positional", fir=False, progressive_input="none"),
-        "bridge": dict(ladder="linear", gamma_min=1e-5, gamma_max=0.1),
+        "model": network | dict(fir=False, progressive_input="none"),
+        "bridge": dict(gamma_min=1e-5, gamma_max=0.1),
         "evaluation.num_sets": 1,
         "optim.lr": 2e-4,
     }

@@ -180,7 +180,7 @@ def test_what_image_models_accept(overrides):
         ({"bridge.gamma_min": 1e-300}, "bridge.gamma_min=1e-300: at least 1e-12"),
         ({"training.cache_size": 33}, "training.cache_size=33: must be a multiple of training.batch_size=512"),
         ({"evaluation.num_samples": 1}, "evaluation.num_samples=1: at least 2"),
-        ({"data.scale": 0.0}, "data.scale=0.0: allowed are 1e-06 to 1e+06"),
+        ({"bridge.matching": "x"}, "bridge.matching='x': allowed are drift, mean"),
         ({"data.dataset": "moon"}, "data.dataset='moon': allowed are scurve, swissroll"),
         ({"seed": -1}, "seed=-1: at least 0"),
     ],

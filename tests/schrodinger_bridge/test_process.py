@@ -53,33 +53,27 @@ def bridge_covariance(first: torch.Tensor, last: torch.Tensor, brownian_variance
 
 
 @pytest.mark.parametrize("count", [3, 4, 8, 9, 30])
-@pytest.mark.parametrize("ladder", ["linear", "geometric"])
-def test_ladders_rise_and_fall(ladder, count):
-    """As many step sizes as steps, symmetric, γ_min at the ends and γ_max in the middle."""
-    gammas = step_sizes(ladder, count, 1e-4, 0.1)
+def test_step_sizes_rise_and_fall(count):
+    """As many step sizes as steps, symmetric, γ_min at the ends and γ_max in the middle, evenly spaced."""
+    gammas = step_sizes(count, 1e-4, 0.1)
     assert len(gammas) == count and torch.equal(gammas, gammas.flip(0))
     rising = gammas[: (count + 1) // 2]
     assert float(rising[0]) == pytest.approx(1e-4)
     assert float(rising[-1]) == pytest.approx(0.1)
-    steps = rising.diff() if ladder == "linear" else rising.log().diff()
+    steps = rising.diff()
     assert (steps > 0).all() and torch.allclose(steps, steps.mean().expand_as(steps))
 
 
-def test_a_constant_ladder():
-    assert step_sizes("constant", 7, 0.01, 0.01).tolist() == [0.01] * 7
+def test_equal_step_sizes():
+    for count in (2, 7, 40):
+        assert step_sizes(count, 0.01, 0.01).tolist() == [0.01] * count
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (("odd", 3, 0.1, 0.1), "bridge.ladder='odd': allowed are constant, linear, geometric"),
-        (("constant", 3, 0.1, 0.2), "bridge.gamma_min=0.1, bridge.gamma_max=0.2: a constant ladder"),
-        (("linear", 2, 0.1, 0.2), "bridge.num_steps=2: at least 3"),
-        (("linear", 5, 0.0, 0.2), "bridge.gamma_min=0.0"),
-        (("linear", 5, 0.3, 0.2), "need 1e-12 ≤ γ_min ≤ γ_max"),
-    ],
+    [((2, 0.1, 0.2), "bridge.num_steps=2: at least 3"), ((5, 0.3, 0.2), "need γ_min ≤ γ_max")],
 )
-def test_bad_ladders(arguments, message):
+def test_bad_step_sizes(arguments, message):
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         step_sizes(*arguments)
 
@@ -88,7 +82,7 @@ def test_bad_ladders(arguments, message):
 
 
 def references() -> list[Reference]:
-    gammas = step_sizes("linear", 7, 0.02, 0.2)
+    gammas = step_sizes(7, 0.02, 0.2)
     return [Reference(gammas, MEAN[:1], 1.3), Reference(gammas, MEAN[:1], math.inf)]
 
 
@@ -142,7 +136,7 @@ def test_reference_bridges_are_conditional_laws(kind):
 
 def test_reference_must_take_small_steps():
     with pytest.raises(ValueError, match=r"bridge\.gamma_max=0\.2: must be below the variance of the prior, 0\.1"):
-        Reference(step_sizes("constant", 3, 0.2, 0.2), MEAN, 0.1)
+        Reference(step_sizes(3, 0.2, 0.2), MEAN, 0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------- simulation
@@ -151,7 +145,7 @@ def test_reference_must_take_small_steps():
 @pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
 def test_chains_are_ordered_forward_in_time(direction):
     """x_0 first whichever way they run; the edges in that direction's order; noise √(2γ); none in the last step."""
-    gammas, seen = step_sizes("linear", 5, 0.01, 0.3), []
+    gammas, seen = step_sizes(5, 0.01, 0.3), []
 
     def shift(x, edge):
         seen.append(int(edge[0]))
@@ -169,8 +163,8 @@ def test_chains_are_ordered_forward_in_time(direction):
         assert torch.allclose(after - means[k - 1], torch.full_like(start, scale), atol=1e-9)
 
 
-@pytest.mark.parametrize("matching", ["drift", "mean"])
-def test_transition_mean(matching):
+@pytest.mark.parametrize("drift", [True, False])
+def test_transition_mean(drift):
     """Networks are told each edge once and for all; what they give is a displacement in units of noise, or the mean."""
     labels = []
 
@@ -178,15 +172,13 @@ def test_transition_mean(matching):
         labels.append(label)
         return 2 * x
 
-    gammas = step_sizes("linear", 4, 0.02, 0.5)
-    transition = TransitionMean(_Function(network), gammas, matching)
+    gammas = step_sizes(4, 0.02, 0.5)
+    transition = TransitionMean(_Function(network), gammas, drift=drift)
     x, edge = torch.randn(4, 3), torch.arange(1, 5)
     found = transition(x, edge)
-    expected = 2 * x if matching == "mean" else x + (2 * gammas).sqrt().float()[:, None] * 2 * x
+    expected = x + (2 * gammas).sqrt().float()[:, None] * 2 * x if drift else 2 * x
     torch.testing.assert_close(found, expected)
     assert labels[0].tolist() == pytest.approx([0, 333, 666, 999])
-    with pytest.raises(ValueError, match=r"bridge\.matching='odd': allowed are drift, mean"):
-        TransitionMean(torch.nn.Identity(), gammas, "odd")
 
 
 class _Function(torch.nn.Module):
@@ -222,7 +214,7 @@ def ipf_errors(shift: int) -> list[float]:
     """Ten iterations of IPF by least squares on 40 000 chains, and by linear algebra: the largest difference of the
     laws of any state, in standard errors of their estimation, for every half-bridge."""
     count, n = 40_000, 6
-    reference = Reference(step_sizes("linear", n, 0.02, 0.2), LAST.mean, 1.0)
+    reference = Reference(step_sizes(n, 0.02, 0.2), LAST.mean, 1.0)
     exact = reference_chain(reference, FIRST)
     mean_map, errors = reference, []
     for number in range(20):
@@ -261,7 +253,7 @@ def test_a_step_out_of_line_is_noticed():
 @pytest.mark.parametrize("kind", ["ornstein_uhlenbeck", "brownian"])
 def test_limit_of_ipf_is_the_bridge(kind):
     """Small steps, many iterations: both marginals, and the covariance of the ends in closed form within 2 %."""
-    reference = Reference(step_sizes("geometric", 400, 5e-4, 2e-3), LAST.mean, 1.0 if kind != "brownian" else math.inf)
+    reference = Reference(step_sizes(400, 5e-4, 2e-3), LAST.mean, 1.0 if kind != "brownian" else math.inf)
     chain = reference_chain(reference, FIRST)
     for number in range(60):
         chain = half_bridge(chain, FIRST if number % 2 else LAST)
@@ -300,7 +292,7 @@ def test_algorithms_between_gaussians(algorithm):
     """Four iterations, each learned from 40 000 chains of the one before: Cov(x_0, x_N) within 4 %, three times what
     seeds differ by, as errors are handed on. Of IPF to the exact recursion; of IMF, from the independent coupling, to
     the closed form of the bridge."""
-    reference = Reference(step_sizes("constant", 30, 0.02, 0.02), LAST.mean, 1.0)
+    reference = Reference(step_sizes(30, 0.02, 0.02), LAST.mean, 1.0)
     laws, cross = learned_by_least_squares(algorithm, reference, 8).law()
     if algorithm == "ipf":
         chain = reference_chain(reference, FIRST)
@@ -316,7 +308,7 @@ def test_algorithms_between_gaussians(algorithm):
 
 def test_ipf_forgets_the_reference_slowly():
     """What the README says: finite steps change the coupling a little every iteration, though the marginals fit."""
-    reference = Reference(step_sizes("constant", 100, 0.006, 0.006), LAST.mean, 1.0)
+    reference = Reference(step_sizes(100, 0.006, 0.006), LAST.mean, 1.0)
     expected = bridge_covariance(FIRST.covariance, LAST.covariance, reference.brownian_variance)
     chain, errors = reference_chain(reference, FIRST), []
     for number in range(200):

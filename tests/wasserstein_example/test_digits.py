@@ -150,13 +150,14 @@ def results_of(fids: list[list[float]], w2: list[float]) -> digits.Results:
 def test_statistics_of_the_table():
     e = float(np.e)
     results = results_of([[1.0, e], [2.0, 2 * e], [3.0, 3 * e]], [0.1, 0.3, 0.2])
-    assert results.seed_deviation("heun", 5) == pytest.approx(np.sqrt(0.5))
-    assert results.rank_correlation("heun", 5) == pytest.approx(0.5)
-    assert results.sampling_error("heun", 5) == pytest.approx(0.1)
+    statistics = results.statistics("heun", 5)
+    assert statistics["deviation between seeds"] == pytest.approx(np.sqrt(0.5))
+    assert statistics["rank correlation"] == pytest.approx(0.5)
+    assert statistics["error of the samples"] == pytest.approx(0.1)
     text = digits.table(results)
     assert "| VE constant             | 3.72 (2–5.44) |" in text and "exponential integrator" not in text
     one = results_of([[1.5], [2.5]], [0.1, 0.2])
-    assert one.seed_deviation("heun", 5) is None and one.rank_correlation("heun", 5) is None
+    assert [*one.statistics("heun", 5).values()][1:] == [None, None]
     assert "| VE geometric            | 1.5   |" in digits.table(one)
 
 
@@ -181,7 +182,7 @@ def test_work_that_is_done_is_reported_and_not_done_again(finished, tmp_path, mo
         return [task(done.append) for task in tasks.values()]
 
     monkeypatch.setattr(digits, "run_all", run_all)
-    monkeypatch.setattr(digits, "measure", lambda *arguments: pytest.fail("sampled again"))
+    monkeypatch.setattr(digits.run_lib, "sample", lambda *arguments: pytest.fail("sampled again"))
     assert run(folder) == (finished / "table.md").read_text()
     assert sum(done) == 2 * (8 + 40 * (3 + 21 + 4 + 5))
     assert (folder / "results.json").read_bytes() == (finished / "results.json").read_bytes()
