@@ -12,8 +12,6 @@ curve, Spirals.
 Every distribution offers ``sample``, ``log_prob`` and ``score``, in double precision throughout.
 """
 
-from __future__ import annotations
-
 import abc
 import math
 from collections.abc import Callable
@@ -65,10 +63,7 @@ class NoisedDistribution(abc.ABC):
     def _noise_at(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x as (B, D), α(t) and σ(t) as (B, 1), all float64."""
         if x.ndim < 2 or math.prod(x.shape[1:]) != self.dimension or not x.is_floating_point():
-            raise ValueError(
-                f"x of shape {tuple(x.shape)} and type {x.dtype}: need a batch of floating-point numbers, "
-                f"{self.dimension} each"
-            )
+            raise ValueError(f"x {tuple(x.shape)}, {x.dtype}: need floating-point numbers, {self.dimension} each")
         if t.shape != x.shape[:1]:
             raise ValueError(f"t of shape {tuple(t.shape)}: need one time for each of {len(x)} points")
         t = t.double()
@@ -189,8 +184,6 @@ class GaussianMixture(NoisedDistribution):
         return (log_joint.softmax(1)[:, :, None] * scores).sum(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------- Boxes
-
 _CHUNK_ELEMENTS = 2**16
 """Numbers per temporary when many boxes are evaluated: 0.5 MiB, which fits into a core's cache."""
 
@@ -229,10 +222,8 @@ class BoxMixture(NoisedDistribution):
         noise = (sigma / alpha).detach()
         # The tolerance is for t in single precision.
         if not bool(((noise > 0) & (noise >= (1 - 1e-4) * self.smallest_noise)).all()):
-            raise ValueError(
-                f"t: the least noise is sigma/alpha = {noise.min():.6g}; need it above 0 and "
-                f"at least smallest_noise={self.smallest_noise}"
-            )
+            least = f"sigma/alpha = {noise.min():.6g}"
+            raise ValueError(f"t: {least}; need it above 0 and at least smallest_noise={self.smallest_noise}")
         return x, alpha, sigma
 
     def _components(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -367,9 +358,6 @@ def _choose(weights: Tensor, u: Tensor) -> Tensor:
     """Indices (B,) distributed as the weights (K,) if u (B,) is uniform on [0, 1)."""
     cumulative = weights.cumsum(0)
     return torch.searchsorted(cumulative / cumulative[-1], u.contiguous(), right=True)
-
-
-# ---------------------------------------------------------------------------------------------- The sets of Section 3.2
 
 
 def gaussian_8(sde: SDE) -> GaussianMixture:
