@@ -318,10 +318,7 @@ def run(workdir: str | Path, *, epsilons: Sequence[float] = tuple(REFERENCE)) ->
     small_steps = [with_small_steps(*key) for key in itertools.product(DIRECTIONS, METHODS, epsilons)]
     stochastic = {"step_size": LANGEVIN_STEP, "repetitions": REPETITIONS, "rows": small_steps}
     results = {"experiment": EXPERIMENT, "entropy_nats": ENTROPY, "rows": rows, "stochastic": stochastic}
-    figures = {
-        "trajectories": draw_trajectories(epsilons[:4]),
-        "helmholtz_hodge": draw_decomposition(epsilons[-1]),
-    }
+    figures = {"trajectories": draw_trajectories(epsilons[:4]), "helmholtz_hodge": draw_decomposition(epsilons[-1])}
     return write_results(folder, results, tables(rows, small_steps), figures)
 
 

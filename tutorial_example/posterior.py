@@ -1,7 +1,7 @@
 """Inverse problems: conditional samplers against the posterior of Gaussian data, which is known.
 
 Error of the mean: in units of how far a measurement moves it; of the covariance: relative, in the Frobenius norm;
-variance ratio: total, over the posterior's; misfit: root mean square of Ax − y.
+misfit: root mean square of Ax − y.
 Projection (Song et al., ICLR 2021 and 2022), DPS (Chung et al., ICLR 2023), ΠGDM (Song et al., ICLR 2023).
 """
 
@@ -86,7 +86,6 @@ def measure(x: Tensor, means: Tensor, covariance: Tensor, prior_mean: Tensor) ->
         "mean_error": float(mean_error),
         "mean_error_se": float(scatter / unit / (2 * mean_error).clamp(min=float((scatter / unit).sqrt()))),
         "covariance_error": float((own - covariance).norm() / covariance.norm()),
-        "variance_ratio": float(own.trace() / covariance.trace()),
     }
 
 

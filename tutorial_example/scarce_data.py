@@ -20,8 +20,6 @@ from tutorial_example.common import Result, Update, constant, generator
 
 BINS = (0.0, 2.0, 5.0, 10.0, 20.0, math.inf)  # bounds of log(max p / p) in nats
 WIDTH, COUNT = 9.0, 91  # of the maps: half their width, and points along an edge
-
-
 STDS = (0.3, 3.0, 10.0)  # σ of the noise; every level has a model of its own
 
 

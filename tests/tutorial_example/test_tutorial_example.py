@@ -17,10 +17,10 @@ from exact.distributions import GaussianMixture
 from experiment.randomness import normal_like
 from tutorial_example import epsilon_and_score, main, scarce_data
 from tutorial_example.annealed_langevin import exact_share
-from tutorial_example.common import SDES, Result, constant, generator, three_modes, two_modes
+from tutorial_example.common import SDES, Result, constant, generator, standard_error, three_modes, two_modes
 from tutorial_example.conditional import class_density, class_log_probs, histogram_divergence, labelled_mixture
 from tutorial_example.ddpm import moment_errors
-from tutorial_example.discretisation import chain_steps
+from tutorial_example.discretisation import chain_steps, path_error, simulate
 from tutorial_example.epsilon_and_score import expected_noise
 from tutorial_example.probability_flow import follow_flow, interpolate_latents
 from tutorial_example.sdes import euler_maruyama_marginal
@@ -33,7 +33,7 @@ SMALL = {
     "annealed_langevin": (dict(n_iters=30, particles=500, seeds=(1, 2), STEPS=50), 2 * 30 + 6 * 500),
     "ddpm": (dict(n_iters=40, samples=400), 40 + 2999),
     "sdes": (dict(num_steps=200, samples=2000), 3 * (200 + 201 + 401)),
-    "discretisation": (dict(paths=200, fine_steps=2048), 14),
+    "discretisation": (dict(fine_steps=2048), 14),
     "probability_flow": (dict(n_iters=40, points=30, BETWEEN=5, TOLERANCE=5e-7), 40 + 4),
     "epsilon_and_score": (dict(points=500, TIMES=4), 12),
     "conditional": (dict(n_iters=30, num_steps=80, samples=2000), 90 + 6 * 81),
@@ -162,6 +162,13 @@ def test_chains_are_those_of_the_papers():
     sigma = 0.01 * 1000 ** (torch.arange(5, dtype=torch.float64) / 4)
     torch.testing.assert_close(b**2, sigma[1:] ** 2 - sigma[:-1] ** 2)
     assert (a == 1).all()
+
+
+@pytest.mark.parametrize("name", ["SMLD", "DDPM"])
+def test_error_of_a_path_by_simulation(name):
+    path, chain = simulate(name, 32, 1000, 2048)
+    square = (chain[-1] - path[:, -1]) ** 2
+    assert abs(float(square.mean()) - path_error(name, 32) ** 2) < 4 * standard_error(square)
 
 
 @pytest.mark.parametrize("name", SDES)
