@@ -267,7 +267,7 @@ def tables(rows: Sequence[Mapping], small_steps: Sequence[Mapping]) -> str:
         lengths = (u["perturbation_rms"], c["rotational_rms"], u["rotational_rms"])
         errors.append((epsilon, f"{u['score_error']:.3e}", *(f"{length:.3g}" for length in lengths)))
     stochastic = []
-    for row in small_steps:
+    for row in sorted(small_steps, key=lambda row: (row["epsilon"], row["type"])):
         cells = (with_error(row["steps"], row["steps_se"]), row["not_reached"], f"{row['acceptance']:.3f}")
         nll = with_error(row["nll"] - ENTROPY, row["nll_se"])
         stochastic.append((f"{row['epsilon']:g}", row["type"].upper(), row["method"], *cells, nll))

@@ -121,7 +121,7 @@ def run(folder: Path, update: Update, *, n_iters: int = 4000, samples: int = 400
         claims[f"{where} weights"] = row["weight_error"], "<=", 0.03
 
     # The picture: points on their way from noise to data.
-    figure = new_figure(8.4, 2.4)
+    figure = new_figure(8.4, 2.7)
     for ax, (level, x) in zip(figure.subplots(1, len(SHOWN)), shown.items(), strict=True):
         common.draw_points(ax, x, 3.2, f"i = {level + 1}")
     return Result(numbers, claims, figure)
