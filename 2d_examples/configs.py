@@ -59,10 +59,8 @@ FIELDS = {
 def get_config(name="gaussian_8-u"):
     dataset, _, model = name.rpartition("-")
     if dataset not in DATASETS or model not in MODELS:
-        raise ValueError(
-            f"config argument {name!r}: allowed is DATASET-MODEL with DATASET one of {', '.join(DATASETS)} and MODEL "
-            f"one of {', '.join(MODELS)}"
-        )
+        known = f"DATASET one of {', '.join(DATASETS)} and MODEL one of {', '.join(MODELS)}"
+        raise ValueError(f"config argument {name!r}: allowed is DATASET-MODEL with {known}")
     setting = DATASETS[dataset]
     overrides = {
         "u": {},

@@ -4,8 +4,6 @@ Data, noise and initial weights are keyed by the seed alone, so that U and QC of
 and see the same points and noise: their differences are paired.
 """
 
-from __future__ import annotations
-
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +25,7 @@ from experiment.runtime import Runtime
 from likelihood import LIKELIHOOD_EPS, LikelihoodEvaluator
 from losses import make_objective
 from models import ScoreModel, make_network, make_score_model
-from sampling import Sampler, make_sampler
+from sampling import make_sampler
 from sde_lib import SDE, ScoreFunction, expand, make_sde
 from training import Trainer
 
@@ -38,9 +36,6 @@ LEVELS = 10
 NEIGHBOURS = 3  # of precision and recall
 
 
-# ------------------------------------------------------------------------------------------------- what a config means
-
-
 def check(config: ConfigDict) -> None:
     """Raise a ValueError that names the field unless everything can be built from the config."""
     check_config(config)
@@ -49,17 +44,13 @@ def check(config: ConfigDict) -> None:
         distribution.log_prob(torch.zeros(1, 2), torch.zeros(1))
     except ValueError as error:
         raise ValueError(f"model.sigma_min={config.model.sigma_min}: {error}") from None
-    sampler(config, sde)
+    make_sampler(sde, config.sampling, num_scales=0, continuous=True)
     LikelihoodEvaluator(sde, **config.likelihood)
     make_objective(initial_model(config), config.training)
 
 
 def forward_process(config: ConfigDict) -> SDE:
     return make_sde(config.training.sde, "", config.model)
-
-
-def sampler(config: ConfigDict, sde: SDE) -> Sampler:
-    return make_sampler(sde, config.sampling, num_scales=0, continuous=True)
 
 
 def claim_run(config: ConfigDict, workdir: Path, device: str) -> None:
@@ -103,9 +94,6 @@ def trained_model(config: ConfigDict, workdir: Path) -> tuple[ScoreModel, int]:
     return model, state["step"]
 
 
-# ------------------------------------------------------------------------------------------------------------ training
-
-
 def trainer(config: ConfigDict, workdir: Path, runtime: Runtime) -> Trainer:
     """Trains to ``config.training.n_iters`` steps, or goes on from where an earlier call was stopped."""
     training, optim, device = config.training, config.optim, runtime.torch_device
@@ -124,12 +112,9 @@ def trainer(config: ConfigDict, workdir: Path, runtime: Runtime) -> Trainer:
 
     betas = (optim.beta1, optim.beta2)
     optimizer = torch.optim.Adam(model.parameters(), lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
-    frequencies = {"log_freq": training.log_freq, "save_freq": training.save_freq}
-    options = {"n_iters": training.n_iters, "grad_clip": optim.grad_clip, "runtime": runtime, **frequencies}
-    return Trainer(model, optimizer, loss, workdir, objective=make_objective(model, config.training), **options)
-
-
-# ---------------------------------------------------------------------------------------------------------- evaluation
+    options = {name: training[name] for name in ("n_iters", "log_freq", "save_freq")}
+    options |= {"objective": make_objective(model, training), "grad_clip": optim.grad_clip, "runtime": runtime}
+    return Trainer(model, optimizer, loss, workdir, **options)
 
 
 def evaluate_score(config: ConfigDict, score: ScoreFunction, device: str = "cpu") -> tuple[dict, dict]:
@@ -162,7 +147,8 @@ def evaluate_score(config: ConfigDict, score: ScoreFunction, device: str = "cpu"
         for values, value in zip(per_level.values(), (error, result.asym, result.nasym), strict=True):
             values.append(float(value.mean()))
 
-    samples = sampler(config, sde)(score, x0, generator(config, "prior"))
+    sampler = make_sampler(sde, config.sampling, num_scales=0, continuous=True)
+    samples = sampler(score, x0, generator(config, "prior"))
     precision, recall, *_ = neighbourhood_metrics(x0.cpu().numpy(), samples.x.cpu().numpy(), k=NEIGHBOURS)
     metrics = {
         "nll": -float(likelihood.log_prob.mean()),

@@ -1,21 +1,17 @@
 """Figures of the 2-D examples."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from ml_collections import ConfigDict
 from torch import Tensor
 
 from conservativeness import jacobian
-from experiment.figures import COLOURS, LINES, new_figure, plane
+from experiment.figures import COLOURS, LINES, draw_map, new_figure, plane, plane_grid
 from experiment.files import read_arrays
 from models import ScoreModel
 
@@ -30,16 +26,6 @@ STYLES = {"u": (COLOURS[0], LINES[0]), "qc": (COLOURS[1], LINES[1]), "c": (COLOU
 Run = tuple[str, str, int]  # data set, model, seed
 
 
-def draw_run(model: ScoreModel, workdir: Path) -> Figure:
-    """Of one evaluated run: its samples, and its score with the rotation in colour."""
-    figure = new_figure(7.2, 3.4)
-    left, right = figure.subplots(1, 2)
-    _draw_samples(left, read_arrays(workdir / "eval" / "arrays.npz")["samples"], "samples")
-    image = _draw_field(right, model, f"score and its rotation, t = {FIELD_TIME}")
-    figure.colorbar(image, ax=right, label=r"$\partial_1 s_2 - \partial_2 s_1$", shrink=0.85)
-    return figure
-
-
 def draw_table(configs: Mapping[Run, ConfigDict], folders: Mapping[Run, Path], rows: Sequence[Mapping]) -> dict:
     """By name: densities, samples, fields (all of seed 0), curves against t, NLL by seed."""
     names = list(dict.fromkeys(dataset for dataset, _, _ in configs))
@@ -48,60 +34,36 @@ def draw_table(configs: Mapping[Run, ConfigDict], folders: Mapping[Run, Path], r
 
     panels = figures["densities"].subplots(len(DENSITY_TIMES), len(names), squeeze=False)
     for (t, name), axes in zip(product(DENSITY_TIMES, names), panels.flat, strict=True):
-        x, config = _grid_points(181), configs[name, EXACT, 0]
+        x, config = plane_grid(HALF_WIDTH, 181), configs[name, EXACT, 0]
         density = noised_distribution(config).log_prob(x, torch.full((len(x),), t, dtype=torch.float64)).exp()
-        _draw_image(axes, density, f"{name}, σ = {forward_process(config).std(torch.tensor(t)):.2g}", cmap="magma")
+        title = f"{name}, σ = {forward_process(config).std(torch.tensor(t)):.2g}"
+        draw_map(axes, density, HALF_WIDTH, title, cmap="magma")
 
     panels = figures["samples"].subplots(len(names), len(MODELS) + 1, squeeze=False)
     for (name, model), axes in zip(product(names, (*MODELS, EXACT)), panels.flat, strict=True):
-        _draw_samples(axes, arrays[name, model, 0]["samples"], f"{name}, {NAMES[model]}")
+        axes.scatter(*arrays[name, model, 0]["samples"][:4000].T, s=0.5, linewidths=0, color="black", rasterized=True)
+        plane(axes, HALF_WIDTH, f"{name}, {NAMES[model]}")
 
     panels = figures["fields"].subplots(len(names), len(MODELS), squeeze=False)
     for name, row in zip(names, panels, strict=True):
-        models = {model: trained_model(configs[name, model, 0], folders[name, model, 0])[0] for model in MODELS}
+        scores = [trained_model(configs[name, model, 0], folders[name, model, 0])[0] for model in MODELS]
+        rotations = [_score_and_rotation(score, plane_grid(HALF_WIDTH, 121))[1] for score in scores]
         # One scale for a row; the largest values sit in the corners, where there are no data.
-        rotations = [_score_and_rotation(model, _grid_points(61))[1] for model in models.values()]
-        limit = max(float(np.quantile(np.abs(rotation), 0.98)) for rotation in rotations)
-        for axes, (model, score) in zip(row, models.items(), strict=True):
-            image = _draw_field(axes, score, f"{name}, {NAMES[model]}", limit)
+        limit = max(np.quantile(np.abs(rotation), 0.98) for rotation in rotations)
+        for axes, model, score, rotation in zip(row, MODELS, scores, rotations, strict=True):
+            colours = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+            image = draw_map(axes, rotation, HALF_WIDTH, f"{name}, {NAMES[model]}", **colours)
+            x = plane_grid(HALF_WIDTH, 19)
+            axes.quiver(*x.T, *_score_and_rotation(score, x)[0].T, angles="xy", width=0.004, color="black")
         figures["fields"].colorbar(image, ax=row, label=r"rotation $\partial_1 s_2 - \partial_2 s_1$", shrink=0.9)
 
     return figures | {"curves": _curves(arrays, names), "nll_by_seed": _nll_by_seed(rows, names)}
-
-
-def _grid_points(count: int) -> Tensor:
-    """count² points (count², 2), x₁ running fastest."""
-    axis = torch.linspace(-HALF_WIDTH, HALF_WIDTH, count, dtype=torch.float64)
-    return torch.cartesian_prod(axis, axis).flip(1)
 
 
 def _score_and_rotation(model: ScoreModel, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The score (N, 2) and its rotation ∂s₂/∂x₁ − ∂s₁/∂x₂ (N,)."""
     value, j = jacobian(model, x.float(), torch.full((len(x),), FIELD_TIME))
     return value.detach().numpy(), (j[:, 1, 0] - j[:, 0, 1]).detach().numpy()
-
-
-def _draw_samples(axes: Axes, samples: np.ndarray, title: str) -> None:
-    axes.scatter(*samples[:4000].T, s=0.5, linewidths=0, color="black", rasterized=True)
-    plane(axes, HALF_WIDTH, title)
-
-
-def _draw_image(axes: Axes, field: np.ndarray | Tensor, title: str, **colours: object) -> AxesImage:
-    """A function (count²,) on ``_grid_points(count)``."""
-    count, extent = round(len(field) ** 0.5), (-HALF_WIDTH, HALF_WIDTH, -HALF_WIDTH, HALF_WIDTH)
-    image = axes.imshow(field.reshape(count, count), origin="lower", extent=extent, **colours)
-    plane(axes, HALF_WIDTH, title)
-    return image
-
-
-def _draw_field(axes: Axes, model: ScoreModel, title: str, limit: float | None = None) -> AxesImage:
-    """Arrows of the score, over its rotation in colour."""
-    rotation = _score_and_rotation(model, _grid_points(121))[1]
-    limit = limit or float(np.abs(rotation).max())
-    image = _draw_image(axes, rotation, title, cmap="RdBu_r", vmin=-limit, vmax=limit)
-    arrows = _grid_points(19)
-    axes.quiver(*arrows.T, *_score_and_rotation(model, arrows)[0].T, angles="xy", width=0.004, color="black")
-    return image
 
 
 def _curves(arrays: Mapping[Run, Mapping[str, np.ndarray]], names: Sequence[str]) -> Figure:
@@ -131,9 +93,8 @@ def _nll_by_seed(rows: Sequence[Mapping], names: Sequence[str]) -> Figure:
         axes.plot(range(len(STYLES)), nll, color="lightgrey", zorder=0)
         for position, (colour, _) in enumerate(STYLES.values()):
             axes.scatter(np.full(nll.shape[1], position), nll[position], color=colour, s=18)
-        axes.axhline(
-            values(rows, name, EXACT, "nll")[0], color="black", linestyle="--", linewidth=1, label="exact score"
-        )
+        (exact,) = values(rows, name, EXACT, "nll")
+        axes.axhline(exact, color="black", linestyle="--", linewidth=1, label="exact score")
         axes.set_xticks(range(len(STYLES)), [NAMES[model] for model in STYLES])
         axes.set(title=name, xlim=(-0.5, len(STYLES) - 0.5), xlabel="model", ylabel="NLL (nats per point)")
     panels[0].legend(frameon=False)

@@ -5,8 +5,6 @@ python -m 2d_examples.main --config=2d_examples/configs.py:DATASET-MODEL --workd
 python -m 2d_examples.main --mode=table --workdir=W [--seeds=5] [--jobs=2]
 """
 
-from __future__ import annotations
-
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -15,7 +13,6 @@ import torch
 from ml_collections import ConfigDict
 
 from experiment.command_line import available_cores, check_positive, command
-from experiment.figures import save_figure
 from experiment.files import claim
 from experiment.jobs import run_all
 from experiment.results import write_results
@@ -23,10 +20,8 @@ from experiment.runtime import Runtime
 
 from .configs import DATASETS, MODELS, get_config
 from .experiment import check, claim_run, evaluate, train_and_evaluate, trained_model, trainer
-from .figures import draw_run, draw_table
+from .figures import draw_table
 from .table import EXACT, markdown, paired_differences
-
-CORES = available_cores()
 
 
 def run(
@@ -35,7 +30,7 @@ def run(
     *,
     config: ConfigDict | None = None,
     seeds: int = 5,
-    jobs: int = CORES,
+    jobs: int = available_cores(),
     device: str = "cpu",
 ) -> str | None:
     """Train or evaluate one model, or make the table; return what is to be printed.
@@ -69,7 +64,6 @@ def run(
     model, step = trained_model(config, folder)
     claim_run(config, folder, device)
     record = evaluate(config, folder, model.to(device), step=step, device=device)
-    save_figure(draw_run(model.cpu(), folder), folder / "eval" / "run.png")
     return "\n".join(f"{name:20} {value:.6g}" for name, value in record.items())
 
 

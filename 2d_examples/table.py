@@ -6,8 +6,6 @@ weights. The interval is mean(d) ± t(0.975, N − 1)·std(d)/√N (Student); on
 apart. For N = 1 there are no errors.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from itertools import product

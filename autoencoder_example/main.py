@@ -11,8 +11,6 @@ Source: Chao, Sun, Cheng, Lee, "On Investigating the Conservative Property of Sc
 (ICML 2023).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -50,7 +48,6 @@ RECIPE = {
 }
 """What decides the result of a run, with its estimator, seed, steps and device."""
 LOG_FREQ, SAVE_FREQ, LATE_STEPS = 200, 2000, 2000
-CORES = available_cores()
 QUANTITIES = ("l_qc", "product_asymmetry", "unit_asymmetry", "weight_difference")
 REFERENCE = {
     0: (2.6e-1, 8.4e-1, 0.999),
@@ -61,8 +58,7 @@ REFERENCE = {
 }
 """The public code, seed 8: step → L_QC, |(RWᵀ)₁₂ − (RWᵀ)₂₁|, ‖W − R‖_F."""
 
-Curve = list[dict[str, float]]
-"""The log of a run: a row at step 0, every 200 steps and at the end."""
+Curve = list[dict[str, float]]  # the log of a run: a row at step 0, every 200 steps and at the end
 
 
 def grid() -> Tensor:
@@ -97,12 +93,8 @@ def train(workdir: Path, estimator: str, seed: int, n_iters: int, device: str, u
         return {"loss": asymmetry(model, x, t, create_graph=True, **options).asym.mean()}
 
     def observe() -> dict[str, float]:
-        return {
-            "l_qc": asymmetry(model, x, t, estimator="exact").asym.mean().item(),
-            "product_asymmetry": model.product_asymmetry(),
-            "unit_asymmetry": model.unit_asymmetry(),
-            "weight_difference": model.weight_difference(),
-        }
+        l_qc = asymmetry(model, x, t, estimator="exact").asym.mean().item()
+        return {"l_qc": l_qc} | {name: getattr(model, name)() for name in QUANTITIES[1:]}
 
     betas = (RECIPE["beta1"], 0.999)
     optimizer = torch.optim.Adam(model.parameters(), lr=RECIPE["learning_rate"], betas=betas, eps=RECIPE["eps"])
@@ -172,7 +164,7 @@ def run(
     seeds: int = 5,
     estimator: str = "all",
     n_iters: int = 10_001,
-    jobs: int = CORES,
+    jobs: int = available_cores(),
     device: str = "cpu",
 ) -> str:
     """Train all runs, or what is left of them; write results, table and figure to ``workdir``; return the table.

@@ -12,8 +12,6 @@ curve, Spirals.
 Every distribution offers ``sample``, ``log_prob`` and ``score``, in double precision throughout.
 """
 
-from __future__ import annotations
-
 import abc
 import math
 from collections.abc import Callable
@@ -21,21 +19,10 @@ from collections.abc import Callable
 import torch
 from scipy.special import roots_legendre
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from experiment.randomness import Generator, normal_like, uniform
 from sde_lib import SDE
-
-__all__ = [
-    "TWO_DIMENSIONAL",
-    "BoxMixture",
-    "Gaussian",
-    "GaussianMixture",
-    "NoisedDistribution",
-    "Spirals",
-    "checkerboard",
-    "entropy",
-    "gaussian_8",
-]
 
 
 class NoisedDistribution(abc.ABC):
@@ -76,18 +63,12 @@ class NoisedDistribution(abc.ABC):
     def _noise_at(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x as (B, D), α(t) and σ(t) as (B, 1), all float64."""
         if x.ndim < 2 or math.prod(x.shape[1:]) != self.dimension or not x.is_floating_point():
-            raise ValueError(
-                f"x of shape {tuple(x.shape)} and type {x.dtype}: need a batch of floating-point numbers, "
-                f"{self.dimension} each"
-            )
+            raise ValueError(f"x {tuple(x.shape)}, {x.dtype}: need floating-point numbers, {self.dimension} each")
         if t.shape != x.shape[:1]:
             raise ValueError(f"t of shape {tuple(t.shape)}: need one time for each of {len(x)} points")
         t = t.double()
         alpha, sigma = self.sde.mean_coefficient(t), self.sde.std(t)
         return x.reshape(len(x), self.dimension).double(), alpha[:, None], sigma[:, None]
-
-
-# ------------------------------------------------------------------------------------------------------------ Gaussians
 
 
 class Gaussian(NoisedDistribution):
@@ -102,11 +83,9 @@ class Gaussian(NoisedDistribution):
     """
 
     def __init__(self, sde: SDE, mean: Tensor, covariance: Tensor) -> None:
-        if mean.ndim != 1:
-            raise ValueError(f"mean of shape {tuple(mean.shape)}: need (D,)")
         super().__init__(sde, len(mean))
         self.mean, self.covariance = mean.double(), covariance.double()
-        self.spectrum, self.basis = _eigendecomposition(self.covariance, (self.dimension, self.dimension))
+        self.spectrum, self.basis = _eigendecomposition(self.covariance)
 
     def sample(self, count: int, generator: Generator) -> Tensor:
         z = normal_like(torch.empty(count, self.dimension, dtype=torch.float64), generator)
@@ -114,7 +93,10 @@ class Gaussian(NoisedDistribution):
 
     def moments(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """Mean (D,) and covariance (D, D) of x_t at one time."""
-        return _noised_moments(self.sde, self.mean, self.covariance, t)
+        t = torch.as_tensor(t, dtype=torch.float64)
+        noise = self.sde.std(t) ** 2 * torch.eye(self.dimension, dtype=torch.float64)
+        alpha = self.sde.mean_coefficient(t)
+        return alpha * self.mean, alpha**2 * self.covariance + noise
 
     def divergence(self, x: Tensor, t: Tensor) -> Tensor:
         """∇·s (B,); arguments as for ``log_prob``."""
@@ -143,12 +125,6 @@ class Gaussian(NoisedDistribution):
         return -(coordinates / variance) @ self.basis.T.to(x)
 
 
-def _noised_moments(sde: SDE, mean: Tensor, covariance: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
-    t = torch.as_tensor(t, dtype=torch.float64)
-    alpha, sigma = sde.mean_coefficient(t), sde.std(t)
-    return alpha * mean, alpha**2 * covariance + sigma**2 * torch.eye(len(mean), dtype=torch.float64)
-
-
 class GaussianMixture(NoisedDistribution):
     """x_0 ~ Σ_k w_k N(m_k, C_k), noised: x_t ~ Σ_k w_k N(α m_k, α² C_k + σ² I).
 
@@ -161,12 +137,10 @@ class GaussianMixture(NoisedDistribution):
     """
 
     def __init__(self, sde: SDE, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
-        self.weights = _probabilities(weights)
-        if means.ndim != 2 or len(means) != len(weights):
-            raise ValueError(f"means of shape {tuple(means.shape)}: need (K, D) with K = {len(weights)} weights")
         super().__init__(sde, means.shape[1])
+        self.weights = _probabilities(weights, len(means))
         self.means, self.covariances = means.double(), covariances.double()
-        self.spectra, self.bases = _eigendecomposition(self.covariances, (*means.shape, self.dimension))
+        self.spectra, self.bases = _eigendecomposition(self.covariances)
 
     def sample(self, count: int, generator: Generator) -> Tensor:
         component = _choose(self.weights, uniform((count,), generator, dtype=torch.float64))
@@ -190,7 +164,7 @@ class GaussianMixture(NoisedDistribution):
         mean = self.weights @ self.means
         within = torch.einsum("k,kde->de", self.weights, self.covariances)
         between = (self.weights[:, None] * (self.means - mean)).T @ (self.means - mean)
-        return _noised_moments(self.sde, mean, within + between, t)
+        return Gaussian(self.sde, mean, within + between).moments(t)
 
     def _components(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Per component: log w_k p_k(x) (B, K), its score (B, K, D), and its variances (B, K, D) in its eigenbasis."""
@@ -209,8 +183,6 @@ class GaussianMixture(NoisedDistribution):
         log_joint, scores, _ = self._components(x, alpha, sigma)
         return (log_joint.softmax(1)[:, :, None] * scores).sum(1)
 
-
-# ---------------------------------------------------------------------------------------------------------------- Boxes
 
 _CHUNK_ELEMENTS = 2**16
 """Numbers per temporary when many boxes are evaluated: 0.5 MiB, which fits into a core's cache."""
@@ -236,15 +208,8 @@ class BoxMixture(NoisedDistribution):
     smallest_noise: float = 0.0
 
     def __init__(self, sde: SDE, lower: Tensor, upper: Tensor, weights: Tensor) -> None:
-        self.weights = _probabilities(weights)
-        if lower.ndim != 2 or lower.shape != upper.shape or len(lower) != len(weights):
-            raise ValueError(
-                f"lower of shape {tuple(lower.shape)}, upper of shape {tuple(upper.shape)}: need (K, D) both, "
-                f"with K = {len(weights)} weights"
-            )
-        if not bool(((lower < upper) & lower.isfinite() & upper.isfinite()).all()):
-            raise ValueError("lower, upper: need finite bounds with lower < upper for every box and dimension")
         super().__init__(sde, lower.shape[1])
+        self.weights = _probabilities(weights, len(lower))
         self.lower, self.upper = lower.double(), upper.double()
 
     def sample(self, count: int, generator: Generator) -> Tensor:
@@ -257,10 +222,8 @@ class BoxMixture(NoisedDistribution):
         noise = (sigma / alpha).detach()
         # The tolerance is for t in single precision.
         if not bool(((noise > 0) & (noise >= (1 - 1e-4) * self.smallest_noise)).all()):
-            raise ValueError(
-                f"t: the least noise is sigma/alpha = {noise.min():.6g}; need it above 0 and "
-                f"at least smallest_noise={self.smallest_noise}"
-            )
+            least = f"sigma/alpha = {noise.min():.6g}"
+            raise ValueError(f"t: {least}; need it above 0 and at least smallest_noise={self.smallest_noise}")
         return x, alpha, sigma
 
     def _components(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -280,35 +243,13 @@ class BoxMixture(NoisedDistribution):
 
     def _in_chunks(self, combine: Callable[[Tensor, Tensor], Tensor], *arguments: Tensor) -> Tensor:
         rows = max(1, _CHUNK_ELEMENTS // self.lower.numel())
-        return _InChunks.apply(lambda *chunk: combine(*self._components(*chunk)), rows, *arguments)
 
+        def values(*chunk: Tensor) -> Tensor:
+            return combine(*self._components(*chunk))
 
-class _InChunks(torch.autograd.Function):
-    """function(*arguments) for a function that maps row by row, on a few rows at a time.
-
-    Nothing but the arguments is kept for the backward pass, which evaluates the function again. Differentiable any
-    number of times.
-    """
-
-    @staticmethod
-    def forward(ctx, function: Callable[..., Tensor], rows: int, *arguments: Tensor) -> Tensor:
-        ctx.function, ctx.rows = function, rows
-        ctx.save_for_backward(*arguments)
-        return torch.cat([function(*chunk) for chunk in zip(*(a.split(rows) for a in arguments), strict=True)])
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        create_graph = torch.is_grad_enabled()
-        needed = ctx.needs_input_grad[2:]
-        collected = []
-        for *chunk, part in zip(*(a.split(ctx.rows) for a in (*ctx.saved_tensors, gradient)), strict=True):
-            if not create_graph:
-                chunk = [a.detach().requires_grad_(n) for a, n in zip(chunk, needed, strict=True)]
-            with torch.enable_grad():
-                wanted = [a for a, n in zip(chunk, needed, strict=True) if n]
-                collected.append(torch.autograd.grad(ctx.function(*chunk), wanted, part, create_graph=create_graph))
-        gradients = map(torch.cat, zip(*collected, strict=True))
-        return None, None, *(next(gradients) if n else None for n in needed)
+        chunks = zip(*(a.split(rows) for a in arguments), strict=True)
+        recomputed = {"use_reentrant": False, "preserve_rng_state": False}
+        return torch.cat([checkpoint(values, *chunk, **recomputed) for chunk in chunks])
 
 
 class Spirals(BoxMixture):
@@ -327,8 +268,6 @@ class Spirals(BoxMixture):
     _END = 3 * math.pi
 
     def __init__(self, sde: SDE, *, smallest_noise: float = 0.1) -> None:
-        if not 0 < smallest_noise < math.inf:
-            raise ValueError(f"smallest_noise={smallest_noise}: must be positive")
         # On [−1, 1]; the rule is dense near both ends, at the far one of which the curve ends and is fastest.
         node, weight = (torch.from_numpy(a) for a in roots_legendre(60 + math.ceil(66 / smallest_noise)))
         fraction = 0.5 * (1 + node)
@@ -398,13 +337,8 @@ def entropy(distribution: NoisedDistribution, t: float, *, half_width: float = 1
     return total * spacing**2
 
 
-# --------------------------------------------------------------------------------------------------- Checks and choices
-
-
-def _eigendecomposition(covariance: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _eigendecomposition(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (..., D), not below 0, and eigenvectors in columns (..., D, D) of covariance matrices."""
-    if covariance.shape != shape:
-        raise ValueError(f"covariance of shape {tuple(covariance.shape)}: need {shape}")
     spectrum, basis = torch.linalg.eigh(covariance)
     tolerance = 1e-6 * covariance.abs().amax()
     if not bool(((covariance - covariance.mT).abs().amax() <= tolerance) & (spectrum.amin() >= -tolerance)):
@@ -412,11 +346,11 @@ def _eigendecomposition(covariance: Tensor, shape: tuple[int, ...]) -> tuple[Ten
     return spectrum.clamp(min=0), basis
 
 
-def _probabilities(weights: Tensor) -> Tensor:
-    """The weights (K,) in float64, made to add up exactly."""
+def _probabilities(weights: Tensor, count: int) -> Tensor:
+    """The weights (K,) of K = ``count`` components in float64, made to add up exactly."""
     weights = weights.double()
-    if weights.ndim != 1 or not bool((weights > 0).all()) or not abs(float(weights.sum()) - 1) < 1e-6:
-        raise ValueError(f"weights={weights.tolist()}: need (K,) positive numbers with sum 1")
+    if weights.shape != (count,) or not bool((weights > 0).all()) or not abs(float(weights.sum()) - 1) < 1e-6:
+        raise ValueError(f"weights={weights.tolist()}: need {count} positive numbers with sum 1")
     return weights / weights.sum()
 
 
@@ -424,9 +358,6 @@ def _choose(weights: Tensor, u: Tensor) -> Tensor:
     """Indices (B,) distributed as the weights (K,) if u (B,) is uniform on [0, 1)."""
     cumulative = weights.cumsum(0)
     return torch.searchsorted(cumulative / cumulative[-1], u.contiguous(), right=True)
-
-
-# ---------------------------------------------------------------------------------------------- The sets of Section 3.2
 
 
 def gaussian_8(sde: SDE) -> GaussianMixture:

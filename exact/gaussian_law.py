@@ -18,10 +18,7 @@ Source: Gao, Nguyen, Zhu, "Wasserstein Convergence Guarantees for a General Clas
 (JMLR 2025), for the question and for Gaussian data as the case in which it has an exact answer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -32,8 +29,6 @@ from experiment.registry import resolve
 from ode import integrate
 from sampling import PREDICTORS, Predictor, denoise
 from sde_lib import SDE, ScoreFunction, expand
-
-__all__ = ["DETERMINISTIC", "STEPS", "Law", "diagonalise", "limit_law", "sampler_law", "score_of", "wasserstein"]
 
 _CHUNK_STEPS = 512
 """Steps composed at once, so that a temporary of some hundred directions fits into a core's cache."""
@@ -46,15 +41,11 @@ class Law(NamedTuple):
     variance: Tensor
 
 
-@dataclass
-class HeunStep:
+class HeunStep(Predictor):
     """One step of ``ode.integrate(..., solver="heun")`` along the probability flow; every row has times of its own.
 
     The solver has one clock for all rows, so it is given the time τ ∈ [0, 1] within the step.
     """
-
-    sde: SDE
-    score: ScoreFunction
 
     def step(self, x: Tensor, t: Tensor, s: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         flow = self.sde.reverse(self.score, probability_flow=True)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from torch import Tensor
 
 from experiment.files import write_atomically
 
-__all__ = ["COLOURS", "LINES", "new_figure", "plane", "save_figure"]
+__all__ = ["COLOURS", "LINES", "draw_map", "new_figure", "plane", "plane_grid", "save_figure"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#7F7F7F")
 """Okabe and Ito's, which differ in lightness, and two more."""
@@ -41,3 +46,17 @@ def plane(axes: Axes, half_width: float, title: str = "") -> None:
     axes.set(xlim=(-half_width, half_width), ylim=(-half_width, half_width), aspect="equal", title=title)
     axes.set(xticks=(-tick, 0, tick), yticks=(-tick, 0, tick), xlabel="$x_1$", ylabel="$x_2$")
     axes.label_outer()
+
+
+def plane_grid(half_width: float, count: int) -> Tensor:
+    """The points (count², 2) of a grid on [−w, w]², x₁ running fastest, float64."""
+    axis = torch.linspace(-half_width, half_width, count, dtype=torch.float64)
+    return torch.cartesian_prod(axis, axis).flip(1)
+
+
+def draw_map(axes: Axes, values: Tensor | np.ndarray, half_width: float, title: str, **options: object) -> AxesImage:
+    """Values (count²,) at the points of ``plane_grid``."""
+    side, extent = math.isqrt(len(values)), (-half_width, half_width) * 2
+    image = axes.imshow(values.reshape(side, side), origin="lower", extent=extent, **options)
+    plane(axes, half_width, title)
+    return image

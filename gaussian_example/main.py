@@ -11,13 +11,11 @@ error ½E_p‖s − ∇log p‖² is the same, with
 μ an equal mixture of ten unit Gaussians on a circle of radius 3. Without the 10⁻⁸ that error would be ε, nearly all of
 it three units away from the data; the 10⁻⁸ leaves only what lies within about 0.65, some 0.3 % of ε.
 
-Files: W/results.json, W/table.md, W/trajectories.png, W/helmholtz_hodge.png, W/stochastic.png.
+Files: W/results.json, W/table.md, W/trajectories.png, W/helmholtz_hodge.png.
 
 Source: Chao, Sun, Cheng, Lee, "On Investigating the Conservative Property of Score-Based Generative Models"
 (ICML 2023), Section 3.1; constants as in its public code.
 """
-
-from __future__ import annotations
 
 import itertools
 import math
@@ -36,7 +34,7 @@ from torch import Tensor
 
 from conservativeness import HelmholtzHodge, asymmetry, helmholtz_hodge
 from experiment.command_line import command
-from experiment.figures import COLOURS, LINES, new_figure, plane
+from experiment.figures import COLOURS, new_figure, plane
 from experiment.files import claim
 from experiment.randomness import normal_like, seed_from
 from experiment.results import markdown_table, with_error, write_results
@@ -82,9 +80,6 @@ REFERENCE: dict[float, tuple[int, int, float, float]] = {
 prints the last two in one another's place."""
 
 
-# ----------------------------------------------------------------------------------------------------- data and scores
-
-
 def log_density(x: Tensor, t: Tensor | None = None) -> Tensor:
     """log p(x) in nats, (..., 2) → (...). Nothing here depends on the time."""
     return -(x**2).sum(-1) / (2 * SIGMA**2) - math.log(2 * math.pi * SIGMA**2)
@@ -107,7 +102,7 @@ def perturbed_score(kind: str, epsilon: float) -> ScoreFunction:
         return true_score
     direction, guarded = DIRECTIONS[kind], epsilon + 1e-6
 
-    def score(x: Tensor, t: Tensor) -> Tensor:
+    def score(x: Tensor, t: Tensor | None = None) -> Tensor:
         p = log_density(x).exp()
         a = (2 * guarded * mixture_density(x) / (p * ((x**2).sum(1) + guarded) + 1e-8)).sqrt()
         return true_score(x) + a[:, None] * direction(x)
@@ -115,16 +110,13 @@ def perturbed_score(kind: str, epsilon: float) -> ScoreFunction:
     return score
 
 
-# -------------------------------------------------------------------------------------- deterministic Langevin dynamics
-
-
 def trajectory(kind: str, epsilon: float) -> Tensor:
     """Positions (301, 10, 2) of the public code's particles, with its step sizes α_i = α₀ exp(−i/1000): α₀ is σ² if
     the score is exact, 1.25σ² if not."""
-    start = torch.from_numpy(np.random.RandomState(0).normal(-2, 0.5, 2 * PARTICLES).reshape(PARTICLES, 2))
+    x = torch.from_numpy(np.random.RandomState(0).normal(-2, 0.5, 2 * PARTICLES).reshape(PARTICLES, 2))
     first = SIGMA**2 if epsilon == 0 else 1.25 * SIGMA**2
     step_sizes = [first * math.exp(-i / 1000) for i in range(NUM_STEPS)]
-    return langevin_dynamics(perturbed_score(kind, epsilon), start, zeros(start), step_sizes, noise=False).x
+    return langevin_dynamics(perturbed_score(kind, epsilon), x, x.new_zeros(len(x)), step_sizes, noise=False).x
 
 
 def steps_to_criterion(positions: Tensor) -> Tensor:
@@ -134,14 +126,6 @@ def steps_to_criterion(positions: Tensor) -> Tensor:
     met = (-(p + 1e-16).log()).clamp(min=0).mean(-1) < THRESHOLD
     never = torch.full_like(met[0], fill_value=len(met), dtype=torch.long)
     return torch.where(met.any(0), met.int().argmax(0), never)
-
-
-def zeros(x: Tensor) -> Tensor:
-    """Times (B,), on which nothing depends."""
-    return x.new_zeros(len(x))
-
-
-# ------------------------------------------------------------------------------------------------------------- measures
 
 
 def grid(points: int = GRID_POINTS) -> Tensor:
@@ -170,9 +154,9 @@ def measure(kind: str, epsilon: float) -> dict[str, float]:
     score = perturbed_score(kind, epsilon)
     x = grid().view(-1, 2)
     p = log_density(x).exp()
-    on_grid = asymmetry(score, x, zeros(x), estimator="exact")
+    on_grid = asymmetry(score, x, x.new_zeros(len(x)), estimator="exact")
     x, weights = quadrature()
-    at_nodes = asymmetry(score, x, zeros(x), estimator="exact")
+    at_nodes = asymmetry(score, x, x.new_zeros(len(x)), estimator="exact")
     error = 0.5 * ((at_nodes.score - true_score(x)) ** 2).sum(1)
     return {
         "asym": (p * on_grid.asym).sum().item(),
@@ -186,7 +170,7 @@ def measure(kind: str, epsilon: float) -> dict[str, float]:
 def decompose(kind: str, epsilon: float) -> HelmholtzHodge:
     """The perturbed score on [−3, 3]², on a grid six times as fine as the 20×20 one."""
     x = grid(FINE_POINTS)
-    field = perturbed_score(kind, epsilon)(x.view(-1, 2), zeros(x)).view_as(x)
+    field = perturbed_score(kind, epsilon)(x.view(-1, 2)).view_as(x)
     return helmholtz_hodge(field, 2 * HALF_WIDTH / (FINE_POINTS - 1))
 
 
@@ -198,15 +182,12 @@ def decomposition_lengths(kind: str, epsilon: float) -> dict[str, float]:
     return {name: (field**2).sum(-1).mean().sqrt().item() for name, field in fields.items()}
 
 
-def with_small_steps(kind: str, method: str, epsilon: float) -> tuple[dict, Tensor]:
+def with_small_steps(kind: str, method: str, epsilon: float) -> dict[str, object]:
     """The same experiment at a constant step size of σ²/10, with random starts and, but for one method, with noise.
 
     The steps of ``trajectory`` are too large for noise: at α = σ² unadjusted Langevin doubles the variance. Here it
     adds 5.3 %. ``adjusted`` accepts or refuses moves by the true p (the USBM has no density): the score only proposes.
     CSBM and USBM share starts and noise.
-
-    Returns:
-        The row of results, and the mean of ½‖x‖²/σ² by step (301,), that is −log p(x) + log p(0) in nats.
     """
     start = torch.Generator().manual_seed(seed_from(EXPERIMENT, "start", repr(epsilon)))
     noise = torch.Generator().manual_seed(seed_from(EXPERIMENT, "noise", method, repr(epsilon)))
@@ -214,16 +195,15 @@ def with_small_steps(kind: str, method: str, epsilon: float) -> tuple[dict, Tens
     states, accepted = langevin_dynamics(
         perturbed_score(kind, epsilon),
         x,
-        zeros(x),
+        x.new_zeros(len(x)),
         [LANGEVIN_STEP] * NUM_STEPS,
         noise=method != "deterministic",
         log_density=log_density if method == "adjusted" else None,
         generator=noise,
     )
     steps = steps_to_criterion(states.view(-1, REPETITIONS, PARTICLES, 2)).double()
-    nll = -log_density(states)
-    late_nll = nll[-AVERAGED_STEPS:].view(-1, REPETITIONS, PARTICLES).mean((0, 2))
-    row = {
+    late_nll = -log_density(states[-AVERAGED_STEPS:]).view(-1, REPETITIONS, PARTICLES).mean((0, 2))
+    return {
         "type": kind,
         "method": method,
         "epsilon": epsilon,
@@ -235,10 +215,6 @@ def with_small_steps(kind: str, method: str, epsilon: float) -> tuple[dict, Tens
         "acceptance": accepted.double().mean().item(),
         "late_acceptance": accepted[-AVERAGED_STEPS:].double().mean().item(),
     }
-    return row, nll.mean(1) - math.log(2 * math.pi * SIGMA**2)
-
-
-# ------------------------------------------------------------------------------------------------------------- figures
 
 
 def draw_trajectories(epsilons: Sequence[float]) -> Figure:
@@ -247,7 +223,7 @@ def draw_trajectories(epsilons: Sequence[float]) -> Figure:
     panels = figure.subplots(2, len(epsilons), squeeze=False)
     x = grid().view(-1, 2)
     for (kind, epsilon), axes in zip(itertools.product(DIRECTIONS, epsilons), panels.flat, strict=True):
-        arrows = _draw_field(axes, perturbed_score(kind, epsilon)(x, zeros(x)), LogNorm(10, 500))
+        arrows = _draw_field(axes, perturbed_score(kind, epsilon)(x), LogNorm(10, 500))
         positions = trajectory(kind, epsilon)
         for path in positions[: steps_to_criterion(positions).item() + 1].unbind(1):
             axes.plot(*path.T, "x-", color=COLOURS[1], linewidth=0.5, markersize=2.5, markeredgewidth=0.6)
@@ -270,21 +246,6 @@ def draw_decomposition(epsilon: float) -> Figure:
     return figure
 
 
-def draw_small_steps(curves: Mapping[tuple[str, str, float], Tensor], epsilons: Sequence[float]) -> Figure:
-    """Mean negative log-likelihood against the step."""
-    figure = new_figure(3.4 * len(epsilons), 2.3 + 1.2 / len(epsilons))
-    panels = figure.subplots(1, len(epsilons), sharey=True, squeeze=False)[0]
-    for axes, epsilon in zip(panels, epsilons, strict=True):
-        for (i, method), (j, kind) in itertools.product(enumerate(METHODS), enumerate(DIRECTIONS)):
-            label = f"{kind.upper()}, {method}"
-            axes.plot(curves[kind, method, epsilon], LINES[i], color=COLOURS[j], label=label)
-        axes.axhline(1, color="0.5", linewidth=0.8, label="samples of p")
-        axes.set(title=f"ε = {epsilon:g}", xlabel="step", yscale="log", ylim=(0.05, 2000))
-    panels[0].set_ylabel("mean −log p(x) + log p(0) (nats)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(epsilons))
-    return figure
-
-
 def _draw_field(axes: Axes, field: Tensor, norm: LogNorm) -> Quiver:
     """Arrows of one length on the 20×20 grid, coloured by the field's; none where it is below the scale."""
     plane(axes, 1.1 * HALF_WIDTH)
@@ -294,34 +255,24 @@ def _draw_field(axes: Axes, field: Tensor, norm: LogNorm) -> Quiver:
     return axes.quiver(*arrows, **colours, pivot="mid", units="xy", scale=3.5, width=0.04)
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
-
-
 def tables(rows: Sequence[Mapping], small_steps: Sequence[Mapping]) -> str:
     """The paper's two tables, that of the errors, and that of the small steps, in Markdown."""
-    csbm, usbm = ([row for row in rows if row["type"] == kind] for kind in DIRECTIONS)
-    epsilons = [row["epsilon"] for row in csbm]
-    steps, asymmetries, errors, stochastic = [], [], [], []
-    for c, u in zip(csbm, usbm, strict=True):
-        label, known = f"{c['epsilon']:g}", REFERENCE.get(c["epsilon"])
-        reference = (known[0], known[1], f"{known[2]:.2e}", f"{known[3]:.2e}") if known else "––––"
-        steps.append((label, c["steps"], reference[0], u["steps"], reference[1]))
-        names = ("asym", "nasym", "asym_expectation", "nasym_expectation")
-        asym, nasym, *expectations = [f"{u[name]:.3e}" for name in names]
-        of_csbm = [f"{c[name]:.0e}" for name in names[:2]]
-        asymmetries.append((label, asym, reference[2], nasym, reference[3], *expectations, *of_csbm))
+    steps, asymmetries, errors = [], [], []
+    for c, u in zip(rows[::2], rows[1::2], strict=True):
+        epsilon, known = f"{c['epsilon']:g}", REFERENCE.get(c["epsilon"])
+        csbm, usbm, asym, nasym = (*known[:2], *(f"{value:.2e}" for value in known[2:])) if known else "––––"
+        steps.append((epsilon, c["steps"], csbm, u["steps"], usbm))
+        sums, means = ([f"{u[name + of]:.3e}" for name in ("asym", "nasym")] for of in ("", "_expectation"))
+        asymmetries.append((epsilon, sums[0], asym, sums[1], nasym, *means, f"{c['asym']:.0e}", f"{c['nasym']:.0e}"))
         lengths = (u["perturbation_rms"], c["rotational_rms"], u["rotational_rms"])
-        errors.append((label, f"{u['score_error']:.3e}", *(f"{length:.3g}" for length in lengths)))
-    by_key = {(row["epsilon"], row["type"], row["method"]): row for row in small_steps}
-    for epsilon, kind in itertools.product(epsilons, DIRECTIONS):
-        methods = [by_key[epsilon, kind, method] for method in METHODS]
-        missed = [f" ({row['not_reached']})" if row["not_reached"] else "" for row in methods]
-        cells = [with_error(row["steps"], row["steps_se"]) + m for row, m in zip(methods, missed, strict=True)]
-        cells += [with_error(row["nll"] - ENTROPY, row["nll_se"]) for row in methods[1:]]
-        stochastic.append((f"{epsilon:g}", kind.upper(), *cells, f"{methods[2]['acceptance']:.3f}"))
+        errors.append((epsilon, f"{u['score_error']:.3e}", *(f"{length:.3g}" for length in lengths)))
+    stochastic = []
+    for row in sorted(small_steps, key=lambda row: (row["epsilon"], row["type"])):
+        cells = (with_error(row["steps"], row["steps_se"]), row["not_reached"], f"{row['acceptance']:.3f}")
+        nll = with_error(row["nll"] - ENTROPY, row["nll_se"])
+        stochastic.append((f"{row['epsilon']:g}", row["type"].upper(), row["method"], *cells, nll))
 
     header = ("ε", "Asym", "reference", "NAsym", "reference", "E Asym", "E NAsym", "CSBM: Asym", "NAsym")
-    late = [f"NLL − entropy (nats), {method}" for method in METHODS[1:]]
     return f"""Reference: the public code's numbers. Its published table has the columns Asym and NAsym interchanged.
 
 Steps of deterministic Langevin dynamics until mean max(0, −log p) < {THRESHOLD}:
@@ -336,14 +287,10 @@ Error ½E‖s − ∇log p‖² of either score; and on [−3, 3]², not weighte
 the rotational part of s (Helmholtz–Hodge).
 
 {markdown_table(("ε", "score error", "perturbation", "CSBM: rotational part", "USBM: rotational part"), errors)}
-Constant step size σ²/10, {NUM_STEPS} steps, {REPETITIONS} repetitions of {PARTICLES} particles; mean ± standard error.
-In parentheses: how many repetitions have not reached the criterion; they count as {NUM_STEPS} steps. NLL: under p, the
-mean of the last {AVERAGED_STEPS} steps.
+Constant step size σ²/10, {REPETITIONS} repetitions of {PARTICLES} particles; mean ± standard error. Missed: repetitions
+that have not reached the criterion; they count as {NUM_STEPS} steps. NLL: under p, of the last {AVERAGED_STEPS} steps.
 
-{markdown_table(("ε", "type", *(f"steps, {method}" for method in METHODS), *late, "accepted"), stochastic)}"""
-
-
-# ------------------------------------------------------------------------------------------------------------- command
+{markdown_table(("ε", "type", "method", "steps", "missed", "accepted", "NLL − entropy (nats)"), stochastic)}"""
 
 
 def run(workdir: str | Path, *, epsilons: Sequence[float] = tuple(REFERENCE)) -> str:
@@ -368,29 +315,10 @@ def run(workdir: str | Path, *, epsilons: Sequence[float] = tuple(REFERENCE)) ->
         | decomposition_lengths(kind, epsilon)
         for epsilon, kind in itertools.product(epsilons, DIRECTIONS)
     ]
-    keys = list(itertools.product(DIRECTIONS, METHODS, epsilons))
-    small_steps, curves = zip(*(with_small_steps(*key) for key in keys), strict=True)
-    results = {
-        "experiment": EXPERIMENT,
-        "sigma": SIGMA,
-        "entropy_nats": ENTROPY,
-        "cell_area": CELL_AREA,
-        "rows": rows,
-        "stochastic": {
-            "step_size": LANGEVIN_STEP,
-            "num_steps": NUM_STEPS,
-            "repetitions": REPETITIONS,
-            "particles": PARTICLES,
-            "nll_averaged_over_last_steps": AVERAGED_STEPS,
-            "rows": small_steps,
-        },
-    }
-    shown = sorted({min((e for e in epsilons if e > 0), default=0.0), epsilons[-1]})
-    figures = {
-        "trajectories": draw_trajectories(epsilons[:4]),
-        "helmholtz_hodge": draw_decomposition(epsilons[-1]),
-        "stochastic": draw_small_steps(dict(zip(keys, curves, strict=True)), shown),
-    }
+    small_steps = [with_small_steps(*key) for key in itertools.product(DIRECTIONS, METHODS, epsilons)]
+    stochastic = {"step_size": LANGEVIN_STEP, "repetitions": REPETITIONS, "rows": small_steps}
+    results = {"experiment": EXPERIMENT, "entropy_nats": ENTROPY, "rows": rows, "stochastic": stochastic}
+    figures = {"trajectories": draw_trajectories(epsilons[:4]), "helmholtz_hodge": draw_decomposition(epsilons[-1])}
     return write_results(folder, results, tables(rows, small_steps), figures)
 
 

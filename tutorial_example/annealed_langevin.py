@@ -2,7 +2,6 @@
 
 Plain dynamics starts from the same points, U([−8, 8]²), and makes as many steps, all at the smallest level: it finds
 the modes, not their weights. Minor weight: of the mode whose true weight is 0.2; start: its share at the start.
-The standard deviation in a mode should be √(1 + σ²) = 1.118 at the last level.
 Source: Song and Ermon (NeurIPS 2019), Sections 3.2.2 and 4, Algorithm 1.
 """
 
@@ -61,8 +60,7 @@ def run(folder: Path, update: Update, *, particles: int = 2000, n_iters: int = 4
             shares.setdefault((kind, sampler), []).append(share)
             samples.setdefault((kind, sampler), x)
             row = {"score": kind, "sampler": sampler, "seed": seed, "start": minor_share(start)}
-            row |= {"minor_weight": minor_share(x)}
-            rows.append({**row, "std_in_major_mode": float(x[x.sum(1) >= 0].double().T.cov().trace() / 2) ** 0.5})
+            rows.append({**row, "minor_weight": minor_share(x)})
 
     # What must hold.
     claims = {}

@@ -1,18 +1,17 @@
 """What the figures share: the form of a result, densities that are known, the training of a small network."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from torch import Tensor, nn
 
 from exact.distributions import GaussianMixture
-from experiment.figures import plane
+from experiment.figures import draw_map, plane, plane_grid
 from experiment.jobs import Update
 from experiment.randomness import Generator, normal_like, seed_from
 from experiment.runtime import Runtime
@@ -23,7 +22,6 @@ from sde_lib import SDE, VE, VP, GeometricSigma, LinearBeta, SubVP, expand
 from training import fit
 
 Loss = Callable[[int], Tensor]
-Observe = Callable[[], Mapping[str, float]] | None
 
 EXPERIMENT = "tutorial_example"
 SDES = {
@@ -86,7 +84,7 @@ def score_model(sde: SDE, *purpose: int | str, num_scales: int | None = None, **
     return UnconstrainedScore(network(*purpose, **options), NoiseLevel(sde, num_scales))
 
 
-def train(model: nn.Module, loss: Loss, folder: Path, update: Update, n_iters: int, observe: Observe = None) -> None:
+def train(model: nn.Module, loss: Loss, folder: Path, update: Update, n_iters: int) -> None:
     """Minimise ``loss``, a function of the step, by Adam; the rate falls from 0.003 to 0 along a cosine."""
     fit(
         model,
@@ -98,7 +96,6 @@ def train(model: nn.Module, loss: Loss, folder: Path, update: Update, n_iters: i
         grad_clip=10.0,
         log_freq=max(1, n_iters // 30),
         save_freq=max(1, n_iters // 3),
-        observe=observe,
         runtime=Runtime("cpu", on_progress=update),
     )
     model.requires_grad_(False)
@@ -115,19 +112,12 @@ def denoising_loss(model: ScoreModel, mixture: GaussianMixture, *purpose: int | 
     return loss
 
 
-def plane_grid(half_width: float, count: int) -> Tensor:
-    """The points (count², 2) of a grid on [−w, w]², x₁ running fastest, float64."""
-    axis = torch.linspace(-half_width, half_width, count, dtype=torch.float64)
-    x2, x1 = torch.meshgrid(axis, axis, indexing="ij")
-    return torch.stack([x1.flatten(), x2.flatten()], dim=1)
-
-
-def draw_map(axes: Axes, values: Tensor, half_width: float, title: str, **options: object) -> AxesImage:
-    """Values (count²,) at the points of ``plane_grid``."""
-    side, extent = math.isqrt(len(values)), (-half_width, half_width) * 2
-    image = axes.imshow(values.view(side, side), origin="lower", extent=extent, **options)
-    plane(axes, half_width, title)
-    return image
+def plane_integral(mixture: GaussianMixture, t: float, values: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """E[values(x, t)] under p_t by the trapezoidal rule on a grid, at whose border the densities here vanish."""
+    half_width, count = 6.0, 481
+    x = plane_grid(half_width, count)
+    density = mixture.log_prob(x, constant(x, t)).exp()
+    return float((density * values(x, constant(x, t))).sum()) * (2 * half_width / (count - 1)) ** 2
 
 
 def draw_density(axes: Axes, mixture: GaussianMixture, t: float, half_width: float, title: str = "") -> None:

@@ -1,14 +1,13 @@
 """The tutorial's figures: python -m tutorial_example.main --figure=NAME|all --workdir=W [--jobs=2]
 
-Written to W: NAME.png of every figure; table.md (also printed) and results.json of all that W has; runs/NAME/ with the
-checkpoints and results of each. Finished figures are kept, interrupted ones continue.
+Written to W: NAME.png of every figure; table.md (also printed), what must hold and whether it does; results.json, all
+numbers; runs/NAME/ with the checkpoints and results of each. Finished figures are kept, interrupted ones continue.
 
 Source of the choice of ideas: Trombetta, "Introduction to Score-based models" (2023).
 """
 
 import importlib
 import json
-import operator
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from experiment.command_line import available_cores, check_positive, command
 from experiment.figures import save_figure
 from experiment.files import claim, write_json
 from experiment.jobs import Update, run_all
-from experiment.results import markdown_table, with_error, write_results
+from experiment.results import markdown_table, number, write_results
 
 from .common import EXPERIMENT
 
@@ -30,10 +29,10 @@ FIGURES = {
     "ddpm": 6999,
     "sdes": 6006,
     "discretisation": 14,
-    "probability_flow": 4020,
+    "probability_flow": 4004,
     "epsilon_and_score": 36,
     "conditional": 12_006,
-    "posterior": 15_038,
+    "posterior": 7224,
     "digits": 2000,
 }
 """Modules, in the order of the tutorial; how many steps each reports: of training, and evaluations of a score."""
@@ -55,35 +54,22 @@ def work(folder: Path, name: str, update: Update) -> None:
     module = importlib.import_module(f"{__package__}.{name}")
     numbers, claims, picture = module.run(folder / "runs" / name, update)
     save_figure(picture, folder / f"{name}.png")
-    holds = {"<=": operator.le, ">=": operator.ge}
     rows = [
-        {"text": text, "measured": m, "relation": relation, "bound": bound, "holds": holds[relation](m, bound)}
-        for text, (m, relation, bound) in claims.items()
+        {"text": text, "measured": m, "relation": relation, "bound": b, "holds": m <= b if relation == "<=" else m >= b}
+        for text, (m, relation, b) in claims.items()
     ]
     write_json(folder / "runs" / name / "result.json", {"about": module.__doc__, "claims": rows, "numbers": numbers})
 
 
-def table(rows: list[dict]) -> str:
-    """A column for every field; 'x_se' is the error of 'x'."""
-
-    def cell(value: object, error: float | None = None) -> str:
-        if isinstance(value, list):
-            return ", ".join(map(cell, value))
-        if isinstance(value, float):
-            return with_error(value, error)
-        return {"None": "–", "True": "yes", "False": "**no**"}.get(str(value), str(value))
-
-    names = [name for name in rows[0] if not name.endswith("_se")]
-    cells = [[cell(row[name], row.get(f"{name}_se")) for name in names] for row in rows]
-    return markdown_table([name.replace("_", " ") for name in names], cells)
-
-
 def section(name: str, about: str, claims: list[dict], numbers: dict) -> str:
-    """Of table.md: what a figure shows, what must hold, all numbers."""
+    """Of table.md: what a figure shows, and what must hold."""
+    lines = [
+        (c["text"], number(c["measured"]), f"{c['relation']} {number(c['bound'])}", "yes" if c["holds"] else "**no**")
+        for c in claims
+    ]
     heading, _, rest = about.partition("\n")
-    single = {key: value for key, value in numbers.items() if not isinstance(value, list)}
-    tables = [table(rows) for rows in (claims, [single], *numbers.values()) if isinstance(rows, list) and rows[0]]
-    return "\n".join([f"## {heading.rstrip('.')}\n\n`--figure={name}`\n{rest}", *tables])
+    table = markdown_table(("what must hold", "measured", "bound", "holds"), lines)
+    return f"## {heading.rstrip('.')}\n\n`--figure={name}`\n{rest}\n{table}"
 
 
 def run(workdir: str | Path, *, figure: str = "all", jobs: int = available_cores()) -> None:

@@ -12,7 +12,7 @@ import torch
 from matplotlib.colors import LogNorm
 from torch import Tensor, nn
 
-from experiment.figures import new_figure
+from experiment.figures import draw_map, new_figure, plane_grid
 from losses import denoising_score_matching
 from sde_lib import VE, GeometricSigma
 from tutorial_example import common
@@ -20,8 +20,6 @@ from tutorial_example.common import Result, Update, constant, generator
 
 BINS = (0.0, 2.0, 5.0, 10.0, 20.0, math.inf)  # bounds of log(max p / p) in nats
 WIDTH, COUNT = 9.0, 91  # of the maps: half their width, and points along an edge
-
-
 STDS = (0.3, 3.0, 10.0)  # σ of the noise; every level has a model of its own
 
 
@@ -42,7 +40,7 @@ def run(folder: Path, update: Update, *, num_train: int = 10_000, n_iters: int =
         return model
 
     # Train, and measure the error by the density at the point.
-    x, rows, maps = common.plane_grid(WIDTH, COUNT), [], {}
+    x, rows, maps = plane_grid(WIDTH, COUNT), [], {}
     for std in STDS:
         t = float(sde.time_at_noise_ratio(torch.tensor(std, dtype=torch.float64)))
         learned = trained(std, t)(x.float(), constant(x.float(), t)).double()
@@ -68,7 +66,7 @@ def run(folder: Path, update: Update, *, num_train: int = 10_000, n_iters: int =
     points, *errors = figure.subplots(1, 1 + len(STDS))
     common.draw_points(points, data[:1000], WIDTH, f"{len(data[:1000])} of the data")
     for ax, (std, (error, below_peak)) in zip(errors, maps.items(), strict=True):
-        image = common.draw_map(ax, error, WIDTH, f"σ = {std:g}", norm=LogNorm(0.003, 3))
+        image = draw_map(ax, error, WIDTH, f"σ = {std:g}", norm=LogNorm(0.003, 3))
         levels = {"levels": BINS[1:-1], "extent": image.get_extent()}
         ax.clabel(ax.contour(below_peak.view(COUNT, COUNT), colors="white", linewidths=0.6, **levels), fontsize=6)
     figure.colorbar(image, ax=errors, label="‖s − s*‖/‖s*‖", extend="both")

@@ -509,25 +509,15 @@ PAIR = torch.zeros(2, 2)
 @pytest.mark.parametrize(
     ("construct", "message"),
     [
-        (lambda: Gaussian(PAPER, torch.zeros(1, 2), EYE), "mean of shape (1, 2)"),
-        (lambda: Gaussian(PAPER, torch.zeros(3), EYE), "covariance of shape (2, 2): need (3, 3)"),
         (lambda: Gaussian(PAPER, torch.zeros(2), -EYE), "positive semi-definite"),
         (lambda: Gaussian(PAPER, torch.zeros(2), torch.tensor([[1.0, 0.5], [0.0, 1.0]])), "must be symmetric"),
         (lambda: Gaussian(PAPER, torch.zeros(2), EYE * torch.nan), "positive semi-definite"),
         (lambda: GaussianMixture(PAPER, torch.tensor([0.5, 0.6]), PAIR, EYE.expand(2, 2, 2)), "weights=[0.5, 0.6"),
         (lambda: GaussianMixture(PAPER, torch.tensor([1.5, -0.5]), PAIR, EYE.expand(2, 2, 2)), "weights=[1.5, -0.5]"),
-        (lambda: GaussianMixture(PAPER, torch.tensor([1.0]), PAIR, EYE.expand(2, 2, 2)), "means of shape (2, 2)"),
-        (
-            lambda: GaussianMixture(PAPER, torch.tensor([0.5, 0.5]), PAIR, EYE),
-            "covariance of shape (2, 2): need (2, 2, 2)",
-        ),
+        (lambda: GaussianMixture(PAPER, torch.tensor([1.0]), PAIR, EYE.expand(2, 2, 2)), "need 2 positive numbers"),
         (lambda: BoxMixture(PAPER, PAIR, PAIR + 1, torch.tensor([1.0, torch.nan])), "weights=[1.0, nan]"),
-        (lambda: BoxMixture(PAPER, PAIR, PAIR + 1, torch.tensor([[0.5, 0.5]])), "need (K,) positive numbers"),
-        (lambda: BoxMixture(PAPER, PAIR, PAIR + 1, torch.ones(1)), "with K = 1 weights"),
-        (lambda: BoxMixture(PAPER, PAIR, torch.ones(2, 3), torch.tensor([0.5, 0.5])), "upper of shape (2, 3)"),
-        (lambda: BoxMixture(PAPER, PAIR, EYE, torch.tensor([0.5, 0.5])), "lower < upper"),
-        (lambda: BoxMixture(PAPER, PAIR, PAIR + torch.inf, torch.tensor([0.5, 0.5])), "finite bounds"),
-        (lambda: Spirals(PAPER, smallest_noise=0.0), "smallest_noise=0.0"),
+        (lambda: BoxMixture(PAPER, PAIR, PAIR + 1, torch.tensor([[0.5, 0.5]])), "need 2 positive numbers"),
+        (lambda: BoxMixture(PAPER, PAIR, PAIR + 1, torch.ones(1)), "need 2 positive numbers"),
     ],
 )
 def test_distributions_that_make_no_sense(construct, message):
