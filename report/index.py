@@ -13,8 +13,6 @@ import markdown
 from experiment.command_line import command
 from experiment.files import write_text
 
-__all__ = ["write_index"]
-
 _STYLE = """
 body { font-family: sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.4; }
 table { border-collapse: collapse; font-size: 0.85rem; margin: 1rem 0; }
