@@ -105,9 +105,9 @@ def make_batch(score: run_lib.TrainedScore, test: Split, batch_size: int, time: 
 def compare(title: str, model: nn.Module, public: nn.Module, batch: Batch, probes: int) -> list:
     """Rows of the table, for a score and the same in the public code's style."""
     variants = {
-        PAPER: partial(gradient, public, batch, paper=True),
-        "trace": partial(gradient, model, batch, estimator="trace"),
-        DEFAULT: partial(gradient, model, batch),
+        PAPER: partial(gradient, public, batch, "paper"),
+        "trace": partial(gradient, model, batch, "trace"),
+        DEFAULT: partial(gradient, model, batch, "antisymmetric"),
     }
     timed = in_turn(variants, probes, batch.x.device)
     gradients = {name: torch.stack(found.results) for name, found in timed.items()}
@@ -125,13 +125,11 @@ def compare(title: str, model: nn.Module, public: nn.Module, batch: Batch, probe
     return rows
 
 
-def gradient(
-    model: nn.Module, batch: Batch, number: int, *, paper: bool = False, estimator: str = "antisymmetric"
-) -> Tensor:
+def gradient(model: nn.Module, batch: Batch, estimator: str, number: int) -> Tensor:
     """That of ½ mean(σ² Asym), (P,), for one random probe per image."""
     model.zero_grad()
     generator = SampleGenerators((batch.seed, "qc probe", number), range(len(batch.x)))
-    if paper:
+    if estimator == "paper":
         v = rademacher_like(batch.x, generator)
         qc_backward(model, batch.x, batch.t, v, lambda asym: 0.5 * (batch.weight * asym).mean())
     else:

@@ -7,12 +7,9 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiment.files import write_atomically
-
-__all__ = ["COLOURS", "LINES", "new_figure", "plane", "save_figure"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#7F7F7F")
 """Okabe and Ito's, which differ in lightness, and two more."""
@@ -24,9 +21,7 @@ matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 9, "axes.linewidth
 
 def new_figure(width: float, height: float, layout: str = "constrained") -> Figure:
     """A figure of this size in inches, apart from pyplot's global state."""
-    figure = Figure(figsize=(width, height), layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

@@ -74,17 +74,13 @@ def _features_used(run: Run) -> str:
 
 
 def _our_table(runs: Sequence[Run]) -> str:
-    rows = [[_escape(run.label)] for run in runs]
+    rows = [[run.label.replace("|", "\\|")] for run in runs]
     for column in COLUMNS:
         leaders = _leaders(runs, column)
         for i, (row, run) in enumerate(zip(rows, runs, strict=True)):
             text = _measured(run, column.key) if column.best else _count(run.number(column.key))
             row.append(f"**{text}**" if i in leaders else text)
     return markdown_table(["Model (run)", *TITLES.values()], rows)
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _table_notes(runs: Sequence[Run]) -> list[str]:
@@ -169,7 +165,7 @@ def _next_to_paper(runs: Sequence[Run], table: int, keys: Sequence[str]) -> str:
         }
     rows = []
     for run in runs:
-        row = [run.dataset, _escape(run.label), *(_count(run.number(key)) for key in counts.values())]
+        row = [run.dataset, run.label.replace("|", "\\|"), *(_count(run.number(key)) for key in counts.values())]
         for key in keys:
             paper = _paper(run)[key]
             row += [_measured(run, key), f"({paper})" if differing_settings(run, table) else paper]

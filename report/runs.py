@@ -49,30 +49,19 @@ COLUMNS = (
 # the network adds. NAsym is the square of such a ratio; 1e-8 is a relative asymmetry of 1e-4.
 NASYM_ROUND_OFF = 1e-8
 
-SAMPLES_SHOWN = 10
-
 
 @dataclass(frozen=True)
 class Run:
-    """An evaluated working directory.
-
-    Attributes:
-        path: the folder; ``name``: what the report calls it, unique within one report.
-        config: ``config.json``; ``metrics``: ``eval/metrics.json``, where null is not computed.
-        log: the rows of ``metrics.jsonl``.
-        asymmetry: arrays t, sigma, asym, asym_se, nasym, nasym_se (T,), or ``None``.
-        samples: the first images, float64 (N, H, W, C) in [0, 1], or ``None``.
-        nll: bits/dim of each test image (N,), or ``None``.
-    """
+    """An evaluated working directory; what an optional file would have held is ``None`` without it."""
 
     path: Path
-    name: str
+    name: str  # what the report calls it, unique within one report
     config: dict[str, Any]
-    metrics: dict[str, Any]
+    metrics: dict[str, Any]  # None is not computed
     log: list[dict[str, Any]]
-    asymmetry: dict[str, np.ndarray] | None
-    samples: np.ndarray | None
-    nll: np.ndarray | None
+    asymmetry: dict[str, np.ndarray] | None  # t, sigma, asym, asym_se, nasym, nasym_se, (T,) each
+    samples: np.ndarray | None  # the first ten, float64 (N, H, W, C) in [0, 1]
+    nll: np.ndarray | None  # bits/dim of each test image (N,)
 
     @property
     def kind(self) -> str:
@@ -142,7 +131,7 @@ def load_run(path: Path) -> Run:
         metrics=metrics,
         log=_json_rows(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else [],
         asymmetry=_arrays(path / "eval" / "asymmetry.npz", "t", "asym", "asym_se", "nasym", "nasym_se"),
-        samples=samples and samples["images"][:SAMPLES_SHOWN] / max(int(samples["num_levels"]) - 1, 1),
+        samples=samples and samples["images"][:10] / max(int(samples["num_levels"]) - 1, 1),
         nll=nll and nll["nll_bits_per_dim"].astype(np.float64),
     )
     try:

@@ -241,9 +241,8 @@ def test_benchmark_compares_samplers(workdir, monkeypatch, compiled):
 
 
 def test_benchmark_of_the_input():
-    paper, ours, streams = table(data_pipeline.run(small_config(), rounds=2))
-    assert paper["paper's time over it"] == "1.0"
-    assert float(streams["ms per batch"]) >= float(ours["ms per batch"]) > 0
+    paper, ours = table(data_pipeline.run(small_config(), rounds=2))
+    assert paper["paper's time over it"] == "1.0" and float(ours["ms per batch"]) > 0
     config = small_config()
     config.training.activation_checkpointing = True
     with pytest.raises(ValueError, match=r"--compile: .* training\.activation_checkpointing=True"):
