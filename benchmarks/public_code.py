@@ -3,8 +3,7 @@
 The network is ours with the modules that differ taken back: contiguous memory in the order (B, C, H, W), attention by
 einsum over pixels, blurs by inserted zeros and a convolution with all images and channels as its batch, torch's dropout
 and second derivatives. For every probe the score is evaluated again at the same points, with two products of a vector
-and the Jacobian, ‖Jᵀv‖² − vᵀJᵀw at w = Jᵀv, whose gradient is found in two backward passes, one with w held fixed and
-one for w.
+and the Jacobian, ‖Jᵀv‖² − vᵀJᵀw at w = Jᵀv, whose gradient takes two backward passes, with w held fixed and for w.
 """
 
 from __future__ import annotations

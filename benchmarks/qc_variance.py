@@ -3,11 +3,8 @@
 python -m benchmarks.qc_variance --workdir=runs/digits/u [--probes=100]
 
 Weights, images and noise stay the same; only the probe changes. The variance is that of the gradient over the probes,
-summed over all parameters. An estimator that is r times as good by variance × time needs r times less of it for the
-same accuracy of the mean over many probes.
-
-Two kinds of field: s(x) = Wx with a random matrix W of NAsym 1e-3; and the network of a run. ``paper`` is the same
-function by the public code (benchmarks/public_code.py).
+summed over all parameters; to equal accuracy of the mean, time goes as variance × time. Fields are s(x) = Wx with a
+random matrix W of NAsym 1e-3, and the network of a run. ``paper`` is the public code's way (benchmarks/public_code.py).
 """
 
 from __future__ import annotations

@@ -23,12 +23,7 @@ _POLL_SECONDS = 0.2
 
 
 def run_all(
-    tasks: Mapping[str, Callable[[Update], Result]],
-    *,
-    jobs: int,
-    total: int,
-    unit: str,
-    description: str,
+    tasks: Mapping[str, Callable[[Update], Result]], *, jobs: int, total: int, unit: str, description: str
 ) -> list[Result]:
     """The results of all tasks, in their order, ``jobs`` at a time.
 

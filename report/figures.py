@@ -1,7 +1,4 @@
-"""The report's figures: asymmetry against time, samples of equal seeds.
-
-What cannot be drawn is said in the report instead.
-"""
+"""The report's figures: asymmetry against time, samples of equal seeds. What cannot be drawn is said instead."""
 
 from __future__ import annotations
 

@@ -8,9 +8,8 @@ Statistics. Every mean m over test images comes with its standard error s. Two r
     Δ = m_a − m_b,   s_Δ = √(s_a² + s_b²),                      the errors taken as independent, or
     Δ = mean(d),     s_Δ = std(d) / √N,   d_i = a_i − b_i,      paired, where per-image values exist.
 
-A ratio r = m_a / m_b has
-s_r = |r| √((s_a/m_a)² + (s_b/m_b)²) to first order. |Δ| < 2 s_Δ is reported as "cannot be told apart". All of these
-errors are those of the test set; how much another training seed would change a number they do not say.
+A ratio r = m_a / m_b has s_r = |r| √((s_a/m_a)² + (s_b/m_b)²) to first order. |Δ| < 2 s_Δ is reported as "cannot be
+told apart". The errors are those of the test set, not of another training seed.
 
 Files read: see ``report.runs``. Files written: ``report.md``, ``report.csv`` and the figures of ``report.figures``.
 """
@@ -38,8 +37,7 @@ TITLES = {column.key: column.title for column in COLUMNS}
 
 def _measured(run: Run, key: str) -> str:
     """A metric with its standard error, where it has one; "–" where it was not computed."""
-    value = run.number(key)
-    return number(value) if value is None else with_error(value, run.error(key))
+    return number(None) if run.number(key) is None else with_error(run.number(key), run.error(key))
 
 
 def _count(value: float | None) -> str:
@@ -256,11 +254,8 @@ def _comparison_section(runs: Sequence[Run], baseline: Run | None) -> str:
     for run in runs:
         if run is baseline:
             continue
-        lines = [
-            _compare_nll(run, baseline),
-            _compare_ratio(run, baseline, "nasym", "NAsym"),
-            _compare_ratio(run, baseline, "asym", "Asym"),
-        ]
+        ratios = (_compare_ratio(run, baseline, title.lower(), title) for title in ("NAsym", "Asym"))
+        lines = [_compare_nll(run, baseline), *ratios]
         steps = run.metrics["checkpoint_step"], baseline.metrics["checkpoint_step"]
         if steps[0] != steps[1]:
             lines.append(
