@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiment.files import write_atomically
@@ -21,7 +22,9 @@ matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 9, "axes.linewidth
 
 def new_figure(width: float, height: float, layout: str = "constrained") -> Figure:
     """A figure of this size in inches, apart from pyplot's global state."""
-    return Figure(figsize=(width, height), layout=layout)
+    figure = Figure(figsize=(width, height), layout=layout)
+    FigureCanvasAgg(figure)  # which animations draw on
+    return figure
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
