@@ -26,16 +26,16 @@ class Timed(NamedTuple):
         return statistics.median(self.seconds)
 
 
-def clock_of(device: torch.device | None) -> tuple[Callable[[], float], str]:
-    """A clock, in seconds, that waits for the device's work to be done, and its kind; None: for other processes.
+def clock_of(device: torch.device) -> tuple[Callable[[], float], str]:
+    """A clock, in seconds, that waits for the device's work to be done, and its kind.
 
     Of one thread on a CPU it is processor time: what else the machine does then plays no part.
     """
-    if device is None or (device.type == "cpu" and torch.get_num_threads() > 1):
+    if device.type != "cpu":
+        return lambda: torch.accelerator.synchronize(device) or time.perf_counter(), "time on the clock"
+    if torch.get_num_threads() > 1:
         return time.perf_counter, "time on the clock"
-    if device.type == "cpu":
-        return time.process_time, "processor time"
-    return lambda: torch.accelerator.synchronize(device) or time.perf_counter(), "time on the clock"
+    return time.process_time, "processor time"
 
 
 def conditions(device: torch.device) -> str:
@@ -44,7 +44,7 @@ def conditions(device: torch.device) -> str:
 
 
 def in_turn(
-    variants: Mapping[str, Callable[[int], Any]], rounds: int, device: torch.device | None, *, warm_up: int = 1
+    variants: Mapping[str, Callable[[int], Any]], rounds: int, device: torch.device, *, warm_up: int = 1
 ) -> dict[str, Timed]:
     """Call all variants in every round, each with the number of the round; the first ``warm_up`` do not count."""
     if rounds < 1:

@@ -3,8 +3,7 @@
 The network is ours with the modules that differ taken back: contiguous memory in the order (B, C, H, W), attention by
 einsum over pixels, blurs by inserted zeros and a convolution with all images and channels as its batch, torch's dropout
 and second derivatives. For every probe the score is evaluated again at the same points, with two products of a vector
-and the Jacobian, ‖Jᵀv‖² − vᵀJᵀw at w = Jᵀv, whose gradient is found in two backward passes, one with w held fixed and
-one for w. The moving average goes through the parameters one by one.
+and the Jacobian, ‖Jᵀv‖² − vᵀJᵀw at w = Jᵀv, whose gradient takes two backward passes, with w held fixed and for w.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from experiment.randomness import Generator, normal_like, rademacher_like, uniform
 from losses import TRAINING_EPS
-from models import EMA, Dropout, ScoreModel
+from models import Dropout, ScoreModel
 from models.layers import Attention, FIRDown, FIRUp
 from sde_lib import ScoreFunction, expand
 
@@ -90,18 +89,6 @@ def in_public_style(model: ScoreModel) -> ScoreModel:
     for parameter in model.network.parameters():
         parameter.data = parameter.data.contiguous()
     return model
-
-
-class PublicEMA(EMA):
-    """The moving average of parameters, one by one."""
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        for shadow, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
-            if parameter.requires_grad:
-                shadow.sub_((1 - decay) * (shadow - parameter))
 
 
 def public_loss(model: ScoreModel, x0: Tensor, generator: Generator, qc_weight: float, probes: int) -> Tensor:

@@ -1,13 +1,10 @@
 """Variance of the quasi-conservative term's gradient, per unit of time: the paper's estimator against the default.
 
-python -m benchmarks.qc_variance --workdir=runs/digits/u [--probes=100] [--compile]
+python -m benchmarks.qc_variance --workdir=runs/digits/u [--probes=100]
 
 Weights, images and noise stay the same; only the probe changes. The variance is that of the gradient over the probes,
-summed over all parameters. An estimator that is r times as good by variance × time needs r times less of it for the
-same accuracy of the mean over many probes.
-
-Two kinds of field: s(x) = Wx with a random matrix W of NAsym 1e-3; and the network of a run. ``paper`` is the same
-function by the public code (benchmarks/public_code.py).
+summed over all parameters; to equal accuracy of the mean, time goes as variance × time. Fields are s(x) = Wx with a
+random matrix W of NAsym 1e-3, and the network of a run. ``paper`` is the public code's way (benchmarks/public_code.py).
 """
 
 from __future__ import annotations
@@ -26,7 +23,6 @@ from data import Split, evenly_spaced
 from experiment.command_line import command
 from experiment.randomness import SampleGenerators, normal_like, rademacher_like
 from experiment.results import markdown_table
-from models.second_order.compiled import CompiledProducts
 from sde_lib import expand
 
 LINEAR_DIMENSION = 256
@@ -47,7 +43,7 @@ class Batch(NamedTuple):
     seed: int
 
 
-def run(workdir: str, *, batch_size: int = 32, probes: int = 100, device: str = "cpu", compile: bool = False) -> str:
+def run(workdir: str, *, batch_size: int = 32, probes: int = 100, device: str = "cpu") -> str:
     """Measure gradients of the moving average of the newest checkpoint.
 
     Args:
@@ -55,14 +51,11 @@ def run(workdir: str, *, batch_size: int = 32, probes: int = 100, device: str = 
         batch_size: Images.
         probes: Gradients of every variant; at least 10, for a standard error that means something.
         device: auto, cpu, cuda or mps.
-        compile: Have the default estimator compiled, too.
     """
     runtime = run_lib.Runtime(device)
     score = run_lib.load(workdir, device=runtime.torch_device)
     if probes < 10:
         raise ValueError(f"--probes={probes}: at least 10")
-    if compile:
-        run_lib.check_compile(score.config, score.device)
     _, test = run_lib.load_data(score.config, runtime)
     if not 1 <= batch_size <= len(test):
         raise ValueError(f"--batch_size={batch_size}: allowed are 1 to {len(test)}")
@@ -76,7 +69,7 @@ def run(workdir: str, *, batch_size: int = 32, probes: int = 100, device: str = 
     for time in TIMES:
         title = f"{dataset}, {'all times' if time is None else f't = {time:g}'}"
         batch = make_batch(score, test, batch_size, time)
-        rows += compare(title, model, in_public_style(model), batch, probes, compile)
+        rows += compare(title, model, in_public_style(model), batch, probes)
     text = f"{dataset}, step {score.step}, {batch_size} images, {conditions(score.device)}"
     return f"{text}\n{markdown_table(HEADER, rows)}"
 
@@ -84,9 +77,9 @@ def run(workdir: str, *, batch_size: int = 32, probes: int = 100, device: str = 
 class LinearField(nn.Linear):
     """s(x) = Wx with W = S + rN, random parts of about the same norm, symmetric and not: NAsym = r²/(1 + r²)."""
 
-    def __init__(self, dimension: int, r: float, seed: int, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(dimension, dimension, bias=False, dtype=dtype)
-        noise = torch.randn(self.weight.shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    def __init__(self, dimension: int, r: float, seed: int) -> None:
+        super().__init__(dimension, dimension, bias=False)
+        noise = torch.randn(self.weight.shape, generator=torch.Generator().manual_seed(seed))
         self.weight.data.copy_(noise + noise.T + r * (noise - noise.T))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -106,15 +99,13 @@ def make_batch(score: run_lib.TrainedScore, test: Split, batch_size: int, time: 
     return Batch(mean + expand(std, x0) * normal_like(x0, generator), t, std**2, seed)
 
 
-def compare(title: str, model: nn.Module, public: nn.Module, batch: Batch, probes: int, compile: bool = False) -> list:
+def compare(title: str, model: nn.Module, public: nn.Module, batch: Batch, probes: int) -> list:
     """Rows of the table, for a score and the same in the public code's style."""
     variants = {
-        PAPER: partial(gradient, public, batch, paper=True),
-        "trace": partial(gradient, model, batch, estimator="trace"),
-        DEFAULT: partial(gradient, model, batch),
+        PAPER: partial(gradient, public, batch, "paper"),
+        "trace": partial(gradient, model, batch, "trace"),
+        DEFAULT: partial(gradient, model, batch, "antisymmetric"),
     }
-    if compile:
-        variants["antisymmetric, compiled"] = partial(gradient, model, batch, products=CompiledProducts(model))
     timed = in_turn(variants, probes, batch.x.device)
     gradients = {name: torch.stack(found.results) for name, found in timed.items()}
     squares = {name: (g - g.mean(0)).double().square().sum(1) for name, g in gradients.items()}
@@ -131,16 +122,15 @@ def compare(title: str, model: nn.Module, public: nn.Module, batch: Batch, probe
     return rows
 
 
-def gradient(model: nn.Module, batch: Batch, number: int, *, paper: bool = False, **options) -> Tensor:
+def gradient(model: nn.Module, batch: Batch, estimator: str, number: int) -> Tensor:
     """That of ½ mean(σ² Asym), (P,), for one random probe per image."""
     model.zero_grad()
     generator = SampleGenerators((batch.seed, "qc probe", number), range(len(batch.x)))
-
-    if paper:
+    if estimator == "paper":
         v = rademacher_like(batch.x, generator)
         qc_backward(model, batch.x, batch.t, v, lambda asym: 0.5 * (batch.weight * asym).mean())
     else:
-        options |= {"probes": 1, "generator": generator, "create_graph": True}
+        options = {"probes": 1, "estimator": estimator, "generator": generator, "create_graph": True}
         asym = asymmetry(model, batch.x.clone(), batch.t, **options).asym
         (0.5 * (batch.weight * asym).mean()).backward()
     parameters = [p for p in model.parameters() if p.requires_grad]

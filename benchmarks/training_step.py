@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import run_lib
 from benchmarks.measure import conditions, in_turn, operations_of, peak_memory
-from benchmarks.public_code import PublicEMA, in_public_style, public_loss
+from benchmarks.public_code import in_public_style, public_loss
 from configs.defaults import base_config
 from data import ImageFormat
 from experiment.command_line import command
@@ -137,9 +137,9 @@ def make_trainer(name: str, overrides: Mapping[str, object], runtime: run_lib.Ru
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, optim.lr, (optim.beta1, 0.999), optim.eps, fused=not paper)
     options = {"objective": None if paper else objective, "grad_clip": optim.grad_clip, "runtime": runtime}
-    options["ema"] = (PublicEMA if paper else EMA)(model, config.model.ema_rate)
     with tempfile.TemporaryDirectory() as folder:  # without a checkpoint
-        return Trainer(model, optimizer, loss, Path(folder), n_iters=1, **options)
+        ema = EMA(model, config.model.ema_rate)
+        return Trainer(model, optimizer, loss, Path(folder), n_iters=1, ema=ema, **options)
 
 
 if __name__ == "__main__":

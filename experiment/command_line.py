@@ -9,14 +9,13 @@ default and the description in its docstring, and calls it:
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
@@ -24,8 +23,6 @@ from absl import app, flags
 from ml_collections import config_flags
 
 flags.disclaim_key_flags()  # they belong to the program that defines them, whose --help lists them
-
-__all__ = ["available_cores", "check_positive", "command", "one_line_errors", "parse_flags", "run_main"]
 
 
 def command(run: Callable[..., object]) -> None:
@@ -38,7 +35,6 @@ def command(run: Callable[..., object]) -> None:
     descriptions, signature = _descriptions(run), inspect.signature(run)
     as_words = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
     named = {name: parameter for name, parameter in signature.parameters.items() if parameter.kind not in as_words}
-    converted: dict[str, type] = {}
     for name, parameter in named.items():
         default, text = parameter.default, descriptions.get(name, "")
         required = default is inspect.Parameter.empty
@@ -50,15 +46,12 @@ def command(run: Callable[..., object]) -> None:
             flags.DEFINE_string(name, None, text, required=True)
         elif isinstance(default, tuple):
             flags.DEFINE_list(name, [f"{x:g}" if isinstance(x, float) else str(x) for x in default], text)
-            converted[name] = type(default[0])
         else:
             define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float}
             define.get(type(default), flags.DEFINE_string)(name, default, text)
 
     def main(argv: list[str]) -> None:
-        given = {name: flags.FLAGS[name].value for name in named}
-        for name, kind in converted.items():
-            given[name] = _converted(name, given[name], kind)
+        given = {name: _value(name, parameter.default) for name, parameter in named.items()}
         try:
             bound = signature.bind(*argv[1:], **given)
         except TypeError as error:
@@ -70,7 +63,8 @@ def command(run: Callable[..., object]) -> None:
 
 
 def run_main(main: Callable[[list[str]], None], words: bool = False) -> None:
-    """Parse the flags that are defined and call ``main``; expected errors end the program with one line.
+    """Parse the flags that are defined and call ``main``. Bad input, files that cannot be used, and interruptions end
+    the program with one line on standard error.
 
     ``words``: whether the program takes arguments that are no flags.
     """
@@ -80,27 +74,20 @@ def run_main(main: Callable[[list[str]], None], words: bool = False) -> None:
         level = logging.DEBUG if flags.FLAGS.verbosity > 0 else logging.INFO
         logging.basicConfig(level=level, format="%(message)s")
         logging.getLogger("matplotlib").setLevel(logging.WARNING)
-        with one_line_errors():
+        try:
             main(argv)
+        except (ValueError, FloatingPointError, OSError, BrokenProcessPool) as error:
+            logging.getLogger(__name__).debug("where it happened:", exc_info=True)
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            sys.exit("stopped; the same command resumes")
+        except Exception as error:
+            if (number := getattr(error, "signal_number", None)) is None:
+                raise
+            print(error, file=sys.stderr)
+            sys.exit(128 + number)
 
     app.run(guarded, flags_parser=partial(parse_flags, words=words))
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Bad input, files that cannot be used, and interruptions end the program with one line on standard error."""
-    try:
-        yield
-    except (ValueError, FloatingPointError, OSError, BrokenProcessPool) as error:
-        logging.getLogger(__name__).debug("where it happened:", exc_info=True)
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command resumes")
-    except Exception as error:
-        if (number := getattr(error, "signal_number", None)) is None:
-            raise
-        print(error, file=sys.stderr)
-        sys.exit(128 + number)
 
 
 def _descriptions(run: Callable) -> dict[str, str]:
@@ -110,12 +97,17 @@ def _descriptions(run: Callable) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in found}
 
 
-def _converted(flag: str, values: Sequence[str], kind: type) -> tuple:
-    words = {int: "integers", float: "numbers"}
+def _value(flag: str, default: object) -> object:
+    """That of a flag; a list is converted to the type of the default's elements."""
+    value = flags.FLAGS[flag].value
+    if not isinstance(default, tuple):
+        return value
+    kind = type(default[0])
     try:
-        return tuple(kind(value) for value in values)
+        return tuple(map(kind, value))
     except ValueError:
-        raise ValueError(f"--{flag}={','.join(values)}: allowed are {words[kind]}, separated by commas") from None
+        allowed = "integers" if kind is int else "numbers"
+        raise ValueError(f"--{flag}={','.join(value)}: allowed are {allowed}, separated by commas") from None
 
 
 def parse_flags(argv: list[str], words: bool = False) -> list[str]:

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from experiment.files import write_atomically
 
-__all__ = ["COLOURS", "LINES", "draw_map", "new_figure", "plane", "plane_grid", "save_figure"]
-
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#7F7F7F")
 """Okabe and Ito's, which differ in lightness, and two more."""
 LINES = ("-", "--", "-.", ":")
@@ -30,7 +28,7 @@ matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 9, "axes.linewidth
 def new_figure(width: float, height: float, layout: str = "constrained") -> Figure:
     """A figure of this size in inches, apart from pyplot's global state."""
     figure = Figure(figsize=(width, height), layout=layout)
-    FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)  # which animations draw on
     return figure
 
 

@@ -11,20 +11,6 @@ from typing import BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 
-__all__ = [
-    "check_folder",
-    "claim",
-    "differences",
-    "first_line",
-    "flatten",
-    "read_arrays",
-    "take_lock",
-    "write_arrays",
-    "write_atomically",
-    "write_json",
-    "write_text",
-]
-
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a binary file that then takes the place of ``path``.
@@ -84,9 +70,6 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Working directories
-
 _WAIT_SECONDS = 2.0
 """For a lock: the processes that a killed one had started end a moment after it."""
 
@@ -126,16 +109,11 @@ def claim(
     exclusive: bool = True,
     free_fields: tuple[str, ...] = (),
 ) -> Path:
-    """Mark a folder as that of ``experiment``, in ``workdir/experiment.json``; it is made if it is not there.
+    """Mark a folder as that of ``experiment``, in ``workdir/experiment.json``, and return it; make it if need be.
 
     ``settings`` decide the results; a folder keeps those it was first claimed with. ``exclusive``: no other process can
-    claim the folder until this one ends. ``free_fields``: see ``differences``.
-
-    To be called once all other input has been checked, before anything is computed or written. A folder that
-    ``experiment`` has claimed before is not changed.
-
-    Returns:
-        The folder.
+    claim the folder until this one ends. ``free_fields``: see ``differences``. To be called once all other input has
+    been checked, before anything is computed or written.
 
     Raises:
         ValueError: ``workdir`` is a file, holds a run of ``main.py``, or belongs to another experiment, or to this
@@ -160,8 +138,7 @@ def claim(
         _held[folder.resolve()] = take_lock(folder / ".lock")
     if marker.exists():
         return folder
-    text = json.dumps({"experiment": experiment, "settings": settings or {}}, indent=1) + "\n"
-    write_atomically(marker, lambda file: file.write(text.encode()))
+    write_text(marker, json.dumps({"experiment": experiment, "settings": settings or {}}, indent=1) + "\n")
     return folder
 
 

@@ -6,18 +6,15 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from multiprocessing.sharedctypes import RawArray, RawValue
+from multiprocessing.sharedctypes import RawArray
 from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
 from experiment.runtime import Interrupted
-
-__all__ = ["Update", "run_all"]
 
 Update = Callable[[int], object]
 Result = TypeVar("Result")
@@ -26,14 +23,9 @@ _POLL_SECONDS = 0.2
 
 
 def run_all(
-    tasks: Mapping[str, Callable[[Update], Result]],
-    *,
-    jobs: int,
-    total: int,
-    unit: str,
-    description: str,
+    tasks: Mapping[str, Callable[[Update], Result]], *, jobs: int, total: int, unit: str, description: str
 ) -> list[Result]:
-    """The results of all tasks, ``jobs`` at a time.
+    """The results of all tasks, in their order, ``jobs`` at a time.
 
     Every task runs on one torch thread, whatever ``jobs`` is, so that the results do not depend on it. With one job
     (or one task) that happens in this process, otherwise in spawned ones. Those end when this one ends, however that
@@ -41,20 +33,16 @@ def run_all(
 
     Args:
         tasks: by name, for messages, what to do: a ``functools.partial`` of a function at the top level of its module,
-            with arguments that can be pickled. It is called with ``update``, by which it reports steps done:
-            ``update(steps)``. Its result can be pickled.
+            with arguments and a result that can be pickled. It reports steps done by its argument, ``update(steps)``.
         jobs: how many tasks at a time, at least 1.
         total, unit, description: of the progress bar.
 
-    Returns:
-        the results in the order of the tasks.
-
     Raises:
         ValueError: fewer than one job.
-        KeyboardInterrupt: Ctrl-C; all tasks are ended first.
+        KeyboardInterrupt: Ctrl-C.
         concurrent.futures.process.BrokenProcessPool: a process was killed from outside, for its memory perhaps.
         Exception: what a task raised, with the task's name before its message (a RuntimeError if its type takes no
-            message); the other tasks are ended first.
+            message). All other tasks are ended first.
     """
     if jobs < 1:
         raise ValueError(f"jobs={jobs}: at least 1")
@@ -71,10 +59,8 @@ def run_all(
 
 def _run_in_processes(tasks: Mapping[str, Callable], jobs: int, bar: tqdm) -> list[Result]:
     # One counter per task, written by one process only: there is no lock that a killed process could keep.
-    steps_done, stop = RawArray("q", len(tasks)), RawValue("b", 0)
-    pool = ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), _prepare_process, (os.getpid(), stop, steps_done)
-    )
+    steps_done = RawArray("q", len(tasks))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _prepare_process, (steps_done,))
     try:
         # The processes inherit the blocked signal: Ctrl-C reaches only this process, which ends the others.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -90,7 +76,8 @@ def _run_in_processes(tasks: Mapping[str, Callable], jobs: int, bar: tqdm) -> li
                 future.result()
         return [future.result() for future in futures]
     except BaseException:
-        stop.value = 1
+        for process in multiprocessing.active_children():
+            process.kill()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -109,21 +96,18 @@ def _named(name: str, task: Callable[[Update], Result], update: Update) -> Resul
         raise
 
 
-# ----------------------------------------------------------------------------------------------- in a spawned process
-
-_steps_done = None
+_steps_done = None  # of a spawned process
 
 
-def _prepare_process(parent: int, stop: RawValue, steps_done: RawArray) -> None:
+def _prepare_process(steps_done: RawArray) -> None:
     global _steps_done
     _steps_done = steps_done
     torch.set_num_threads(1)
-    threading.Thread(target=_exit_with_parent, args=(parent, stop), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _exit_with_parent(parent: int, stop: RawValue) -> None:
-    while os.getppid() == parent and not stop.value:
-        time.sleep(_POLL_SECONDS)
+def _exit_with_parent() -> None:
+    multiprocessing.parent_process().join()
     os._exit(0)
 
 

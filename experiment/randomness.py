@@ -17,17 +17,6 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Generator",
-    "SampleGenerators",
-    "mix32",
-    "normal_like",
-    "rademacher_like",
-    "random_bits",
-    "seed_from",
-    "uniform",
-]
-
 _MASK32 = 0xFFFFFFFF
 
 
@@ -91,10 +80,6 @@ def _draw(
     return fill(torch.empty(tuple(shape), dtype=dtype, device=own_device), generator=generator).to(device)
 
 
-def _fill_with_bits(values: Tensor, generator: torch.Generator | None) -> Tensor:
-    return values.random_(-(2**63), 2**63 - 1, generator=generator)
-
-
 def normal_like(x: Tensor, generator: Generator = None) -> Tensor:
     """Standard normal numbers in the shape (B, ...), dtype and device of ``x``."""
     return _draw(Tensor.normal_, x.shape, generator, x.device, x.dtype)
@@ -113,7 +98,11 @@ def uniform(
 
 def random_bits(shape: Sequence[int], generator: Generator = None, *, device: torch.device | str = "cpu") -> Tensor:
     """Integers int64 of shape (B, ...), uniform on all that there are (but the largest)."""
-    return _draw(_fill_with_bits, shape, generator, torch.device(device), torch.int64)
+
+    def fill(values: Tensor, generator: torch.Generator | None) -> Tensor:
+        return values.random_(-(2**63), 2**63 - 1, generator=generator)
+
+    return _draw(fill, shape, generator, torch.device(device), torch.int64)
 
 
 def rademacher_like(x: Tensor, generator: Generator = None) -> Tensor:

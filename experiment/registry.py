@@ -6,8 +6,6 @@ import importlib
 from collections.abc import Mapping
 from typing import TypeVar
 
-__all__ = ["resolve"]
-
 Entry = TypeVar("Entry")
 
 

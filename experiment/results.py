@@ -12,8 +12,6 @@ from matplotlib.figure import Figure
 from experiment.figures import save_figure
 from experiment.files import write_json, write_text
 
-__all__ = ["markdown_table", "mean_and_error", "number", "with_error", "write_results"]
-
 
 def markdown_table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     """A table whose columns are aligned in plain text, too."""

@@ -29,21 +29,10 @@ from tqdm import tqdm
 
 from experiment.files import read_arrays, take_lock, write_arrays
 
-__all__ = [
-    "COLLECTIVE_TIMEOUT",
-    "Interrupted",
-    "InvalidRun",
-    "ProgressBar",
-    "Runtime",
-    "checked",
-    "code_version",
-    "keep_freed_memory",
-]
-
 logger = logging.getLogger(__name__)
 
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-DEVICES = ("auto", "cpu", "cuda", "mps")
+_PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+_DEVICES = ("auto", "cpu", "cuda", "mps")
 COLLECTIVE_TIMEOUT = timedelta(hours=12)
 """How long processes wait for each other: while one trains the feature classifier, or ends a long batch of samples."""
 
@@ -72,20 +61,14 @@ def checked() -> Iterator[None]:
         raise InvalidRun(str(error)) from error
 
 
-class ProgressBar(tqdm):
-    """A progress bar that may tell somebody else instead of showing itself."""
+class _ProgressBar(tqdm):
+    """A progress bar that also tells somebody else."""
 
-    def __init__(self, *, on_progress: Callable[[int], object] | None, hidden: bool, **options) -> None:
-        self.on_progress = on_progress
-        super().__init__(disable=hidden or on_progress is not None, dynamic_ncols=True, **options)
-        self.tell(options.get("initial", 0))
-
-    def tell(self, count: int) -> None:
-        if self.on_progress is not None and count:
-            self.on_progress(count)
+    on_progress: Callable[[int], object] | None = None
 
     def update(self, n: int = 1) -> bool | None:
-        self.tell(n)
+        if self.on_progress is not None and n:
+            self.on_progress(n)
         return super().update(n)
 
 
@@ -113,13 +96,13 @@ class Runtime:
     on_progress: Callable[[int], object] | None = None
 
     def __post_init__(self) -> None:
-        if self.device not in DEVICES:
-            raise InvalidRun(f"--device={self.device}: allowed are {', '.join(DEVICES)}")
+        if self.device not in _DEVICES:
+            raise InvalidRun(f"--device={self.device}: allowed are {', '.join(_DEVICES)}")
         available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
         if not available.get(self.device, lambda: True)():
             raise InvalidRun(f"--device={self.device}: no such device on this machine")
-        if self.precision not in PRECISIONS:
-            raise InvalidRun(f"--precision={self.precision}: allowed are {', '.join(PRECISIONS)}")
+        if self.precision not in _PRECISIONS:
+            raise InvalidRun(f"--precision={self.precision}: allowed are {', '.join(_PRECISIONS)}")
         if self.accumulation_steps < 1:
             raise InvalidRun(f"--accumulation_steps={self.accumulation_steps}: at least 1")
 
@@ -130,7 +113,7 @@ class Runtime:
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
         accelerator = Accelerator(
             cpu=self.device == "cpu" or not accelerated,
-            mixed_precision=PRECISIONS[self.precision],
+            mixed_precision=_PRECISIONS[self.precision],
             # As a plugin, because a number would give way to the one in the user's settings of accelerate.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=self.accumulation_steps),
             kwargs_handlers=[
@@ -161,16 +144,17 @@ class Runtime:
     def shows_progress(self) -> bool:
         return self.is_main and self.on_progress is None
 
-    def progress(self, **options) -> ProgressBar:
-        """A progress bar of the main process; options are tqdm's."""
-        return ProgressBar(on_progress=self.on_progress, hidden=not self.is_main, **options)
+    def progress(self, *, initial: int = 0, **options) -> tqdm:
+        """A progress bar of the main process, or in its place calls of ``on_progress``; options are tqdm's."""
+        bar = _ProgressBar(initial=initial, disable=not self.shows_progress, dynamic_ncols=True, **options)
+        bar.on_progress = self.on_progress
+        if self.on_progress is not None and initial:
+            self.on_progress(initial)
+        return bar
 
     def check_agreement(self, what: str, value: object, workdir: Path) -> None:
-        """Refuse to work if processes see different things, as they would if hosts did not share the folder.
-
-        Raises:
-            ValueError: in all of them.
-        """
+        """Raise a ValueError in all processes if they see different things, as they would if hosts did not share the
+        folder."""
         values = gather_object([value])
         if any(other != values[0] for other in values):
             raise ValueError(
@@ -216,10 +200,8 @@ class Runtime:
         Args:
             path: the ``.npz`` that keeps the result; the batches on the way are kept in ``parts/`` next to it.
             key: what decides the result. A file of another key, or a damaged one, is computed again.
-            size: number of items.
-            batch_size: of this process.
+            size: number of items; batch_size: of this process.
             compute: maps the numbers of b items to arrays of b rows.
-            description: of the progress bar.
         """
         batches = self.batches(size, batch_size)
         result = _keyed_arrays(path, key)
@@ -248,11 +230,8 @@ class Runtime:
 
     @contextlib.contextmanager
     def exclusive(self, path: Path) -> Iterator[None]:
-        """Hold the lock ``path``, a file: no other command does the same work in this folder meanwhile.
-
-        Raises:
-            ValueError: in all processes, if another one does.
-        """
+        """Hold the lock ``path``, a file: no other command does the same work in this folder meanwhile. If one does
+        already, a ValueError is raised in all processes."""
         locks: list = []
         self.in_main_process(lambda: locks.append(take_lock(path)))
         try:
@@ -283,21 +262,12 @@ def code_version() -> str:
         return "unknown"
 
 
-# Of mallopt, from malloc.h, and the largest block that may lie in the heap (DEFAULT_MMAP_THRESHOLD_MAX of glibc).
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGEST_BLOCK = 32 * 2**20
-
-
-def keep_freed_memory() -> bool:
-    """Let this process keep the memory it frees until it ends; blocks above 32 MiB excepted.
+def keep_freed_memory() -> None:
+    """With glibc, let this process keep the memory it frees until it ends, blocks above 32 MiB excepted.
 
     Every step allocates and frees the same hundreds of megabytes. glibc would give large blocks back to the kernel,
     which hands them out again page by page and filled with zeros.
-
-    Returns:
-        Whether that is possible: with glibc.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return bool(mallopt and mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK))
+    if sys.platform.startswith("linux") and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD of malloc.h
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, the most that it may be

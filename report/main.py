@@ -1,21 +1,17 @@
 """From evaluated runs to the paper's tables and figures: ``python -m report.main RUN [RUN …] [--output=DIR]``.
 
-A run is a working directory of ``main.py`` that has been evaluated (``--mode eval``). The report puts the runs of each
-data set side by side, with all that was measured, and prints Tables 2 and 3 and Figure 3 of Chao, Sun, Cheng and Lee,
-"On Investigating the Conservative Property of Score-Based Generative Models" (ICML 2023, arXiv 2209.12753), the paper's
-numbers next to ours and what differs from its setting below.
+A run is a working directory of ``main.py`` that has been evaluated. The report has a section for the runs of each data
+set, then Tables 2 and 3 of Chao, Sun, Cheng and Lee (ICML 2023, arXiv 2209.12753), the paper's numbers next to ours.
 
 Statistics. Every mean m over test images comes with its standard error s. Two runs a, b are compared by
 
     Δ = m_a − m_b,   s_Δ = √(s_a² + s_b²),                      the errors taken as independent, or
     Δ = mean(d),     s_Δ = std(d) / √N,   d_i = a_i − b_i,      paired, where per-image values exist.
 
-Images are hard or easy for both models alike, so the paired s_Δ is the smaller one. A ratio r = m_a / m_b has
-s_r = |r| √((s_a/m_a)² + (s_b/m_b)²) to first order. |Δ| < 2 s_Δ is reported as "cannot be told apart". All of these
-errors are those of the test set; how much another training seed would change a number they do not say.
+A ratio r = m_a / m_b has s_r = |r| √((s_a/m_a)² + (s_b/m_b)²) to first order. |Δ| < 2 s_Δ is reported as "cannot be
+told apart". The errors are those of the test set, not of another training seed.
 
-Files read: see ``report.runs``; what an optional one would have shown and cannot is said in the report. Files written:
-``report.md``, ``report.csv`` with every digit, and the figures of ``report.figures``.
+Files read: see ``report.runs``. Files written: ``report.md``, ``report.csv`` and the figures of ``report.figures``.
 """
 
 from __future__ import annotations
@@ -36,21 +32,16 @@ from report.figures import write_figures
 from report.paper import INCEPTION, PAPER, PAPER_SOURCE, PREDICTOR_STEPS, TABLE_2, TABLE_3, differing_settings
 from report.runs import COLUMNS, NASYM_ROUND_OFF, Column, Run, by_dataset, dataset_key, load_runs
 
-__all__ = ["tables_and_comparisons", "write_report"]
-
-# -------------------------------------------------------------------------------------------------------------- tables
-
 TITLES = {column.key: column.title for column in COLUMNS}
 
 
 def _measured(run: Run, key: str) -> str:
     """A metric with its standard error, where it has one; "–" where it was not computed."""
-    value = run.number(key)
-    return number(value) if value is None else with_error(value, run.error(key))
+    return number(None) if run.number(key) is None else with_error(run.number(key), run.error(key))
 
 
 def _count(value: float | None) -> str:
-    return number(value) if value is None else f"{value:.0f}" if float(value).is_integer() else f"{value:.1f}"
+    return number(value and round(value, 1), digits=9)
 
 
 def _leaders(runs: Sequence[Run], column: Column) -> set[int]:
@@ -59,16 +50,15 @@ def _leaders(runs: Sequence[Run], column: Column) -> set[int]:
     With standard errors: the best one, if more than two combined standard errors ahead of the runner-up. Without:
     the best and its equals, unless all are equal. Nothing to compare, nothing in bold.
     """
-    values = {i: run.number(column.key) for i, run in enumerate(runs) if run.number(column.key) is not None}
+    values = {i: value for i, run in enumerate(runs) if (value := run.number(column.key)) is not None}
     if column.best is None or len(values) < 2 or (column.from_features and not _features_comparable(runs)):
         return set()
     best, second = sorted(values, key=values.__getitem__, reverse=column.best is max)[:2]
+    if all(runs[i].error(column.key) is None for i in values):
+        leaders = {i for i, value in values.items() if value == values[best]}
+        return leaders if len(leaders) < len(values) else set()
     errors = runs[best].error(column.key), runs[second].error(column.key)
-    if any(runs[i].error(column.key) is not None for i in values):
-        certain = None not in errors and abs(values[best] - values[second]) > 2 * math.hypot(*errors)
-        return {best} if certain else set()
-    leaders = {i for i, value in values.items() if value == values[best]}
-    return set() if len(leaders) == len(values) else leaders
+    return {best} if None not in errors and abs(values[best] - values[second]) > 2 * math.hypot(*errors) else set()
 
 
 def _features_comparable(runs: Sequence[Run]) -> bool:
@@ -82,17 +72,13 @@ def _features_used(run: Run) -> str:
 
 
 def _our_table(runs: Sequence[Run]) -> str:
-    cells = [[_escape(run.label)] for run in runs]
+    rows = [[run.label.replace("|", "\\|")] for run in runs]
     for column in COLUMNS:
         leaders = _leaders(runs, column)
-        for i, run in enumerate(runs):
+        for i, (row, run) in enumerate(zip(rows, runs, strict=True)):
             text = _measured(run, column.key) if column.best else _count(run.number(column.key))
-            cells[i].append(f"**{text}**" if i in leaders else text)
-    return markdown_table(["Model (run)", *TITLES.values()], cells)
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
+            row.append(f"**{text}**" if i in leaders else text)
+    return markdown_table(["Model (run)", *TITLES.values()], rows)
 
 
 def _table_notes(runs: Sequence[Run]) -> list[str]:
@@ -144,23 +130,19 @@ def _features_notes(runs: Sequence[Run]) -> list[str]:
     return notes
 
 
-# ------------------------------------------------------------------------------------------------------ paper's tables
-
-
 def _paper_section(runs: Sequence[Run]) -> str:
     """Tables 2 and 3 of the paper, its numbers next to ours, and the settings in which the runs differ from it."""
     parts = ["# Tables 2 and 3 of the paper"]
     known = [run for run in runs if dataset_key(run.dataset) in PAPER]
     if known:
-        in_table_3 = [run for run in known if TABLE_3[0] in _paper(run) and run.metrics["sampler"].startswith("PC")]
         parts.append(
             "The paper's number stands next to ours, in parentheses where the run's setting is not the paper's; the "
             "settings that differ are listed below."
         )
         parts.append(f"Table 2: likelihood and asymmetry.\n\n{_next_to_paper(known, 2, TABLE_2)}")
-        if in_table_3:
-            table = _next_to_paper(in_table_3, 3, TABLE_3)
-            parts.append(f"Table 3: quality of samples of the PC sampler.\n\n{table}")
+        by_pc = [run for run in known if TABLE_3[0] in _paper(run) and run.metrics["sampler"].startswith("PC")]
+        if by_pc:
+            parts.append(f"Table 3: quality of samples of the PC sampler.\n\n{_next_to_paper(by_pc, 3, TABLE_3)}")
         parts.append("Settings that differ from the paper's:\n\n" + "\n".join(map(_settings_line, known)))
         parts.append(PAPER_SOURCE)
     if unknown := [group[0].dataset for group in by_dataset(runs) if group[0] not in known]:
@@ -173,11 +155,15 @@ def _paper(run: Run) -> dict[str, str]:
 
 
 def _next_to_paper(runs: Sequence[Run], table: int, keys: Sequence[str]) -> str:
-    counts = {f"Predictor steps (paper: {PREDICTOR_STEPS})": "sampling_steps", "Network evaluations": "nfe_sampling"}
-    counts = counts if table == 3 else {}
+    counts = {}
+    if table == 3:
+        counts = {
+            f"Predictor steps (paper: {PREDICTOR_STEPS})": "sampling_steps",
+            "Network evaluations": "nfe_sampling",
+        }
     rows = []
     for run in runs:
-        row = [run.dataset, _escape(run.label), *(_count(run.number(key)) for key in counts.values())]
+        row = [run.dataset, run.label.replace("|", "\\|"), *(_count(run.number(key)) for key in counts.values())]
         for key in keys:
             paper = _paper(run)[key]
             row += [_measured(run, key), f"({paper})" if differing_settings(run, table) else paper]
@@ -193,9 +179,6 @@ def _settings_line(run: Run) -> str:
         if only := [setting for setting in settings if setting not in shared]:
             parts.append(f"{table}: {'; '.join(only)}")
     return f"- {run.label}: {'. '.join(parts) or 'the same setting'}."
-
-
-# --------------------------------------------------------------------------------------------------------- comparisons
 
 
 def _baselines(groups: Sequence[Sequence[Run]], name: str) -> list[Run | None]:
@@ -271,11 +254,8 @@ def _comparison_section(runs: Sequence[Run], baseline: Run | None) -> str:
     for run in runs:
         if run is baseline:
             continue
-        lines = [
-            _compare_nll(run, baseline),
-            _compare_ratio(run, baseline, "nasym", "NAsym"),
-            _compare_ratio(run, baseline, "asym", "Asym"),
-        ]
+        ratios = (_compare_ratio(run, baseline, title.lower(), title) for title in ("NAsym", "Asym"))
+        lines = [_compare_nll(run, baseline), *ratios]
         steps = run.metrics["checkpoint_step"], baseline.metrics["checkpoint_step"]
         if steps[0] != steps[1]:
             lines.append(
@@ -284,9 +264,6 @@ def _comparison_section(runs: Sequence[Run], baseline: Run | None) -> str:
             )
         paragraphs.append("\n".join([f"{run.label} against the baseline:", "", *(f"- {line}" for line in lines)]))
     return "\n\n".join(paragraphs)
-
-
-# -------------------------------------------------------------------------------------------------------------- report
 
 
 def tables_and_comparisons(runs: Sequence[Run], baseline: str = "") -> list[str]:
@@ -312,8 +289,8 @@ def _csv_text(runs: Sequence[Run]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["run", "model", "dataset", "qc_weight", "path", *metrics])
     for run in runs:
-        values = [run.metrics.get(key) for key in metrics]
-        writer.writerow([run.name, run.model, run.dataset, run.qc_weight, run.path, *values])
+        settings = run.name, run.model, run.dataset, run.config["training"]["qc_weight"], run.path
+        writer.writerow([*settings, *map(run.metrics.get, metrics)])
     return buffer.getvalue()
 
 

@@ -1,19 +1,19 @@
 """What the paper reports, and of what: Tables 2 and 3 of Chao, Sun, Cheng and Lee (ICML 2023, arXiv 2209.12753).
 
 A number of ours stands next to the paper's if the run has the paper's setting: ``differing_settings`` compares the
-run's ``config.json``, log and ``eval/metrics.json`` with the paper's network, SDE, optimiser, data, length of training
-and protocol of evaluation. What it does not compare, because the paper's tables do not say it: the number of images
-and of probes that Asym and NAsym are means of. Deviations of the code itself (docs/deviations.md) are no settings.
+run's ``config.json`` with ``configs/qcsbm``, its log and ``eval/metrics.json`` with the paper's length of training and
+protocol of evaluation. What it does not compare, because the paper's tables do not say it: the number of images and of
+probes that Asym and NAsym are means of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from typing import Any
 
+from configs.qcsbm.cifar10 import get_config
+from experiment.files import flatten
 from report.runs import Run
-
-__all__ = ["INCEPTION", "PAPER", "PAPER_SOURCE", "PREDICTOR_STEPS", "TABLE_2", "TABLE_3", "differing_settings"]
 
 PAPER_SOURCE = (
     "The paper: Chao, Sun, Cheng and Lee, ICML 2023, arXiv 2209.12753. Table 2: NLL, Asym and NAsym (QC: λ = 1e-4, "
@@ -49,58 +49,15 @@ PAPER: dict[str, dict[str, dict[str, str]]] = {
     }.items()
 }
 
-# ----------------------------------------------------------------------------------------------------------- settings
-
-# Fields of config.json with the values that are the paper's; the first is how the paper would put it.
-_TRAINING: dict[str, tuple[Any, ...]] = {
-    "model.name": ("ncsnpp",),
-    "model.nf": (128,),
-    "model.ch_mult": ([1, 2, 2, 2],),
-    "model.num_res_blocks": (8,),
-    "model.attn_resolutions": ([16],),
-    "model.dropout": (0.1,),
-    "model.nonlinearity": ("swish",),
-    "model.conditional": (True,),
-    "model.scale_by_sigma": (True,),
-    "model.embedding_type": ("fourier",),
-    "model.fourier_scale": (16,),
-    "model.resblock_type": ("biggan",),
-    "model.resamp_with_conv": (True,),
-    "model.fir": (True,),
-    "model.fir_kernel": ([1, 3, 3, 1],),
-    "model.skip_rescale": (True,),
-    "model.progressive": ("none",),
-    "model.progressive_input": ("residual",),
-    "model.progressive_combine": ("sum",),
-    "model.ema_rate": (0.999,),
-    "model.schedule": ("geometric", ""),  # empty: the first of the SDE's schedules, geometric
-    "model.sigma_min": (0.01,),
-    "model.sigma_max": (50,),
-    "training.sde": ("vesde",),
-    "training.continuous": (True,),
-    "training.likelihood_weighting": (False,),
-    "training.reduce_mean": (False,),
-    "optim.optimizer": ("Adam",),
-    "optim.lr": (2e-4,),
-    "optim.beta1": (0.9,),
-    "optim.weight_decay": (0,),
-    "optim.warmup": (5000,),
-    "optim.grad_clip": (1,),
-    "data.image_size": (32,),
-    "data.num_channels": (3,),
-    "data.centered": (False,),
-    "data.random_flip": (True,),
-    "data.uniform_dequantization": (False,),
-}
-_STEPS = 700_000
+# What decides the trained weights, but for fields that say where data are and what is kept, and for those that other
+# lines show: the schedule, the step evaluated, the first step of QC. Its estimator is a deviation (docs/deviations.md).
+_COMPARED = ("data.", "training.", "optim.", "model.")
+_NOT_COMPARED = ("data.dataset", "data.path", "data.root", "data.download", "data.resize", "model.schedule")
+_NOT_COMPARED += ("training.n_iters", "training.init_from", "training.qc_estimator", "training.qc_probe_chunk")
+_NOT_COMPARED += ("training.activation_checkpointing", "training.log_freq", "training.eval_freq", "training.snapshot")
+_NOT_COMPARED += ("training.keep_checkpoints",)
 _QC_STARTS_AT = 600_000
-_QC = {"training.qc_weight": (1e-4,), "training.qc_interval": (1,), "training.qc_stride": (1,)}
-_QC_PROBES = {2: 16, 3: 1}
-_QC_BATCH = {2: 8, 3: 128}
 _LIKELIHOOD = "rk45, rtol 0.001, atol 1e-05"
-_ASYM_LEVELS = 100
-_SAMPLER = f"PC, reverse_diffusion + langevin (snr 0.16), {PREDICTOR_STEPS} steps"
-_NUM_SAMPLES = 50_000
 
 
 def differing_settings(run: Run, table: int) -> list[str]:
@@ -108,69 +65,54 @@ def differing_settings(run: Run, table: int) -> list[str]:
 
     Protocols of numbers that were not computed do not count.
     """
-    wanted = dict(_TRAINING)
+    model = {"C": "c", "U": "u", "QC": "qc" if table == 2 else "qc_sampling"}[run.kind]
+    paper, ours = flatten(json.loads(get_config(model).to_json())), flatten(run.config)
+    ignored = _NOT_COMPARED if run.kind == "QC" else (*_NOT_COMPARED, "training.qc_")
+    names = [name for name in paper if name.startswith(_COMPARED) and not name.startswith(ignored)]
+    pairs = {name: (ours.get(name), paper[name]) for name in names}
+    # Empty is the first of the SDE's schedules, geometric.
+    pairs["model.schedule"] = (ours.get("model.schedule") or "geometric", "geometric")
     if run.kind == "QC":
-        wanted |= _QC
-        wanted |= {"training.qc_probes": (_QC_PROBES[table],), "training.batch_size": (_QC_BATCH[table],)}
-    else:
-        wanted |= {"training.qc_weight": (0,), "training.batch_size": (128,)}
-    found = {name: _field(run.config, name) for name in wanted}
-    different = [
-        _difference(name, found[name], allowed[0]) for name, allowed in wanted.items() if found[name] not in allowed
-    ]
-    if run.kind == "QC":
-        different += _qc_start(run)
-    if run.number("checkpoint_step") != _STEPS:
-        different.append(_difference("step evaluated", run.number("checkpoint_step"), _STEPS))
-    return different + (_likelihood_and_asymmetry(run) if table == 2 else _sampling(run))
-
-
-def _field(config: Mapping[str, Any], dotted: str) -> Any:
-    value: Any = config
-    for key in dotted.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def _difference(what: str, ours: Any, paper: Any) -> str:
-    return f"{what} {_shown(ours)} (paper: {_shown(paper)})"
+        pairs["first step of QC"] = (_first_qc_step(run), _QC_STARTS_AT)
+    pairs["step evaluated"] = (run.number("checkpoint_step"), paper["training.n_iters"])
+    pairs |= _likelihood_and_asymmetry(run) if table == 2 else _sampling(run)
+    return [f"{what} {_shown(ours)} (paper: {_shown(paper)})" for what, (ours, paper) in pairs.items() if ours != paper]
 
 
 def _shown(value: Any) -> str:
     if value is None:
         return "not recorded"
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return ", ".join(map(_shown, value))
     return f"{value:g}" if isinstance(value, float) else str(value) or "empty"
 
 
-def _qc_start(run: Run) -> list[str]:
-    """Where U ended and QC began: within one logging interval before the first row of the log."""
-    steps = [row["step"] for row in run.log if "dsm" in row]
-    if not steps:
-        return [_difference("first step of QC", None, _QC_STARTS_AT)]
-    before = max(steps[0] - run.config["training"]["log_freq"], 0)
-    return [] if before <= _QC_STARTS_AT < steps[0] else [_difference("first step of QC", before, _QC_STARTS_AT)]
+def _first_qc_step(run: Run) -> int | None:
+    """Where U ended and QC began: within one logging interval before the first row of the log; the paper's step if it
+    lies there."""
+    first = next((row["step"] for row in run.log if "dsm" in row), None)
+    if first is None:
+        return None
+    before = max(first - run.config["training"]["log_freq"], 0)
+    return _QC_STARTS_AT if before <= _QC_STARTS_AT < first else before
 
 
-def _likelihood_and_asymmetry(run: Run) -> list[str]:
-    different = []
+def _likelihood_and_asymmetry(run: Run) -> dict[str, tuple[Any, Any]]:
+    pairs = {}
     if run.number("nll_bits_per_dim") is not None:
-        if not run.metrics["likelihood"].endswith(_LIKELIHOOD):
-            different.append(_difference("likelihood", run.metrics["likelihood"], _LIKELIHOOD))
-        if run.number("nll_images") != run.number("test_images"):
-            different.append(_difference("test images for NLL", run.number("nll_images"), "all"))
-    if run.number("asym") is not None and run.number("asym_levels") != _ASYM_LEVELS:
-        different.append(_difference("noise levels of Asym", run.number("asym_levels"), _ASYM_LEVELS))
-    return different
+        solver, every = run.metrics["likelihood"], run.number("nll_images") == run.number("test_images")
+        pairs["likelihood"] = (_LIKELIHOOD if solver.endswith(_LIKELIHOOD) else solver, _LIKELIHOOD)
+        pairs["test images for NLL"] = ("all" if every else run.number("nll_images"), "all")
+    if run.number("asym") is not None:
+        pairs["noise levels of Asym"] = (run.number("asym_levels"), 100)
+    return pairs
 
 
-def _sampling(run: Run) -> list[str]:
-    pairs = {
-        "sampler": (run.metrics["sampler"], _SAMPLER),
-        "samples": (run.number("num_samples"), _NUM_SAMPLES),
-        "images compared with": (run.number("num_reference"), _NUM_SAMPLES),
+def _sampling(run: Run) -> dict[str, tuple[Any, Any]]:
+    features = run.metrics["features"]
+    return {
+        "sampler": (run.metrics["sampler"], f"PC, reverse_diffusion + langevin (snr 0.16), {PREDICTOR_STEPS} steps"),
+        "samples": (run.number("num_samples"), 50_000),
+        "images compared with": (run.number("num_reference"), 50_000),
+        "features": (INCEPTION[0] if features in INCEPTION else features, INCEPTION[0]),
     }
-    if run.metrics["features"] not in INCEPTION:
-        pairs["features"] = (run.metrics["features"], INCEPTION[0])
-    return [_difference(what, ours, paper) for what, (ours, paper) in pairs.items() if ours != paper]

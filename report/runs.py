@@ -10,32 +10,22 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiment.files import read_arrays
 
-__all__ = ["COLUMNS", "NASYM_ROUND_OFF", "Column", "Run", "by_dataset", "dataset_key", "load_run", "load_runs"]
 
+class Column(NamedTuple):
+    """One column of the table."""
 
-@dataclass(frozen=True)
-class Column:
-    """One column of the table.
-
-    Attributes:
-        key: the metric's name in ``eval/metrics.json``; its standard error, where there is one, is ``key + "_se"``.
-        title: the heading, with the unit.
-        best: ``min`` or ``max``, or ``None`` where no value is better than another.
-        from_features: whether the number depends on the feature extractor and on the number of samples.
-    """
-
-    key: str
-    title: str
-    best: Callable[..., Any] | None = None
-    from_features: bool = False
+    key: str  # in eval/metrics.json; the standard error, where there is one, is key + "_se"
+    title: str  # with the unit
+    best: Callable[..., Any] | None = None  # min or max; None where no value is better than another
+    from_features: bool = False  # whether it depends on the feature extractor and the number of samples
 
 
 # NFE is not ranked: an evaluation of a conservative score costs a forward and a backward pass, one of the others only
@@ -59,42 +49,26 @@ COLUMNS = (
 # the network adds. NAsym is the square of such a ratio; 1e-8 is a relative asymmetry of 1e-4.
 NASYM_ROUND_OFF = 1e-8
 
-SAMPLES_SHOWN = 10
-
 
 @dataclass(frozen=True)
 class Run:
-    """An evaluated working directory.
-
-    Attributes:
-        path: the folder; ``name``: what the report calls it, unique within one report.
-        config: ``config.json``; ``metrics``: ``eval/metrics.json``, where null is not computed.
-        log: the rows of ``metrics.jsonl``.
-        asymmetry: arrays t, sigma, asym, asym_se, nasym, nasym_se (T,), or ``None``.
-        samples: the first images, float64 (N, H, W, C) in [0, 1], or ``None``.
-        nll: bits/dim of each test image (N,), or ``None``.
-    """
+    """An evaluated working directory; what an optional file would have held is ``None`` without it."""
 
     path: Path
-    name: str
+    name: str  # what the report calls it, unique within one report
     config: dict[str, Any]
-    metrics: dict[str, Any]
+    metrics: dict[str, Any]  # None is not computed
     log: list[dict[str, Any]]
-    asymmetry: dict[str, np.ndarray] | None
-    samples: np.ndarray | None
-    nll: np.ndarray | None
-
-    @property
-    def qc_weight(self) -> float:
-        """λ."""
-        return self.config["training"]["qc_weight"]
+    asymmetry: dict[str, np.ndarray] | None  # t, sigma, asym, asym_se, nasym, nasym_se, (T,) each
+    samples: np.ndarray | None  # the first ten, float64 (N, H, W, C) in [0, 1]
+    nll: np.ndarray | None  # bits/dim of each test image (N,)
 
     @property
     def kind(self) -> str:
         """C (conservative), QC (unconstrained with λ > 0) or U (unconstrained)."""
         if self.config["model"]["parameterization"] == "conservative":
             return "C"
-        return "QC" if self.qc_weight > 0 else "U"
+        return "QC" if self.config["training"]["qc_weight"] > 0 else "U"
 
     @property
     def model(self) -> str:
@@ -108,7 +82,7 @@ class Run:
     @property
     def label(self) -> str:
         """Model and run, e.g. "QC-NCSN++ (qc, λ = 0.04)"."""
-        weight = f", λ = {self.qc_weight:g}" if self.kind == "QC" else ""
+        weight = f", λ = {self.config['training']['qc_weight']:g}" if self.kind == "QC" else ""
         return f"{self.model} ({self.name}{weight})"
 
     @property
@@ -133,11 +107,8 @@ class Run:
         return nasym is not None and abs(nasym) < NASYM_ROUND_OFF
 
 
-def load_run(path: Path, name: str = "") -> Run:
-    """Read the working directory ``path``; see the module's docstring for its files.
-
-    Args:
-        name: what the report calls the run; without it ``config.label``, else the folder's name.
+def load_run(path: Path) -> Run:
+    """Read the working directory ``path``; the run is called ``config.label``, or else as the folder.
 
     Raises:
         FileNotFoundError: no ``config.json``, or not evaluated yet.
@@ -155,12 +126,12 @@ def load_run(path: Path, name: str = "") -> Run:
     nll = _arrays(path / "eval" / "nll.npz", "nll_bits_per_dim")
     run = Run(
         path=path,
-        name=name or config.get("label") or path.resolve().name,
+        name=config.get("label") or path.resolve().name,
         config=config,
         metrics=metrics,
         log=_json_rows(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else [],
         asymmetry=_arrays(path / "eval" / "asymmetry.npz", "t", "asym", "asym_se", "nasym", "nasym_se"),
-        samples=samples and samples["images"][:SAMPLES_SHOWN] / max(int(samples["num_levels"]) - 1, 1),
+        samples=samples and samples["images"][:10] / max(int(samples["num_levels"]) - 1, 1),
         nll=nll and nll["nll_bits_per_dim"].astype(np.float64),
     )
     try:
@@ -207,7 +178,7 @@ def load_runs(paths: Sequence[str | Path]) -> list[Run]:
     if len({run.name for run in runs}) < len(runs):
         # Equal labels or folder names: the paths below the common folder are what tells the runs apart.
         common = os.path.commonpath(resolved)
-        runs = [load_run(run.path, os.path.relpath(full, common)) for run, full in zip(runs, resolved, strict=True)]
+        runs = [replace(run, name=os.path.relpath(run.path.resolve(), common)) for run in runs]
     return runs
 
 

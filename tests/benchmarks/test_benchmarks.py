@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import run_lib
-from benchmarks import data_pipeline, likelihood, qc_precision, qc_variance, sampling, startup, training_step
+from benchmarks import data_pipeline, likelihood, qc_variance, sampling, training_step
 from benchmarks.measure import in_turn, operations_of
 from configs.defaults import base_config
 from configs.digits import get_config
@@ -196,12 +196,6 @@ def test_times_of_a_batch_are_evenly_spaced(workdir):
     torch.testing.assert_close(at_one.weight, score.sde.std(at_one.t) ** 2)
 
 
-def test_rounding_to_bfloat16_errs_more_than_to_tf32_and_that_more_than_float32():
-    _, *errors = qc_precision.linear_row(0.02, dimension=256)
-    float32, tf32, _, bf16 = (float(cell.split(",")[1]) for cell in errors)
-    assert float32 < 1e-4 < tf32 < 0.02 < bf16
-
-
 # ---------------------------------------------------------------------------------------------- a trained model, input
 
 
@@ -247,9 +241,8 @@ def test_benchmark_compares_samplers(workdir, monkeypatch, compiled):
 
 
 def test_benchmark_of_the_input():
-    paper, ours, streams = table(data_pipeline.run(small_config(), rounds=2))
-    assert paper["paper's time over it"] == "1.0"
-    assert float(streams["ms per batch"]) >= float(ours["ms per batch"]) > 0
+    paper, ours = table(data_pipeline.run(small_config(), rounds=2))
+    assert paper["paper's time over it"] == "1.0" and float(ours["ms per batch"]) > 0
     config = small_config()
     config.training.activation_checkpointing = True
     with pytest.raises(ValueError, match=r"--compile: .* training\.activation_checkpointing=True"):
@@ -269,16 +262,3 @@ def test_public_loader_gives_the_set(dequantized):
             assert all((levels == image).flatten(1).all(1).any() for image in batch[:3])
         labels.append(found)
     assert torch.cat(labels).bincount().min() > 100
-
-
-def test_benchmark_of_the_start(monkeypatch, tmp_path):
-    """What the outputs must have in them is what main.py says."""
-    for name in ("--help", "a mistyped field"):
-        startup.start(*startup.VARIANTS[name], str(tmp_path), 0)
-    train, expected = startup.VARIANTS["train: one step and its checkpoint"]
-    with pytest.raises(ValueError, match="--precision=fp31"):
-        startup.start((*train, "--precision=fp31"), expected, str(tmp_path), 0)
-    started = []
-    monkeypatch.setattr(startup, "start", lambda arguments, expected, folder, number: started.append(number))
-    assert [row["command"] for row in table(startup.run(rounds=2))] == list(startup.VARIANTS)
-    assert started == [0] * 4 + [1] * 4

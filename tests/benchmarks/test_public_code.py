@@ -7,11 +7,11 @@ import torch
 from oracles import SDES, gaussian_2d
 
 from benchmarks.likelihood import paper_log_prob
-from benchmarks.public_code import PublicEMA, in_public_style, public_loss
+from benchmarks.public_code import in_public_style, public_loss
 from experiment.randomness import rademacher_like
 from likelihood import LIKELIHOOD_EPS
 from losses import Objective
-from models import EMA, NoiseLevel, UnconstrainedScore
+from models import NoiseLevel, UnconstrainedScore
 
 
 @pytest.fixture
@@ -44,19 +44,6 @@ def test_the_public_step_has_the_gradient_of_the_trace_estimator(model):
         if gradient.shape != expected[name].shape:
             gradient = gradient.T[:, :, None, None]
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-10 * scale)
-
-
-def test_the_public_moving_average_is_ours(model):
-    averages = EMA(model, 0.9), PublicEMA(model, 0.9)
-    for _ in range(3):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1)
-        for average in averages:
-            average.update(model)
-    for ours, public in zip(*(average.model.parameters() for average in averages), strict=True):
-        torch.testing.assert_close(ours, public, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", SDES)

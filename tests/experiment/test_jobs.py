@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from functools import partial
-from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 
 import pytest
 import torch
+from documents import ROOT
 from job_tasks import Task, work
 
-from experiment import jobs
 from experiment.jobs import run_all
 
 
@@ -85,17 +87,32 @@ def test_failure_in_another_process_names_the_task_and_ends_the_rest(tmp_path):
     assert pids(tmp_path) and not any(map(running, pids(tmp_path)))
 
 
-def test_a_process_ends_when_its_parent_has_died(monkeypatch):
-    class Exit(Exception):
-        pass
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_processes_end_when_their_parent_is_killed(tmp_path):
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], cwd=ROOT / "tests", env=ENVIRONMENT)
+    try:
+        wait_until(lambda: len(list(tmp_path.iterdir())) == 2 and all(pids(tmp_path)))
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until(lambda: not any(map(running, pids(tmp_path))))  # the tasks take 60 s
 
-    def end(status: int) -> None:
-        raise Exit
 
-    parents = iter([7, 7, 1])
-    monkeypatch.setattr(os, "getppid", lambda: next(parents))
-    monkeypatch.setattr(os, "_exit", end)
-    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0)
-    with pytest.raises(Exit):
-        jobs._exit_with_parent(7, RawValue("b", 0))
-    assert list(parents) == []
+PARENT = """
+import sys
+from functools import partial
+from job_tasks import Task, work
+from experiment.jobs import run_all
+
+if __name__ == "__main__":
+    tasks = {str(k): partial(work, Task(k, "wait", sys.argv[1])) for k in range(2)}
+    run_all(tasks, jobs=2, total=2, unit="step", description="runs")
+"""
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 50
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

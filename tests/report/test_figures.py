@@ -32,7 +32,7 @@ def where(image: np.ndarray, color: str, tolerance: int = 6) -> tuple[np.ndarray
 
 def test_figures_have_the_size_of_a_page(digits: tuple[Path, ...], tmp_path: Path) -> None:
     text = main.write_report(*digits)
-    for name in ("asymmetry_vs_t.png", "samples_same_seed.png", "training_curves.png"):
+    for name in ("asymmetry_vs_t.png", "samples_same_seed.png"):
         assert f"({name})" in text
         with Image.open(tmp_path / name) as image:
             assert image.width <= 6.9 * 150 + 1
@@ -114,33 +114,16 @@ def test_different_samplers_and_seeds_are_said(tmp_path: Path) -> None:
     assert "the runs differ in config.seed (42, 43)" in text
 
 
-def test_training_figure_has_a_qc_panel_only_where_there_is_a_qc_term(digits: tuple[Path, ...]) -> None:
-    u, qc, c = (load_run(path) for path in digits)
-    both, _ = figures.training_figure([u, qc, c])
-    assert [axes.get_ylabel() for axes in both.axes] == ["DSM loss (½ sum)", "QC term $L_\\mathrm{QC}$ (½ sum)"]
-    steps = both.axes[1].get_lines()[1].get_xdata()
-    np.testing.assert_array_equal(steps, np.arange(400, 6001, 400))  # null on the lazy steps
-    one, _ = figures.training_figure([u, c])
-    assert len(one.axes) == 1
-    assert "test loss" in [text.get_text() for text in one.legends[0].get_texts()]
-
-
-def test_running_mean() -> None:
-    values = np.array([1.0, 2.0, 6.0, 4.0])
-    np.testing.assert_allclose(figures._running_mean(values, 3), [1.5, 3.0, 4.0, 5.0])
-
-
 def test_what_is_missing_is_said_and_no_older_figure_is_left(digits: tuple[Path, ...], tmp_path: Path) -> None:
     qc = digits[1]
     main.write_report(*digits)
     (qc / "eval" / "samples.npz").unlink()
     (qc / "eval" / "asymmetry.npz").unlink()
-    (qc / "metrics.jsonl").unlink()
     text = main.write_report(*digits)
-    for what in ("eval/samples.npz", "eval/asymmetry.npz", "training rows in metrics.jsonl"):
+    for what in ("eval/samples.npz", "eval/asymmetry.npz"):
         assert f"QC-NCSN++ (qc, λ = 0.0001) has no {what}." in text
     assert (tmp_path / "samples_same_seed.png").is_file()
     text = main.write_report(qc, output=tmp_path)
-    for name in ("asymmetry_vs_t.png", "samples_same_seed.png", "training_curves.png"):
+    for name in ("asymmetry_vs_t.png", "samples_same_seed.png"):
         assert f"`{name}` was not drawn." in text
         assert not (tmp_path / name).exists()

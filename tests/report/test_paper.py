@@ -85,7 +85,7 @@ def test_table_3_has_both_counts_of_network_evaluations(tmp_path: Path) -> None:
     assert header[2:6] == ["Predictor steps (paper: 1000)", "Network evaluations", "FID ↓", "paper"]
     assert u[2:] == ["1000", "2001", "5.25", "2.50", "8.5", "9.58", "0.61", "0.67", "0.55", "0.60"]
     assert qc[2:] == ["1000", "2001", "5.25", "(2.48)", "8.5", "(9.70)", "0.61", "(0.67)", "0.55", "(0.60)"]
-    settings = "Table 3: training.qc_probes 16 (paper: 1); training.batch_size 8 (paper: 128)."
+    settings = "Table 3: training.batch_size 8 (paper: 128); training.qc_probes 16 (paper: 1)."
     assert f"- QC-NCSN++ (qc, λ = 0.0001): {settings}" in text
 
 

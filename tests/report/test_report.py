@@ -236,7 +236,7 @@ def test_every_data_set_has_its_own_section_baseline_and_figures(tmp_path: Path)
         assert f"QC-NCSN++ ({name}/qc, λ = 0.0001) against the baseline" in part
     assert "![Asym and NAsym against t](1_digits_asymmetry_vs_t.png)" in digits
     assert "![Asym and NAsym against t](2_svhn_asymmetry_vs_t.png)" in svhn
-    assert len(list(tmp_path.glob("*.png"))) == 6
+    assert len(list(tmp_path.glob("*.png"))) == 4
     text = text_of(paths, "qc")
     assert text.count("Baseline: QC-NCSN++") == 2
     text = text_of(paths, "SVHN/qc")
