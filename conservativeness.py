@@ -27,8 +27,6 @@ above, half of that; so do we.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -38,28 +36,9 @@ from experiment.randomness import Generator, rademacher_like
 from models.second_order.operations import gradients_of
 from sde_lib import ScoreFunction
 
-__all__ = [
-    "ESTIMATORS",
-    "EXACT_MAX_DIMENSION",
-    "Asymmetry",
-    "HelmholtzHodge",
-    "Products",
-    "asymmetry",
-    "circulation",
-    "divergence",
-    "helmholtz_hodge",
-    "jacobian",
-    "jvp_and_vjp",
-    "vjp",
-]
-
 ESTIMATORS = ("antisymmetric", "trace", "exact")
 EXACT_MAX_DIMENSION = 256
 """Up to this many dimensions the exact Jacobian is the default: D backward passes."""
-
-
-Products = Callable[[Tensor, Tensor, Iterable[Tensor]], tuple[Tensor, Iterable[tuple[Tensor, Tensor]]]]
-"""x (B, ...), t (B,) and directions v (B, ...) ↦ the score (B, ...) at x and, for each of them, Jv and Jᵀv."""
 
 
 class HelmholtzHodge(NamedTuple):
@@ -108,14 +87,6 @@ def jvp_and_vjp(value: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = Fal
     return jv, jtv
 
 
-def _score_and_products(
-    score: ScoreFunction, create_graph: bool, x: Tensor, t: Tensor, directions: Iterable[Tensor]
-) -> tuple[Tensor, Iterable[tuple[Tensor, Tensor]]]:
-    value = score(x, t)
-    # One after the other: where no graph is kept, each is released before the next.
-    return value, (jvp_and_vjp(value, x, v, create_graph=create_graph) for v in directions)
-
-
 def divergence(value: Tensor, x: Tensor, probe: Tensor | None = None, *, create_graph: bool = False) -> Tensor:
     """∇·s = tr ∂s/∂x (B,) of an already computed score (B, ...).
 
@@ -154,7 +125,6 @@ def asymmetry(
     estimator: str = "antisymmetric",
     generator: Generator = None,
     create_graph: bool = False,
-    products: Products | None = None,
 ) -> Asymmetry:
     """Asym and ‖J‖²_F of every sample, exact or estimated.
 
@@ -168,7 +138,6 @@ def asymmetry(
         estimator: 'antisymmetric' or 'trace'; 'exact' ignores ``probes``.
         generator: where the probes come from.
         create_graph: make the results differentiable, for training.
-        products: evaluates the same score and its products for probes, e.g. ``models.second_order.compiled``.
 
     Raises:
         ValueError: unknown estimator; K < 1; or neither probes nor at most 256 dimensions.
@@ -191,9 +160,9 @@ def asymmetry(
         x = _requiring_grad(x)
         asym, norm = 0.0, 0.0
         with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
-            directions = (rademacher_like(x, generator) for _ in range(probes))
-            value, pairs = (products or partial(_score_and_products, score, create_graph))(x, t, directions)
-            for jv, jtv in pairs:
+            value = score(x, t)
+            for _ in range(probes):
+                jv, jtv = jvp_and_vjp(value, x, rademacher_like(x, generator), create_graph=create_graph)
                 norm_estimate = (jtv**2).flatten(1).sum(1)
                 if estimator == "trace":
                     asym_estimate = norm_estimate - (jtv * jv).flatten(1).sum(1)
@@ -204,42 +173,6 @@ def asymmetry(
                 asym, norm = asym + asym_estimate / probes, norm + norm_estimate / probes
         result = Asymmetry(value, asym, norm)
     return result if create_graph else Asymmetry(*(part.detach() for part in result))
-
-
-def circulation(
-    score: ScoreFunction,
-    x: Tensor,
-    t: Tensor,
-    directions: tuple[Tensor, Tensor],
-    *,
-    radius: float,
-    num_points: int = 64,
-) -> Tensor:
-    """∮ s·dx (B,), in nats, once around a circle about each sample; s is conservative if all such integrals are zero.
-
-    The circle is x + r (u cos φ + w sin φ). The trapezoidal rule in φ converges faster than any power of the
-    number of points where s is smooth. For small r the value is πr² (wᵀJu − uᵀJw) + O(r⁴).
-
-    Args:
-        score: s(x, t).
-        x, t: centres (B, ...) and times (B,).
-        directions: u and w, each (B, ...), orthonormal per sample.
-        radius: r, in the units of x.
-        num_points: evaluations of the score.
-
-    Raises:
-        ValueError: radius ≤ 0 or fewer than 3 points.
-    """
-    if radius <= 0 or num_points < 3:
-        raise ValueError(f"radius={radius}, num_points={num_points}: need radius > 0 and at least 3 points")
-    u, w = directions
-    total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-    for k in range(num_points):
-        angle = 2 * math.pi * k / num_points
-        position = x + radius * (u * math.cos(angle) + w * math.sin(angle))
-        tangent = radius * (w * math.cos(angle) - u * math.sin(angle))
-        total += (score(position, t) * tangent).flatten(1).sum(1).detach()
-    return total * (2 * math.pi / num_points)
 
 
 def helmholtz_hodge(field: Tensor, spacing: float) -> HelmholtzHodge:

@@ -49,17 +49,7 @@ from conservativeness import asymmetry, divergence
 from experiment.randomness import Generator, SampleGenerators, normal_like, rademacher_like, random_bits, uniform
 from models import Dropout, set_dropout_keys
 from models.score import ScoreModel
-from models.second_order.compiled import CompiledProducts
 from sde_lib import SDE, ScoreFunction, expand
-
-__all__ = [
-    "Objective",
-    "denoising_score_matching",
-    "explicit_score_matching",
-    "implicit_score_matching",
-    "make_objective",
-    "sliced_score_matching",
-]
 
 TRAINING_EPS = 1e-5
 """Smallest time in training, where VP's 1/σ is still finite (Song et al., 2021, Appendix C)."""
@@ -114,12 +104,7 @@ class Objective(nn.Module):
         self.qc_interval = qc_interval
         self.qc_stride = qc_stride
         self.qc_probe_chunk = qc_probe_chunk
-        self.products: CompiledProducts | None = None
         self.dropouts = [module for module in score_model.modules() if isinstance(module, Dropout) and module.p > 0]
-
-    def compile_products(self) -> None:
-        """Have the QC term's evaluations of the score compiled (torch.compile), all but those of 'exact'."""
-        self.products = CompiledProducts(self.score_model)
 
     def forward(
         self, x0: Tensor, generator: Generator = None, *, step: int = 0, class_labels: Tensor | None = None
@@ -186,7 +171,6 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The score at x_t and L_QC there, weighted by λ(t) and averaged over all probes."""
         score = partial(self.score_model, class_labels=class_labels)
-        products = self.products and partial(self.products, class_labels=class_labels)
         probes = 1 if self.qc_estimator == "exact" else self.qc_probes
         total: Tensor | float = 0.0
         parameters: list[Tensor] = []
@@ -201,7 +185,6 @@ class Objective(nn.Module):
                 estimator=self.qc_estimator,
                 generator=generator,
                 create_graph=torch.is_grad_enabled(),
-                products=products,
             )
             part = self._reduce(weight * asym, xt) * (count / probes)
             if start + count < probes and part.requires_grad:

@@ -1,6 +1,6 @@
 """Variance of the quasi-conservative term's gradient, per unit of time: the paper's estimator against the default.
 
-python -m benchmarks.qc_variance --workdir=runs/digits/u [--probes=100] [--compile]
+python -m benchmarks.qc_variance --workdir=runs/digits/u [--probes=100]
 
 Weights, images and noise stay the same; only the probe changes. The variance is that of the gradient over the probes,
 summed over all parameters. An estimator that is r times as good by variance × time needs r times less of it for the
@@ -26,7 +26,6 @@ from data import Split, evenly_spaced
 from experiment.command_line import command
 from experiment.randomness import SampleGenerators, normal_like, rademacher_like
 from experiment.results import markdown_table
-from models.second_order.compiled import CompiledProducts
 from sde_lib import expand
 
 LINEAR_DIMENSION = 256
@@ -47,7 +46,7 @@ class Batch(NamedTuple):
     seed: int
 
 
-def run(workdir: str, *, batch_size: int = 32, probes: int = 100, device: str = "cpu", compile: bool = False) -> str:
+def run(workdir: str, *, batch_size: int = 32, probes: int = 100, device: str = "cpu") -> str:
     """Measure gradients of the moving average of the newest checkpoint.
 
     Args:
@@ -55,14 +54,11 @@ def run(workdir: str, *, batch_size: int = 32, probes: int = 100, device: str = 
         batch_size: Images.
         probes: Gradients of every variant; at least 10, for a standard error that means something.
         device: auto, cpu, cuda or mps.
-        compile: Have the default estimator compiled, too.
     """
     runtime = run_lib.Runtime(device)
     score = run_lib.load(workdir, device=runtime.torch_device)
     if probes < 10:
         raise ValueError(f"--probes={probes}: at least 10")
-    if compile:
-        run_lib.check_compile(score.config, score.device)
     _, test = run_lib.load_data(score.config, runtime)
     if not 1 <= batch_size <= len(test):
         raise ValueError(f"--batch_size={batch_size}: allowed are 1 to {len(test)}")
@@ -76,7 +72,7 @@ def run(workdir: str, *, batch_size: int = 32, probes: int = 100, device: str = 
     for time in TIMES:
         title = f"{dataset}, {'all times' if time is None else f't = {time:g}'}"
         batch = make_batch(score, test, batch_size, time)
-        rows += compare(title, model, in_public_style(model), batch, probes, compile)
+        rows += compare(title, model, in_public_style(model), batch, probes)
     text = f"{dataset}, step {score.step}, {batch_size} images, {conditions(score.device)}"
     return f"{text}\n{markdown_table(HEADER, rows)}"
 
@@ -106,15 +102,13 @@ def make_batch(score: run_lib.TrainedScore, test: Split, batch_size: int, time: 
     return Batch(mean + expand(std, x0) * normal_like(x0, generator), t, std**2, seed)
 
 
-def compare(title: str, model: nn.Module, public: nn.Module, batch: Batch, probes: int, compile: bool = False) -> list:
+def compare(title: str, model: nn.Module, public: nn.Module, batch: Batch, probes: int) -> list:
     """Rows of the table, for a score and the same in the public code's style."""
     variants = {
         PAPER: partial(gradient, public, batch, paper=True),
         "trace": partial(gradient, model, batch, estimator="trace"),
         DEFAULT: partial(gradient, model, batch),
     }
-    if compile:
-        variants["antisymmetric, compiled"] = partial(gradient, model, batch, products=CompiledProducts(model))
     timed = in_turn(variants, probes, batch.x.device)
     gradients = {name: torch.stack(found.results) for name, found in timed.items()}
     squares = {name: (g - g.mean(0)).double().square().sum(1) for name, g in gradients.items()}

@@ -103,8 +103,7 @@ class ScoreModel(nn.Module):
         """The network's output h (B, C, H, W) and the noise's scale σ (B, 1, 1, 1)."""
         label, std = self.noise_level(t)
         network = self.network
-        # While models.second_order.compiled is being compiled, torch.compile must not even see that there is another.
-        if not torch.compiler.is_compiling() and self._compiled and not x.requires_grad:
+        if self._compiled and not x.requires_grad:
             network = self._compiled[0]
         h = network(x, label) if class_labels is None else network(x, label, class_labels)
         return h, expand(std, x)
