@@ -25,8 +25,6 @@ from torch import Tensor, nn
 
 from models.mlp import Swish
 
-__all__ = ["OneLayerAutoencoder"]
-
 
 class OneLayerAutoencoder(nn.Module):
     """s(x) = R h(Wᵀx + b) + c, with h the Swish with a learnable β for every unit.

@@ -21,27 +21,6 @@ from torch import Tensor, nn
 from models.second_order.normalisation import Dropout, GroupNorm, norm_act
 from models.second_order.operations import Conv2d, blur, blur_transposed
 
-__all__ = [
-    "Attention",
-    "BigGANBlock",
-    "DDPMBlock",
-    "Downsample",
-    "FIRConvDown",
-    "FIRConvUp",
-    "FIRDown",
-    "FIRUp",
-    "FourierEmbedding",
-    "PositionalEmbedding",
-    "Upsample",
-    "conv1x1",
-    "conv3x3",
-    "dense",
-    "group_norm",
-    "initialise",
-    "resampling",
-]
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Elementary layers with DDPM's initialisation
 

@@ -32,8 +32,6 @@ from torch import Tensor, nn
 from models.second_order.operations import gradients_of
 from sde_lib import SDE, expand
 
-__all__ = ["ConservativeScore", "NoiseLevel", "ScoreModel", "UnconstrainedScore", "make_score_model"]
-
 CONTINUOUS_LABELS: dict[str, Callable[[SDE, Tensor], Tensor]] = {
     "ve": lambda sde, t: sde.std(t),
     "vp": lambda sde, t: 999 * t,

@@ -40,8 +40,6 @@ from models.layers import (
 from models.second_order.normalisation import norm_act
 from models.second_order.operations import concatenate, differentiated_twice, higher_order
 
-__all__ = ["ACTIVATIONS", "DDPM", "Combine", "UNet"]
-
 ACTIVATIONS = {
     "elu": nn.ELU,
     "relu": nn.ReLU,

@@ -19,8 +19,6 @@ from models.score import ScoreModel
 from models.unet import UNet
 from sde_lib import SDE
 
-__all__ = ["PublicCheckpoint", "convert_public_checkpoint", "load_score_sde_checkpoint"]
-
 
 def _from_ncsn_list(values: list) -> dict:
     """What the codes of NCSN and NCSNv2 write, in score_sde_pytorch's form: model and optimiser, then in NCSNv2 epoch

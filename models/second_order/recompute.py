@@ -25,8 +25,6 @@ from torch import Tensor, nn
 from models.second_order.normalisation import Dropout
 from models.second_order.operations import gradients_of, higher_order, is_higher_order, setting, view, wanted
 
-__all__ = ["recompute_activations", "recomputed"]
-
 
 def recompute_activations(network: nn.Module) -> None:
     """Have the training of a network keep no more than the inputs of its blocks.
