@@ -16,9 +16,6 @@ Jacobian-vector and one vector-Jacobian product each, both taken from a single e
 * ``antisymmetric``:  ½‖Jv − Jᵀv‖² = ½‖(J − Jᵀ)v‖². Never negative, exactly 0 for a conservative field; its
   standard deviation falls with ‖J − Jᵀ‖² rather than with ‖J‖·‖J − Jᵀ‖.
 
-A field on a grid of the plane can also be decomposed into the gradient that fits it best and a rotational rest
-(Helmholtz–Hodge).
-
 Source: Chao, Sun, Cheng, Lee, "On Investigating the Conservative Property of Score-Based Generative Models"
 (ICML 2023), Sections 2.3 and 4.2. Where the paper writes ‖J − Jᵀ‖²_F for Asym, its code computes the trace form
 above, half of that; so do we.
@@ -27,6 +24,7 @@ above, half of that; so do we.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -74,9 +72,8 @@ def vjp(value: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = False) -> T
 def jvp_and_vjp(value: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
     """Jv and Jᵀv, both (B, ...), of an already computed score.
 
-    Jᵀu is linear in u, so differentiating it once more, with respect to u in direction v, gives Jv. The evaluation of
-    the score and the backward pass are shared by both products, and the evaluation by any number of probes. (A
-    forward-mode pass would need an evaluation of its own, and its rule for softmax cannot be differentiated again.)
+    Jᵀu is linear in u, so differentiating it once more, with respect to u in direction v, gives Jv. (A forward-mode
+    pass would need an evaluation of its own, and its rule for softmax cannot be differentiated again.)
     """
     u = v.detach().clone().requires_grad_()
     jtv = vjp(value, x, u, create_graph=True)
@@ -96,11 +93,17 @@ def divergence(value: Tensor, x: Tensor, probe: Tensor | None = None, *, create_
     if probe is not None:
         return (vjp(value, x, probe, create_graph=create_graph) * probe).flatten(1).sum(1)
     trace = value.new_zeros(len(value))
+    for i, row in enumerate(_rows(value, x, create_graph)):
+        trace = trace + row[:, i]
+    return trace
+
+
+def _rows(value: Tensor, x: Tensor, create_graph: bool) -> Iterator[Tensor]:
+    """∂s_i/∂x (B, D) of an already computed score, for i = 1, …, D, by a backward pass each."""
     for i in range(value[0].numel()):
         basis = torch.zeros_like(value).flatten(1)
         basis[:, i] = 1.0
-        trace = trace + vjp(value, x, basis.view_as(value), create_graph=create_graph).flatten(1)[:, i]
-    return trace
+        yield vjp(value, x, basis.view_as(value), create_graph=create_graph).flatten(1)
 
 
 def jacobian(score: ScoreFunction, x: Tensor, t: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
@@ -108,12 +111,7 @@ def jacobian(score: ScoreFunction, x: Tensor, t: Tensor, *, create_graph: bool =
     x = _requiring_grad(x)
     with torch.enable_grad():
         value = score(x, t)
-        rows = []
-        for i in range(value[0].numel()):
-            basis = torch.zeros_like(value).flatten(1)
-            basis[:, i] = 1.0
-            rows.append(vjp(value, x, basis.view_as(value), create_graph=create_graph).flatten(1))
-    return value, torch.stack(rows, dim=1)
+        return value, torch.stack(list(_rows(value, x, create_graph)), dim=1)
 
 
 def asymmetry(
@@ -134,7 +132,7 @@ def asymmetry(
     Args:
         score: s(x, t).
         x, t: points (B, ...) and times (B,).
-        probes: number K of probes; their estimates are averaged. None asks for the exact Jacobian.
+        probes: number K of probes, averaged over; None: the exact Jacobian.
         estimator: 'antisymmetric' or 'trace'; 'exact' ignores ``probes``.
         generator: where the probes come from.
         create_graph: make the results differentiable, for training.
@@ -180,15 +178,12 @@ def helmholtz_hodge(field: Tensor, spacing: float) -> HelmholtzHodge:
 
     In the continuum r is free of divergence and tangential at the border, the natural condition of the minimum. Here
     the integral is the trapezoidal rule, ⟨a, b⟩ = Σ w_i w_j a_ij·b_ij h² with weights ½ at the border, and ∇_h takes
-    central differences, at the border the one-sided three-point differences of second order.
+    central differences, at the border the one-sided three-point differences of second order, which see the checkerboard
+    that central differences do not. Up to rounding the two parts add up to the field and are orthogonal in ⟨·,·⟩, and
+    the gradient of a quadratic polynomial has no rotational part; φ has mean zero. The error is of second order in h.
 
-    Exact up to rounding: gradient + rotational = field; the two are orthogonal in ⟨·,·⟩; decomposing either again does
-    not change it; the gradient of a quadratic polynomial has no rotational part. ∇_h vanishes only for constants (the
-    border formula excludes the checkerboard that central differences do not see), and φ has mean zero. Both parts of a
-    smooth field are of second order in h.
-
-    The normal equations are (K ⊗ W + W ⊗ K) φ = ∇_hᵀ s, with K = DᵀWD of one axis: they are solved by diagonalising
-    the K of each axis with respect to its W, in O(H³ + W³) operations, in double precision on the CPU.
+    The normal equations are (K ⊗ W + W ⊗ K) φ = ∇_hᵀ s, with K = DᵀWD of one axis: solved by diagonalising the K of
+    each axis with respect to its W, in O(H³ + W³) operations, in double precision on the CPU.
 
     Args:
         field: (H, W, 2); component k points along axis k of the grid.
