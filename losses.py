@@ -54,19 +54,10 @@ TRAINING_EPS = 1e-5
 
 class Objective(nn.Module):
     """All terms of the loss in one forward pass, as wrappers for several processes, mixed precision and gradient
-    accumulation need it. The keyword arguments are fields of ``config.training``.
+    accumulation need it. Times are uniform on [1e-5, 1], or on the ladder of noise levels of a discrete-time model.
 
-    Args:
-        score_model: the model being trained. Times are uniform on [1e-5, 1], or on the ladder of noise levels of a
-            discrete-time model.
-        likelihood_weighting: weight g² instead of σ² (continuous time only).
-        reduce_mean: mean over dimensions, instead of half the sum.
-        qc_weight: λ_QC; 0 trains an ordinary (U or C) model.
-        qc_probes: probes K per sample.
-        qc_estimator: 'antisymmetric', 'trace' or 'exact'.
-        qc_interval: evaluate the term every k-th step.
-        qc_stride: and on every k-th sample of the batch.
-        qc_probe_chunk: probes whose graphs are held at once; every chunk evaluates the score once more.
+    The keyword arguments are fields of ``config.training`` (configs/defaults.py). Every chunk of probes evaluates the
+    score once more.
 
     Raises:
         ValueError: likelihood weighting of a discrete-time model.

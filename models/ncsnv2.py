@@ -93,13 +93,7 @@ def _conv_mean_pool(in_channels: int, out_channels: int, kernel: int = 3) -> nn.
 
 
 class ResidualBlock(nn.Module):
-    """norm, activation, conv, norm, activation, conv; plus a shortcut.
-
-    Args:
-        in_channels, out_channels: widths; they differ only where a stage begins.
-        begins: the first block of a stage, whose shortcut is always a convolution and whose first keeps the width.
-        pool: halve the resolution.
-    """
+    """norm, activation, conv, norm, activation, conv; plus a shortcut, a convolution where a stage ``begins``."""
 
     recomputable = True
 
@@ -307,18 +301,11 @@ class RefineNet(nn.Module):
             self.encoder.append(nn.ModuleList([first, block(width, width, begins=False, pool=False)]))
 
         self.decoder = nn.ModuleList()
+        refine_block = partial(_RefineBlock, norm=refine_norm, activation=activation, pool=pool)
         for number in reversed(range(len(stages))):
             before, width = widths[number : number + 2]
-            self.decoder.append(
-                _RefineBlock(
-                    [width] * (1 if number == len(stages) - 1 else 2),
-                    before,
-                    output_units=1 if number else 3,
-                    norm=refine_norm,
-                    activation=activation,
-                    pool=pool,
-                )
-            )
+            inputs = [width] if number == len(stages) - 1 else [width, width]
+            self.decoder.append(refine_block(inputs, before, output_units=1 if number else 3))
         self.norm, self.activation, self.head = norm(nf), activation, _conv(nf, num_channels)
         self.to(memory_format=torch.channels_last)  # as the U-Net: faster convolutions
 

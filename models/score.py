@@ -49,9 +49,7 @@ NETWORK_SIGN = {"ve": 1.0, "vp": -1.0, "subvp": -1.0}
 class NoiseLevel(nn.Module):
     """Maps a time t (B,) to the network's label (B,) and the scale σ (B,) of the noise.
 
-    Args:
-        sde: the forward process.
-        num_scales: None for a model of continuous time, or the number N of levels of a discrete-time one.
+    ``num_scales`` is None for a model of continuous time, or the number N of levels of a discrete-time one.
     """
 
     def __init__(self, sde: SDE, num_scales: int | None = None) -> None:
@@ -150,7 +148,6 @@ def make_score_model(
     """The score model around a network.
 
     Args:
-        sde: the forward process.
         network: h(x, label[, class_labels]).
         parameterization: 'unconstrained' or 'conservative'.
         num_scales: None for a model of continuous time, or the number of levels of a discrete-time one.

@@ -95,13 +95,6 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x)
 
 
-def _group_norm_backward(
-    g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, asked: list[bool]
-) -> tuple[Tensor | None, ...]:
-    g = g.contiguous(memory_format=_format(x))
-    return torch.ops.aten.native_group_norm_backward(g, x, mean, rstd, weight, *_sizes(x), rstd.shape[1], asked)
-
-
 def _format(x: Tensor) -> torch.memory_format:
     """What torch's kernels of group normalisation take: on the CPU that of ``x``."""
     channels_last = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
@@ -145,6 +138,7 @@ class _Constants:
 
     def __init__(self, x: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, eps: float, factor: Tensor | None) -> None:
         self.x, self.z, self.mean, self.rstd, self.eps, self.factor = x.detach(), z.detach(), mean, rstd, eps, factor
+        self.same_group = _same_group(x.shape[1], rstd.shape[1], x.dtype, x.device)
 
     @cached_property
     def scale(self) -> Tensor:
@@ -155,11 +149,6 @@ class _Constants:
     def minus_scale_over_size(self) -> Tensor:
         """−r/n of every channel, (B, C)."""
         return self.scale * (-self.rstd.shape[1] / math.prod(self.x.shape[1:]))
-
-    @cached_property
-    def same_group(self) -> Tensor:
-        """(C, C), 1 where two channels are of one group: a product with it sums over groups."""
-        return _same_group(self.x.shape[1], self.rstd.shape[1], self.x.dtype, self.x.device)
 
     @cached_property
     def normalised(self) -> Tensor:
@@ -221,6 +210,7 @@ class _Constants:
 
 @lru_cache(maxsize=64)
 def _same_group(channels: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(C, C), 1 where two channels are of one group: a product with it sums over groups."""
     group = torch.arange(channels, device=device) // (channels // groups)
     return (group[:, None] == group).to(dtype)
 
@@ -249,7 +239,9 @@ class _NormAct(Function):
             total = g_z if g is None else constants.slope * g
             if g is not None and g_z is not None:
                 total += g_z
-            return *_group_norm_backward(total, x, weight, constants.mean, constants.rstd, asked), None, None, None
+            total = total.contiguous(memory_format=_format(x))
+            operands = total, x, constants.mean, constants.rstd, weight, *_sizes(x), groups
+            return *torch.ops.aten.native_group_norm_backward(*operands, asked), None, None, None
         for_x = for_weight = for_bias = None
         if asked[0] and g is not None:
             for_x = _Product.apply(True, g, x, weight, z, constants)
