@@ -252,10 +252,7 @@ def sliced_score_matching(
 def denoising_score_matching(
     score: ScoreFunction, sde: SDE, x0: Tensor, t: Tensor, generator: Generator = None
 ) -> Tensor:
-    """½‖s(x_t, t) + z/σ_t‖² (B,) with x_t = α_t x_0 + σ_t z, for data x_0 (B, ...) and times t (B,).
-
-    ``Objective`` is this at random times, weighted by λ(t).
-    """
+    """½‖s(x_t, t) + z/σ_t‖² (B,) with x_t = α_t x_0 + σ_t z, for data x_0 (B, ...) and times t (B,)."""
     z = normal_like(x0, generator)
     mean, std = sde.marginal(x0, t)
     std = expand(std, x0)

@@ -241,8 +241,7 @@ class RefineNet(nn.Module):
         image_size: height and width of the images, divisible by 2, 4 or 8 for the three architectures.
         num_channels: channels of the images.
         centered: images are in [−1, 1]; otherwise in [0, 1], and the network sees 2x − 1.
-        nf: width of the finest resolution, at least 2.
-        nonlinearity: 'elu', 'relu', 'lrelu', 'swish', or the import path of a module.
+        nf, nonlinearity: fields of ``config.model`` (configs/defaults.py); nf at least 2.
         conditional: NCSN, whose norms depend on the noise level. NCSNv2 has no use for it: divide its output by σ.
         num_levels: the number of noise levels; None in continuous time.
         architecture: 64, 128 or 256, the image size that it was designed for; None: by ``image_size``, below 96, up to

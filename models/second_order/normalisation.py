@@ -39,9 +39,8 @@ class Dropout(nn.Module):
         a·mix(j) + b mod 2⁶⁴  <  p·2⁶⁴
 
     under the sample's key, two random integers a and b of 64 bits. Multiply-shift hashing is pairwise independent;
-    mix, a fixed scrambling of j, is there because a hash that is linear in j would make patterns of neighbours. Under
-    the same keys a second evaluation sees the same network, which is what the quasi-conservative loss needs, when it
-    takes its probes in chunks, and recomputation.
+    mix, a fixed scrambling of j, prevents patterns of neighbours. Under the same keys a second evaluation sees the same
+    network: probes in chunks and recomputation need it.
 
     Attributes:
         keys: int64 (B, 2), used until others are set; None: keys from torch's global stream, others at every call.

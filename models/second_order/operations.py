@@ -104,15 +104,15 @@ def view(parameter: Tensor | None) -> Tensor | None:
 class _Convolution(Function):
     """The gradient of ⟨g, w * x⟩ for one of g, x and w: w * x (+ b) for g, and the two transposes for x and w.
 
-    Of the one itself only shape and memory format matter; g may be None.
+    Of the one itself only shape and memory format matter; g may be None. For a ``constant`` w no more is kept than w.
     """
 
     @staticmethod
-    def forward(ctx, one: int, geometry: tuple, *operands: Tensor | None) -> Tensor:
+    def forward(ctx, one: int, geometry: tuple, constant: bool, *operands: Tensor | None) -> Tensor:
         g, x, weight, bias = operands
-        ctx.one, ctx.geometry, ctx.shape = one, geometry, x.shape
-        kept = (g, x) if one == 2 or ctx.needs_input_grad[4] else (None, None)  # a blur's are not needed
-        ctx.save_for_backward(*(None if i == one else operand for i, operand in enumerate((*kept, weight))))
+        ctx.one, ctx.geometry, ctx.constant, ctx.shape = one, geometry, constant, x.shape
+        kept = (None, None, weight) if constant else (g, x, weight)
+        ctx.save_for_backward(*(None if i == one else operand for i, operand in enumerate(kept)))
         if one == 0:
             return F.conv2d(x, weight, bias, *geometry)
         return _convolution_backward(g, x, weight, geometry, (one == 1, one == 2, False))[one - 1]
@@ -124,16 +124,16 @@ class _Convolution(Function):
         if operands[1] is None:
             operands[1] = _empty(ctx.shape, c)
         # Linear in x, as in a cotangent.
-        asked = wanted(ctx, "", "", "cotangents", "cotangents", "weights", "weights")[2:]
+        asked = wanted(ctx, "", "", "", "cotangents", "cotangents", "weights", "weights")[3:]
         if ctx.one == 0 and not torch.is_grad_enabled():
-            return None, None, None, *_convolution_backward(*operands, geometry, asked[1:])
+            return None, None, None, None, *_convolution_backward(*operands, geometry, asked[1:])
         gradients = [None, None, None, c.sum((0, 2, 3)) if asked[3] else None]
         for i in range(3):
             if asked[i] and i != ctx.one:
                 given = [*operands]
                 given[i] = operands[i].detach() if i else None
-                gradients[i] = _Convolution.apply(i, geometry, *given, None)
-        return None, None, *gradients
+                gradients[i] = _Convolution.apply(i, geometry, ctx.constant, *given, None)
+        return None, None, None, *gradients
 
 
 def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -162,13 +162,13 @@ class Conv2d(nn.Conv2d):
         if not is_higher_order():
             return super().forward(x)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return _Convolution.apply(0, geometry, None, x, view(self.weight), view(self.bias))
+        return _Convolution.apply(0, geometry, False, None, x, view(self.weight), view(self.bias))
 
 
 def blur(x: Tensor, kernel: Tensor, *, stride: int, padding: int = 0) -> Tensor:
     """Each channel of x (B, C, H, W) correlated with a constant kernel (k, l), every ``stride``-th pixel of it."""
     if is_higher_order():
-        return _Convolution.apply(0, _geometry(x, stride, padding), None, x, _for_channels(kernel, x), None)
+        return _Convolution.apply(0, _geometry(x, stride, padding), True, None, x, _for_channels(kernel, x), None)
     return _precise(F.conv2d, x, kernel, stride, padding)
 
 
@@ -177,7 +177,7 @@ def blur_transposed(x: Tensor, kernel: Tensor, *, stride: int, padding: int = 0)
     if is_higher_order():
         size = (stride * (n - 1) + k - 2 * padding for n, k in zip(x.shape[2:], kernel.shape, strict=True))
         given = x, _empty((*x.shape[:2], *size), x), _for_channels(kernel, x)
-        return _Convolution.apply(1, _geometry(x, stride, padding), *given, None)
+        return _Convolution.apply(1, _geometry(x, stride, padding), True, *given, None)
     return _precise(F.conv_transpose2d, x, kernel, stride, padding)
 
 
