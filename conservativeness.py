@@ -16,9 +16,6 @@ Jacobian-vector and one vector-Jacobian product each, both taken from a single e
 * ``antisymmetric``:  ½‖Jv − Jᵀv‖² = ½‖(J − Jᵀ)v‖². Never negative, exactly 0 for a conservative field; its
   standard deviation falls with ‖J − Jᵀ‖² rather than with ‖J‖·‖J − Jᵀ‖.
 
-A field on a grid of the plane can also be decomposed into the gradient that fits it best and a rotational rest
-(Helmholtz–Hodge).
-
 Source: Chao, Sun, Cheng, Lee, "On Investigating the Conservative Property of Score-Based Generative Models"
 (ICML 2023), Sections 2.3 and 4.2. Where the paper writes ‖J − Jᵀ‖²_F for Asym, its code computes the trace form
 above, half of that; so do we.
@@ -27,8 +24,7 @@ above, half of that; so do we.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -38,28 +34,9 @@ from experiment.randomness import Generator, rademacher_like
 from models.second_order.operations import gradients_of
 from sde_lib import ScoreFunction
 
-__all__ = [
-    "ESTIMATORS",
-    "EXACT_MAX_DIMENSION",
-    "Asymmetry",
-    "HelmholtzHodge",
-    "Products",
-    "asymmetry",
-    "circulation",
-    "divergence",
-    "helmholtz_hodge",
-    "jacobian",
-    "jvp_and_vjp",
-    "vjp",
-]
-
 ESTIMATORS = ("antisymmetric", "trace", "exact")
 EXACT_MAX_DIMENSION = 256
 """Up to this many dimensions the exact Jacobian is the default: D backward passes."""
-
-
-Products = Callable[[Tensor, Tensor, Iterable[Tensor]], tuple[Tensor, Iterable[tuple[Tensor, Tensor]]]]
-"""x (B, ...), t (B,) and directions v (B, ...) ↦ the score (B, ...) at x and, for each of them, Jv and Jᵀv."""
 
 
 class HelmholtzHodge(NamedTuple):
@@ -95,9 +72,8 @@ def vjp(value: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = False) -> T
 def jvp_and_vjp(value: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
     """Jv and Jᵀv, both (B, ...), of an already computed score.
 
-    Jᵀu is linear in u, so differentiating it once more, with respect to u in direction v, gives Jv. The evaluation of
-    the score and the backward pass are shared by both products, and the evaluation by any number of probes. (A
-    forward-mode pass would need an evaluation of its own, and its rule for softmax cannot be differentiated again.)
+    Jᵀu is linear in u, so differentiating it once more, with respect to u in direction v, gives Jv. (A forward-mode
+    pass would need an evaluation of its own, and its rule for softmax cannot be differentiated again.)
     """
     u = v.detach().clone().requires_grad_()
     jtv = vjp(value, x, u, create_graph=True)
@@ -106,14 +82,6 @@ def jvp_and_vjp(value: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = Fal
     with gradients_of("cotangents"):
         (jv,) = torch.autograd.grad(jtv, u, v, create_graph=create_graph, retain_graph=True, materialize_grads=True)
     return jv, jtv
-
-
-def _score_and_products(
-    score: ScoreFunction, create_graph: bool, x: Tensor, t: Tensor, directions: Iterable[Tensor]
-) -> tuple[Tensor, Iterable[tuple[Tensor, Tensor]]]:
-    value = score(x, t)
-    # One after the other: where no graph is kept, each is released before the next.
-    return value, (jvp_and_vjp(value, x, v, create_graph=create_graph) for v in directions)
 
 
 def divergence(value: Tensor, x: Tensor, probe: Tensor | None = None, *, create_graph: bool = False) -> Tensor:
@@ -125,11 +93,17 @@ def divergence(value: Tensor, x: Tensor, probe: Tensor | None = None, *, create_
     if probe is not None:
         return (vjp(value, x, probe, create_graph=create_graph) * probe).flatten(1).sum(1)
     trace = value.new_zeros(len(value))
+    for i, row in enumerate(_rows(value, x, create_graph)):
+        trace = trace + row[:, i]
+    return trace
+
+
+def _rows(value: Tensor, x: Tensor, create_graph: bool) -> Iterator[Tensor]:
+    """∂s_i/∂x (B, D) of an already computed score, for i = 1, …, D, by a backward pass each."""
     for i in range(value[0].numel()):
         basis = torch.zeros_like(value).flatten(1)
         basis[:, i] = 1.0
-        trace = trace + vjp(value, x, basis.view_as(value), create_graph=create_graph).flatten(1)[:, i]
-    return trace
+        yield vjp(value, x, basis.view_as(value), create_graph=create_graph).flatten(1)
 
 
 def jacobian(score: ScoreFunction, x: Tensor, t: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
@@ -137,12 +111,7 @@ def jacobian(score: ScoreFunction, x: Tensor, t: Tensor, *, create_graph: bool =
     x = _requiring_grad(x)
     with torch.enable_grad():
         value = score(x, t)
-        rows = []
-        for i in range(value[0].numel()):
-            basis = torch.zeros_like(value).flatten(1)
-            basis[:, i] = 1.0
-            rows.append(vjp(value, x, basis.view_as(value), create_graph=create_graph).flatten(1))
-    return value, torch.stack(rows, dim=1)
+        return value, torch.stack(list(_rows(value, x, create_graph)), dim=1)
 
 
 def asymmetry(
@@ -154,7 +123,6 @@ def asymmetry(
     estimator: str = "antisymmetric",
     generator: Generator = None,
     create_graph: bool = False,
-    products: Products | None = None,
 ) -> Asymmetry:
     """Asym and ‖J‖²_F of every sample, exact or estimated.
 
@@ -164,11 +132,10 @@ def asymmetry(
     Args:
         score: s(x, t).
         x, t: points (B, ...) and times (B,).
-        probes: number K of probes; their estimates are averaged. None asks for the exact Jacobian.
+        probes: number K of probes, averaged over; None: the exact Jacobian.
         estimator: 'antisymmetric' or 'trace'; 'exact' ignores ``probes``.
         generator: where the probes come from.
         create_graph: make the results differentiable, for training.
-        products: evaluates the same score and its products for probes, e.g. ``models.second_order.compiled``.
 
     Raises:
         ValueError: unknown estimator; K < 1; or neither probes nor at most 256 dimensions.
@@ -191,9 +158,9 @@ def asymmetry(
         x = _requiring_grad(x)
         asym, norm = 0.0, 0.0
         with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
-            directions = (rademacher_like(x, generator) for _ in range(probes))
-            value, pairs = (products or partial(_score_and_products, score, create_graph))(x, t, directions)
-            for jv, jtv in pairs:
+            value = score(x, t)
+            for _ in range(probes):
+                jv, jtv = jvp_and_vjp(value, x, rademacher_like(x, generator), create_graph=create_graph)
                 norm_estimate = (jtv**2).flatten(1).sum(1)
                 if estimator == "trace":
                     asym_estimate = norm_estimate - (jtv * jv).flatten(1).sum(1)
@@ -206,56 +173,17 @@ def asymmetry(
     return result if create_graph else Asymmetry(*(part.detach() for part in result))
 
 
-def circulation(
-    score: ScoreFunction,
-    x: Tensor,
-    t: Tensor,
-    directions: tuple[Tensor, Tensor],
-    *,
-    radius: float,
-    num_points: int = 64,
-) -> Tensor:
-    """∮ s·dx (B,), in nats, once around a circle about each sample; s is conservative if all such integrals are zero.
-
-    The circle is x + r (u cos φ + w sin φ). The trapezoidal rule in φ converges faster than any power of the
-    number of points where s is smooth. For small r the value is πr² (wᵀJu − uᵀJw) + O(r⁴).
-
-    Args:
-        score: s(x, t).
-        x, t: centres (B, ...) and times (B,).
-        directions: u and w, each (B, ...), orthonormal per sample.
-        radius: r, in the units of x.
-        num_points: evaluations of the score.
-
-    Raises:
-        ValueError: radius ≤ 0 or fewer than 3 points.
-    """
-    if radius <= 0 or num_points < 3:
-        raise ValueError(f"radius={radius}, num_points={num_points}: need radius > 0 and at least 3 points")
-    u, w = directions
-    total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-    for k in range(num_points):
-        angle = 2 * math.pi * k / num_points
-        position = x + radius * (u * math.cos(angle) + w * math.sin(angle))
-        tangent = radius * (w * math.cos(angle) - u * math.sin(angle))
-        total += (score(position, t) * tangent).flatten(1).sum(1).detach()
-    return total * (2 * math.pi / num_points)
-
-
 def helmholtz_hodge(field: Tensor, spacing: float) -> HelmholtzHodge:
     """The field on a rectangle as a gradient plus a rotational part, s = ∇φ + r, with φ minimising ∫‖∇φ − s‖² dx.
 
     In the continuum r is free of divergence and tangential at the border, the natural condition of the minimum. Here
     the integral is the trapezoidal rule, ⟨a, b⟩ = Σ w_i w_j a_ij·b_ij h² with weights ½ at the border, and ∇_h takes
-    central differences, at the border the one-sided three-point differences of second order.
+    central differences, at the border the one-sided three-point differences of second order, which see the checkerboard
+    that central differences do not. Up to rounding the two parts add up to the field and are orthogonal in ⟨·,·⟩, and
+    the gradient of a quadratic polynomial has no rotational part; φ has mean zero. The error is of second order in h.
 
-    Exact up to rounding: gradient + rotational = field; the two are orthogonal in ⟨·,·⟩; decomposing either again does
-    not change it; the gradient of a quadratic polynomial has no rotational part. ∇_h vanishes only for constants (the
-    border formula excludes the checkerboard that central differences do not see), and φ has mean zero. Both parts of a
-    smooth field are of second order in h.
-
-    The normal equations are (K ⊗ W + W ⊗ K) φ = ∇_hᵀ s, with K = DᵀWD of one axis: they are solved by diagonalising
-    the K of each axis with respect to its W, in O(H³ + W³) operations, in double precision on the CPU.
+    The normal equations are (K ⊗ W + W ⊗ K) φ = ∇_hᵀ s, with K = DᵀWD of one axis: solved by diagonalising the K of
+    each axis with respect to its W, in O(H³ + W³) operations, in double precision on the CPU.
 
     Args:
         field: (H, W, 2); component k points along axis k of the grid.

@@ -15,11 +15,8 @@ sample, weighted and reduced like L_SM (Chao, Sun, Cheng, Lee, ICML 2023, Eqs. 8
     E[ ½σ_t²‖s + z/σ_t‖² + λ_QC ½σ_t² · ½‖J − Jᵀ‖²_F ]
 
 by default. Two unbiased ways make it cheaper: every k-th step with weight kλ_QC (``qc_interval``), or the mean over
-every k-th sample of the batch (``qc_stride``).
-
-The graph of a probe is several times as large as that of the score. Probes are therefore taken in chunks: all but the
-last are differentiated for the parameters and released within the forward pass, and backward adds their gradients.
-Memory is that of one chunk, whatever the number of probes, and a caller still sees one forward and one backward pass.
+every k-th sample of the batch (``qc_stride``). Probes are taken in chunks, for the memory of one: all but the last are
+differentiated for the parameters and released within the forward pass, and backward adds their gradients.
 
 At one time t there are other ways to match a score to that of a density p_t. For x ~ p_t the means of their losses
 differ from the Fisher divergence J by constants, so that their expected gradients are those of J:
@@ -38,7 +35,7 @@ Sources: Hyvärinen (JMLR 2005), Theorem 1; Song, Garg, Shi, Ermon (UAI 2019), E
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -49,17 +46,7 @@ from conservativeness import asymmetry, divergence
 from experiment.randomness import Generator, SampleGenerators, normal_like, rademacher_like, random_bits, uniform
 from models import Dropout, set_dropout_keys
 from models.score import ScoreModel
-from models.second_order.compiled import CompiledProducts
 from sde_lib import SDE, ScoreFunction, expand
-
-__all__ = [
-    "Objective",
-    "denoising_score_matching",
-    "explicit_score_matching",
-    "implicit_score_matching",
-    "make_objective",
-    "sliced_score_matching",
-]
 
 TRAINING_EPS = 1e-5
 """Smallest time in training, where VP's 1/σ is still finite (Song et al., 2021, Appendix C)."""
@@ -67,20 +54,10 @@ TRAINING_EPS = 1e-5
 
 class Objective(nn.Module):
     """All terms of the loss in one forward pass, as wrappers for several processes, mixed precision and gradient
-    accumulation need it. The keyword arguments are fields of ``config.training``.
+    accumulation need it. Times are uniform on [1e-5, 1], or on the ladder of noise levels of a discrete-time model.
 
-    Args:
-        score_model: the model being trained. Times are uniform on [1e-5, 1], or on the ladder of noise levels of a
-            discrete-time model.
-        likelihood_weighting: weight g² instead of σ² (continuous time only).
-        reduce_mean: mean over dimensions, instead of half the sum.
-        qc_weight: λ_QC; 0 trains an ordinary (U or C) model.
-        qc_probes: probes K per sample.
-        qc_estimator: 'antisymmetric', 'trace' or 'exact'.
-        qc_interval: evaluate the term every k-th step.
-        qc_stride: and on every k-th sample of the batch.
-        qc_probe_chunk: probes whose graphs are held at once. Fewer take less memory; every chunk takes one more
-            evaluation of the score with its backward pass.
+    The keyword arguments are fields of ``config.training`` (configs/defaults.py). Every chunk of probes evaluates the
+    score once more.
 
     Raises:
         ValueError: likelihood weighting of a discrete-time model.
@@ -103,23 +80,13 @@ class Objective(nn.Module):
         num_scales = score_model.noise_level.num_scales
         if likelihood_weighting and num_scales is not None:
             raise ValueError("training.likelihood_weighting=True: needs training.continuous=True")
-        self.score_model = score_model
-        self.sde = score_model.sde
+        self.score_model, self.sde = score_model, score_model.sde
         self.ladder = None if num_scales is None else self.sde.ladder(num_scales)
-        self.likelihood_weighting = likelihood_weighting
-        self.reduce_mean = reduce_mean
-        self.qc_weight = qc_weight
-        self.qc_probes = qc_probes
-        self.qc_estimator = qc_estimator
-        self.qc_interval = qc_interval
-        self.qc_stride = qc_stride
-        self.qc_probe_chunk = qc_probe_chunk
-        self.products: CompiledProducts | None = None
+        self.likelihood_weighting, self.reduce_mean = likelihood_weighting, reduce_mean
+        self.qc_weight, self.qc_estimator = qc_weight, qc_estimator
+        self.qc_interval, self.qc_stride = qc_interval, qc_stride
+        self.qc_probes, self.qc_probe_chunk = qc_probes, qc_probe_chunk
         self.dropouts = [module for module in score_model.modules() if isinstance(module, Dropout) and module.p > 0]
-
-    def compile_products(self) -> None:
-        """Have the QC term's evaluations of the score compiled (torch.compile), all but those of 'exact'."""
-        self.products = CompiledProducts(self.score_model)
 
     def forward(
         self, x0: Tensor, generator: Generator = None, *, step: int = 0, class_labels: Tensor | None = None
@@ -140,7 +107,9 @@ class Objective(nn.Module):
         z = normal_like(x0, generator)
         xt = expand(mean_coefficient, x0) * x0 + expand(std, x0) * z
         weight = self.sde.diffusion(t) ** 2 if self.likelihood_weighting else std**2
-        dropout_keys = self._dropout_keys(x0, generator)
+        dropout_keys = None  # a sample's own, and the same whenever it is evaluated
+        if self.dropouts and self.score_model.training:
+            dropout_keys = random_bits((len(x0), len(self.dropouts), 2), generator, device=x0.device)
 
         qc_due = self.qc_weight > 0 and step % self.qc_interval == 0
         terms: dict[str, Tensor] = {}
@@ -163,46 +132,28 @@ class Objective(nn.Module):
             terms["loss"] = terms["dsm"] + self.qc_weight * self.qc_interval * terms["qc"]
         return terms
 
-    def _parts(self, batch: int, qc_due: bool) -> Iterator[tuple[slice | list[int], bool]]:
+    def _parts(self, batch: int, qc_due: bool) -> list[tuple[slice | list[int], bool]]:
         """Which samples of a batch are evaluated together, and whether with the QC term."""
-        if not qc_due or self.qc_stride == 1:
-            yield slice(None), qc_due
-            return
-        if batch % self.qc_stride:
-            raise ValueError(
-                f"training.qc_stride={self.qc_stride}: must divide the {batch} samples that are processed at once"
-            )
-        yield slice(None, None, self.qc_stride), True
-        yield [i for i in range(batch) if i % self.qc_stride], False
-
-    def _dropout_keys(self, x0: Tensor, generator: Generator) -> Tensor | None:
-        """Dropout of this step, int64 (B, layers, 2): a sample's own, and the same whenever it is evaluated."""
-        if not (self.dropouts and self.score_model.training):
-            return None
-        return random_bits((len(x0), len(self.dropouts), 2), generator, device=x0.device)
+        stride = self.qc_stride
+        if not qc_due or stride == 1:
+            return [(slice(None), qc_due)]
+        if batch % stride:
+            raise ValueError(f"training.qc_stride={stride}: must divide the {batch} samples that are processed at once")
+        return [(slice(None, None, stride), True), ([i for i in range(batch) if i % stride], False)]
 
     def _score_and_qc(
         self, xt: Tensor, t: Tensor, class_labels: Tensor | None, weight: Tensor, generator: Generator
     ) -> tuple[Tensor, Tensor]:
         """The score at x_t and L_QC there, weighted by λ(t) and averaged over all probes."""
         score = partial(self.score_model, class_labels=class_labels)
-        products = self.products and partial(self.products, class_labels=class_labels)
         probes = 1 if self.qc_estimator == "exact" else self.qc_probes
         total: Tensor | float = 0.0
         parameters: list[Tensor] = []
         gradients: list[Tensor] = []
         for start in range(0, probes, self.qc_probe_chunk):
             count = min(self.qc_probe_chunk, probes - start)
-            value, asym, norm = asymmetry(
-                score,
-                xt,
-                t,
-                probes=count,
-                estimator=self.qc_estimator,
-                generator=generator,
-                create_graph=torch.is_grad_enabled(),
-                products=products,
-            )
+            options = dict(estimator=self.qc_estimator, generator=generator, create_graph=torch.is_grad_enabled())
+            value, asym, norm = asymmetry(score, xt, t, probes=count, **options)
             part = self._reduce(weight * asym, xt) * (count / probes)
             if start + count < probes and part.requires_grad:
                 parameters = parameters or [p for p in self.score_model.parameters() if p.requires_grad]
@@ -238,8 +189,7 @@ def make_objective(score_model: ScoreModel, options: Mapping[str, object]) -> Ob
 
 
 class _Attach(torch.autograd.Function):
-    """Identity of a scalar (first argument) for whose dependence on n further tensors the gradients, the last n
-    arguments, are known."""
+    """Identity of a scalar whose gradients for n tensors, the next n arguments, are known: the last n."""
 
     @staticmethod
     def forward(ctx, value: Tensor, *tensors_and_gradients: Tensor) -> Tensor:
@@ -281,8 +231,6 @@ def sliced_score_matching(
     """vᵀ(∂s/∂x)v + ½(vᵀs)² (B,) at x ~ p_t (B, ...), t (B,): one backward pass per probe.
 
     Args:
-        score: s(x, t).
-        x, t: points and times.
         probes: number of directions v = ±1 in every dimension; their values are averaged.
         variance_reduction: ½‖s‖², the mean of ½(vᵀs)² over v, in its place (SSM-VR).
         generator: where the directions come from.
@@ -304,10 +252,7 @@ def sliced_score_matching(
 def denoising_score_matching(
     score: ScoreFunction, sde: SDE, x0: Tensor, t: Tensor, generator: Generator = None
 ) -> Tensor:
-    """½‖s(x_t, t) + z/σ_t‖² (B,) with x_t = α_t x_0 + σ_t z, for data x_0 (B, ...) and times t (B,).
-
-    ``Objective`` is this at random times, weighted by λ(t).
-    """
+    """½‖s(x_t, t) + z/σ_t‖² (B,) with x_t = α_t x_0 + σ_t z, for data x_0 (B, ...) and times t (B,)."""
     z = normal_like(x0, generator)
     mean, std = sde.marginal(x0, t)
     std = expand(std, x0)

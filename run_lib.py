@@ -141,8 +141,6 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
         check_compile(config, device, training=True)
         model.compile_network()
         ema.model.compile_network()
-        if training.qc_weight:
-            objective.compile_products()
     optimizer = torch.optim.Adam(
         [p for p in model.parameters() if p.requires_grad],
         lr=config.optim.lr,
@@ -951,8 +949,11 @@ def check_compile(config: ConfigDict, device: torch.device, *, training: bool = 
             "--compile: not while training with training.activation_checkpointing=True, which leaves torch.compile "
             "next to nothing to join"
         )
-    if training and config.training.qc_weight and config.training.qc_estimator == "exact":
-        raise ValueError("--compile: not while training with training.qc_estimator='exact'")
+    if training and config.training.qc_weight and config.training.qc_interval == 1:
+        raise ValueError(
+            "--compile: not while training with training.qc_weight > 0 in every step, which differentiates the score "
+            "twice; a compiled network is for the steps between, training.qc_interval > 1"
+        )
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))
     except Exception as error:  # of whatever kind its backend raises, which without a compiler are several

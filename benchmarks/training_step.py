@@ -66,7 +66,6 @@ STEPS: dict[str, dict[str, dict]] = {
     "compiled": {
         "U, compiled": {},
         "U, bf16, compiled": {},
-        "QC, K = 1, compiled": QC,
         "QC, K = 1, every 4th step, compiled": LAZY,
     },
 }
@@ -124,7 +123,6 @@ def make_trainer(name: str, overrides: Mapping[str, object], runtime: run_lib.Ru
     objective = make_objective(model, training)
     if compiled:
         model.compile_network()
-        objective.compile_products()
     x0 = torch.rand(training.batch_size, *IMAGES.image_shape, generator=torch.Generator().manual_seed(0)).to(device)
 
     def loss(module: nn.Module, step: int, positions: range) -> Mapping[str, Tensor]:

@@ -2,20 +2,11 @@
 
     s(x) = R h(Wᵀx + b) + c        J(x) = R diag(h′(Wᵀx + b)) Wᵀ = Σ_k h′_k(x) r_k w_kᵀ
 
-with r_k, w_k the columns of R and W that belong to hidden unit k. Tied weights, W = R, make J symmetric and s
-conservative, but they are not needed. The paper's criterion is
-
-    s conservative  ⇔  RWᵀ = WRᵀ.
-
-With one unit or a linear h that is exact. Otherwise
-
-* "⇒" takes the functions h′_k(x) of the units to be linearly independent, which they generically are. J = Jᵀ at all x
-  then means r_k w_kᵀ = w_k r_kᵀ, that is, r_k parallel to w_k, for every unit. Summed over units it is the criterion.
-* "⇐" does not hold. W = RS with a symmetric S satisfies the criterion, but is conservative, for R of full column rank,
-  only if S_kl = 0 for all units with h′_k ≠ h′_l.
-
-Either way R and W need not be equal. (Compare Im, Belghazi, Memisevic, "Conservativeness of Untied Auto-Encoders",
-AAAI 2016.)
+with r_k, w_k the columns of R and W that belong to hidden unit k. The h′_k are generically linearly independent
+functions; J = Jᵀ at all x then means that r_k is parallel to w_k for every unit. The paper's criterion is the sum over
+units, RWᵀ = WRᵀ, which is necessary, and sufficient for one unit or a linear h alone: W = RS with a symmetric S
+satisfies it, too (autoencoder_example/README.md). Either way R and W need not be equal. (Compare Im, Belghazi,
+Memisevic, "Conservativeness of Untied Auto-Encoders", AAAI 2016.)
 """
 
 from __future__ import annotations
@@ -24,8 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from models.mlp import Swish
-
-__all__ = ["OneLayerAutoencoder"]
 
 
 class OneLayerAutoencoder(nn.Module):

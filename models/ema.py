@@ -10,8 +10,6 @@ import copy
 import torch
 from torch import nn
 
-__all__ = ["EMA"]
-
 
 class EMA:
     """shadow ← shadow + (1 − d)(weights − shadow), with d = min(decay, (1 + n)/(10 + n)) at the n-th update.

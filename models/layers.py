@@ -1,8 +1,5 @@
 """The parts of the U-Net: embeddings of the noise level, resampling, residual blocks, attention.
 
-Everything here can be differentiated three times, as the quasi-conservative loss needs: for both Jacobian products
-and once more for the parameters.
-
 Sources: Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models" (NeurIPS 2020); Song et al., "Score-Based
 Generative Modeling through Stochastic Differential Equations" (ICLR 2021), Appendix H; Brock, Donahue, Simonyan,
 "Large Scale GAN Training" (BigGAN, ICLR 2019); Zhang, "Making Convolutional Networks Shift-Invariant Again"
@@ -12,6 +9,7 @@ Generative Modeling through Stochastic Differential Equations" (ICLR 2021), Appe
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -20,27 +18,6 @@ from torch import Tensor, nn
 
 from models.second_order.normalisation import Dropout, GroupNorm, norm_act
 from models.second_order.operations import Conv2d, blur, blur_transposed
-
-__all__ = [
-    "Attention",
-    "BigGANBlock",
-    "DDPMBlock",
-    "Downsample",
-    "FIRConvDown",
-    "FIRConvUp",
-    "FIRDown",
-    "FIRUp",
-    "FourierEmbedding",
-    "PositionalEmbedding",
-    "Upsample",
-    "conv1x1",
-    "conv3x3",
-    "dense",
-    "group_norm",
-    "initialise",
-    "resampling",
-]
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # Elementary layers with DDPM's initialisation
@@ -172,19 +149,15 @@ class FIRUp(nn.Module):
         return F.pad(full, (-before, end_columns, -before, end_rows))
 
 
-class FIRConvDown(nn.Module):
+class FIRConvDown(nn.Sequential):
     """Blur, then a learned 3×3 convolution of stride 2."""
 
     def __init__(self, in_channels: int, out_channels: int, taps: Sequence[float]) -> None:
-        super().__init__()
-        self.blur = FIRDown(taps, margin=1, stride=1)
-        self.conv = initialise(Conv2d(in_channels, out_channels, 3, stride=2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.blur(x))
+        conv = initialise(Conv2d(in_channels, out_channels, 3, stride=2))
+        super().__init__(OrderedDict(blur=FIRDown(taps, margin=1, stride=1), conv=conv))
 
 
-class FIRConvUp(nn.Module):
+class FIRConvUp(nn.Sequential):
     """Upsample with a blur, then a learned 3×3 convolution.
 
     The blurred image keeps one pixel beyond its border, so that the convolution sees no zeros there and the two
@@ -192,12 +165,8 @@ class FIRConvUp(nn.Module):
     """
 
     def __init__(self, in_channels: int, out_channels: int, taps: Sequence[float]) -> None:
-        super().__init__()
-        self.up = FIRUp(taps, margin=1)
-        self.conv = initialise(Conv2d(in_channels, out_channels, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.up(x))
+        conv = initialise(Conv2d(in_channels, out_channels, 3))
+        super().__init__(OrderedDict(up=FIRUp(taps, margin=1), conv=conv))
 
 
 class Downsample(nn.Module):

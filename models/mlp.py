@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from experiment.registry import resolve
 from models.layers import PositionalEmbedding
 
-__all__ = ["ACTIVATIONS", "NoiseConditionalMLP", "Swish", "TimeConditionalMLP"]
-
 
 class Swish(nn.Module):
     """z·sigmoid(βz) with a learnable β for every unit, 1 at first (Ramachandran, Zoph, Le, 2017)."""

@@ -19,6 +19,7 @@ contradicts the codes of the two papers, theirs is followed (docs/deviations.md)
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -30,23 +31,20 @@ from torch import Tensor, nn
 from experiment.registry import resolve
 from models.unet import ACTIVATIONS
 
-__all__ = ["NCSN", "NCSNv2", "RefineNet"]
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Instance norm++. All layers take the label, (B,) or None, which only the conditional norm reads.
 
 
-def _standardised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x with every channel of every image standardised, and the channel means, standardised over the channels:
-    (B, C, H, W) and (B, C, 1, 1)."""
+def _instance_norm_plus(x: Tensor, gamma: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """γ (h + α m) + β of x (B, C, H, W); the vectors are (C, 1, 1) or (B, C, 1, 1)."""
     variance, mean = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
     mean_variance, mean_mean = torch.var_mean(mean, dim=1, keepdim=True)  # over C − 1, as in the source
-    return (x - mean) * (variance + 1e-5).rsqrt(), (mean - mean_mean) * (mean_variance + 1e-5).rsqrt()
+    h, m = (x - mean) * (variance + 1e-5).rsqrt(), (mean - mean_mean) * (mean_variance + 1e-5).rsqrt()
+    return gamma * (h + alpha * m) + beta
 
 
 class InstanceNormPlus(nn.Module):
-    """γ (h + α m) + β with learned vectors of one entry per channel."""
+    """Learned vectors of one entry per channel."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -55,13 +53,11 @@ class InstanceNormPlus(nn.Module):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
-        h, m = _standardised(x)
-        alpha, gamma, beta = (p[:, None, None] for p in (self.alpha, self.gamma, self.beta))
-        return gamma * (h + alpha * m) + beta
+        return _instance_norm_plus(x, *(vector[:, None, None] for vector in (self.gamma, self.alpha, self.beta)))
 
 
 class ConditionalInstanceNormPlus(nn.Module):
-    """γ (h + α m) + β with vectors that depend on the noise level; a row of the table is (γ, α, β)."""
+    """Vectors that depend on the noise level; a row of the table is (γ, α, β)."""
 
     def __init__(self, channels: int, num_levels: int) -> None:
         super().__init__()
@@ -70,9 +66,7 @@ class ConditionalInstanceNormPlus(nn.Module):
         nn.init.zeros_(self.embed.weight[:, 2 * channels :])
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        h, m = _standardised(x)
-        gamma, alpha, beta = self.embed(label)[:, :, None, None].chunk(3, dim=1)
-        return gamma * (h + alpha * m) + beta
+        return _instance_norm_plus(x, *self.embed(label)[:, :, None, None].chunk(3, dim=1))
 
 
 class _NoNorm(nn.Module):
@@ -80,8 +74,7 @@ class _NoNorm(nn.Module):
         return x
 
 
-Norm = Callable[[int], nn.Module]
-"""Builds a normalisation of so many channels."""
+Norm = Callable[[int], nn.Module]  # of so many channels
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -94,25 +87,13 @@ def _conv(in_channels: int, out_channels: int, *, kernel: int = 3, dilation: int
     return nn.Conv2d(in_channels, out_channels, kernel, padding=padding, dilation=dilation, bias=bias)
 
 
-class _ConvMeanPool(nn.Module):
+def _conv_mean_pool(in_channels: int, out_channels: int, kernel: int = 3) -> nn.Sequential:
     """A convolution, then the mean of every 2×2 pixels."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3) -> None:
-        super().__init__()
-        self.conv = _conv(in_channels, out_channels, kernel=kernel)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(self.conv(x), 2)
+    return nn.Sequential(OrderedDict(conv=_conv(in_channels, out_channels, kernel=kernel), pool=nn.AvgPool2d(2)))
 
 
 class ResidualBlock(nn.Module):
-    """norm, activation, conv, norm, activation, conv; plus a shortcut.
-
-    Args:
-        in_channels, out_channels: widths; they differ only where a stage begins.
-        begins: the first block of a stage, whose shortcut is always a convolution and whose first keeps the width.
-        pool: halve the resolution.
-    """
+    """norm, activation, conv, norm, activation, conv; plus a shortcut, a convolution where a stage ``begins``."""
 
     recomputable = True
 
@@ -132,10 +113,10 @@ class ResidualBlock(nn.Module):
         self.norm1 = norm(in_channels)
         self.conv1 = convolution(in_channels, in_channels)
         self.norm2 = norm(in_channels)
-        self.conv2 = (_ConvMeanPool if pool else convolution)(in_channels, out_channels)
+        self.conv2 = (_conv_mean_pool if pool else convolution)(in_channels, out_channels)
         self.activation = activation
         if pool:
-            self.shortcut = _ConvMeanPool(in_channels, out_channels, kernel=1)
+            self.shortcut = _conv_mean_pool(in_channels, out_channels, kernel=1)
         else:
             self.shortcut = convolution(in_channels, out_channels) if begins else nn.Identity()
 
@@ -260,8 +241,7 @@ class RefineNet(nn.Module):
         image_size: height and width of the images, divisible by 2, 4 or 8 for the three architectures.
         num_channels: channels of the images.
         centered: images are in [−1, 1]; otherwise in [0, 1], and the network sees 2x − 1.
-        nf: width of the finest resolution, at least 2.
-        nonlinearity: 'elu', 'relu', 'lrelu', 'swish', or the import path of a module.
+        nf, nonlinearity: fields of ``config.model`` (configs/defaults.py); nf at least 2.
         conditional: NCSN, whose norms depend on the noise level. NCSNv2 has no use for it: divide its output by σ.
         num_levels: the number of noise levels; None in continuous time.
         architecture: 64, 128 or 256, the image size that it was designed for; None: by ``image_size``, below 96, up to
@@ -320,18 +300,11 @@ class RefineNet(nn.Module):
             self.encoder.append(nn.ModuleList([first, block(width, width, begins=False, pool=False)]))
 
         self.decoder = nn.ModuleList()
+        refine_block = partial(_RefineBlock, norm=refine_norm, activation=activation, pool=pool)
         for number in reversed(range(len(stages))):
             before, width = widths[number : number + 2]
-            self.decoder.append(
-                _RefineBlock(
-                    [width] * (1 if number == len(stages) - 1 else 2),
-                    before,
-                    output_units=1 if number else 3,
-                    norm=refine_norm,
-                    activation=activation,
-                    pool=pool,
-                )
-            )
+            inputs = [width] if number == len(stages) - 1 else [width, width]
+            self.decoder.append(refine_block(inputs, before, output_units=1 if number else 3))
         self.norm, self.activation, self.head = norm(nf), activation, _conv(nf, num_channels)
         self.to(memory_format=torch.channels_last)  # as the U-Net: faster convolutions
 

@@ -32,8 +32,6 @@ from torch import Tensor, nn
 from models.second_order.operations import gradients_of
 from sde_lib import SDE, expand
 
-__all__ = ["ConservativeScore", "NoiseLevel", "ScoreModel", "UnconstrainedScore", "make_score_model"]
-
 CONTINUOUS_LABELS: dict[str, Callable[[SDE, Tensor], Tensor]] = {
     "ve": lambda sde, t: sde.std(t),
     "vp": lambda sde, t: 999 * t,
@@ -51,9 +49,7 @@ NETWORK_SIGN = {"ve": 1.0, "vp": -1.0, "subvp": -1.0}
 class NoiseLevel(nn.Module):
     """Maps a time t (B,) to the network's label (B,) and the scale σ (B,) of the noise.
 
-    Args:
-        sde: the forward process.
-        num_scales: None for a model of continuous time, or the number N of levels of a discrete-time one.
+    ``num_scales`` is None for a model of continuous time, or the number N of levels of a discrete-time one.
     """
 
     def __init__(self, sde: SDE, num_scales: int | None = None) -> None:
@@ -103,8 +99,7 @@ class ScoreModel(nn.Module):
         """The network's output h (B, C, H, W) and the noise's scale σ (B, 1, 1, 1)."""
         label, std = self.noise_level(t)
         network = self.network
-        # While models.second_order.compiled is being compiled, torch.compile must not even see that there is another.
-        if not torch.compiler.is_compiling() and self._compiled and not x.requires_grad:
+        if self._compiled and not x.requires_grad:
             network = self._compiled[0]
         h = network(x, label) if class_labels is None else network(x, label, class_labels)
         return h, expand(std, x)
@@ -153,7 +148,6 @@ def make_score_model(
     """The score model around a network.
 
     Args:
-        sde: the forward process.
         network: h(x, label[, class_labels]).
         parameterization: 'unconstrained' or 'conservative'.
         num_scales: None for a model of continuous time, or the number of levels of a discrete-time one.

@@ -40,8 +40,6 @@ from models.layers import (
 from models.second_order.normalisation import norm_act
 from models.second_order.operations import concatenate, differentiated_twice, higher_order
 
-__all__ = ["ACTIVATIONS", "DDPM", "Combine", "UNet"]
-
 ACTIVATIONS = {
     "elu": nn.ELU,
     "relu": nn.ReLU,
@@ -179,28 +177,15 @@ class _WithoutTime(nn.Module):
 class UNet(nn.Module):
     """The noise-conditional U-Net.
 
+    The arguments are the fields of ``config.model`` (configs/defaults.py), and besides
+
     Args:
         image_size: height and width of the images, divisible by 2^(levels − 1).
         num_channels: channels of the images.
         centered: images are in [−1, 1]; otherwise in [0, 1], and the network sees 2x − 1.
-        nf: base width; level i has nf·ch_mult[i] channels.
-        ch_mult, num_res_blocks: width multiplier and number of residual blocks per level.
-        attn_resolutions: resolutions that get self-attention (the middle always does).
-        dropout: probability, in every residual block.
-        nonlinearity: 'swish', 'relu', 'lrelu', 'elu', or the import path of a module.
-        conditional: give the noise level to the blocks.
-        embedding_type: 'fourier' (of ln label; the label is σ) or 'positional' (of the label).
-        fourier_scale: standard deviation of the Fourier frequencies.
-        resblock_type: 'ddpm' or 'biggan'.
-        resamp_with_conv: learned convolution in DDPM-type resampling.
-        fir, fir_kernel: blur when resampling, with these taps.
-        skip_rescale: divide sums of branches by √2.
-        progressive: output pyramid 'none', 'output_skip' or 'residual'.
-        progressive_input, progressive_combine: input pyramid 'none', 'input_skip' (merged by 'sum' or 'cat') or
-            'residual'.
-        init_scale: initial scale of the last layer of every branch.
-        num_classes: 0, or the number K of classes the network is conditioned on; the label K stands for none.
         num_levels: the number of noise levels whose index is the label; None: the label is a positive number.
+
+    Level i has nf·ch_mult[i] channels, the middle always attention. Of K classes the label K stands for none.
 
     Raises:
         ValueError: an option outside its choices, or sizes that do not fit, naming the config field.

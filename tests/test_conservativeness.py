@@ -1,4 +1,4 @@
-"""Asymmetry of Jacobians: definitions on linear fields, estimators averaged over all signs, networks, circulation."""
+"""Asymmetry of Jacobians: definitions on linear fields, estimators averaged over all signs, networks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from oracles import SDES, gaussian_2d, mixture_2d
 from torch import Tensor, nn
 
 import conservativeness
-from conservativeness import asymmetry, circulation, jacobian, jvp_and_vjp, vjp
+from conservativeness import asymmetry, jacobian, jvp_and_vjp, vjp
 from models.score import ConservativeScore, NoiseLevel, UnconstrainedScore
 
 HALF = torch.tensor([0.5], dtype=torch.float64)
@@ -315,44 +315,6 @@ def test_gradient_of_a_conservative_models_qc_loss_vanishes(estimator):
     assert max(g.abs().max() for g in gradients) < 1e-12 * scale
 
 
-# -------------------------------------------------------------------------------------------------------- circulation
-
-
-def orthonormal_pair(dimension: int, shape: tuple[int, ...], count: int) -> tuple[Tensor, Tensor]:
-    basis = torch.linalg.qr(random(count, dimension, 2, seed=3))[0]
-    return basis[:, :, 0].reshape(count, *shape), basis[:, :, 1].reshape(count, *shape)
-
-
-def test_circulation_of_linear_fields():
-    a, x = random(6, 6), random(4, 1, 2, 3)
-    t = torch.linspace(0.2, 1, 4, dtype=torch.float64)
-    u, w = orthonormal_pair(6, (1, 2, 3), 4)
-    # πr² (wᵀAu − uᵀAw), exactly, wherever the centre is and from three points on.
-    rows_u, rows_w = u.flatten(1), w.flatten(1)
-    curl = (rows_w * (rows_u @ a.T)).sum(1) - (rows_u * (rows_w @ a.T)).sum(1)
-    for radius, points in ((0.5, 64), (2.0, 3)):
-        result = circulation(linear(a), x, t, (u, w), radius=radius, num_points=points)
-        torch.testing.assert_close(result, math.pi * radius**2 * t * curl, rtol=1e-10, atol=1e-12)
-    backwards = circulation(linear(a), x, t, (w, u), radius=0.5)
-    torch.testing.assert_close(backwards, -math.pi * 0.25 * t * curl, rtol=1e-10, atol=1e-12)
-    symmetric = circulation(linear(a + a.T), x, t, (u, w), radius=1.0)
-    assert symmetric.abs().max() < 1e-12
-
-
-def test_circulation_of_nonlinear_fields():
-    # |x|² (−y, x) about the origin: 2πr⁴. A gradient: none.
-    t = HALF.expand(3)
-    u, w = torch.eye(2, dtype=torch.float64)[:, None, :].expand(2, 3, 2)
-
-    def swirl(x: Tensor, t: Tensor) -> Tensor:
-        return (x**2).sum(1, keepdim=True) * torch.stack([-x[:, 1], x[:, 0]], 1)
-
-    result = circulation(swirl, torch.zeros(3, 2, dtype=torch.float64), t, (u, w), radius=0.7)
-    torch.testing.assert_close(result, torch.full_like(result, 2 * math.pi * 0.7**4), rtol=1e-10, atol=0)
-    score = mixture_2d(SDES["vp"]).score
-    assert circulation(score, random(3, 2), t, (u, w), radius=0.7, num_points=200).abs().max() < 1e-9
-
-
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -365,9 +327,6 @@ def test_settings_that_make_no_sense():
         asymmetry(score, x, t, probes=0)
     with pytest.raises(ValueError, match=r"probes=None in 257 dimensions: .* 256"):
         asymmetry(score, random(1, 257), HALF)
-    for settings in (dict(radius=0.0), dict(radius=-1.0), dict(radius=1.0, num_points=2)):
-        with pytest.raises(ValueError, match="need radius > 0 and at least 3 points"):
-            circulation(score, x, t, (x, x), **settings)
 
 
 def test_exact_by_default_up_to_256_dimensions():

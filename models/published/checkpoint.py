@@ -19,8 +19,6 @@ from models.score import ScoreModel
 from models.unet import UNet
 from sde_lib import SDE
 
-__all__ = ["PublicCheckpoint", "convert_public_checkpoint", "load_score_sde_checkpoint"]
-
 
 def _from_ncsn_list(values: list) -> dict:
     """What the codes of NCSN and NCSNv2 write, in score_sde_pytorch's form: model and optimiser, then in NCSNv2 epoch
@@ -31,11 +29,6 @@ def _from_ncsn_list(values: list) -> dict:
     step = rest[1] if rest else max((int(state["step"]) for state in optimizer["state"].values()), default=0)
     ema = {"num_updates": step, "shadow_params": [shadow[name] for name in names if name in shadow]}
     return {"model": model, "optimizer": optimizer, "ema": ema, "step": step}
-
-
-def _to_own_layout(tensor: Tensor, official_name: str) -> Tensor:
-    """A channel-mixing matrix "NIN_i.W" (in, out) is a 1×1 convolution (out, in, 1, 1) here."""
-    return tensor.t()[:, :, None, None] if ".NIN_" in official_name and official_name.endswith(".W") else tensor
 
 
 class PublicCheckpoint:
@@ -78,8 +71,7 @@ class PublicCheckpoint:
 
     def weights(self, network: UNet | RefineNet) -> dict[str, Tensor]:
         """The weights under a network's names and in its layout; what it has no name for stands as in the file."""
-        own_name = {official: own for own, official in official_names(network).items()}
-        return {own_name.get(name, name): _to_own_layout(tensor, name) for name, tensor in self._weights.items()}
+        return self._translated("the weight", self._weights, network)
 
     def averages(self, network: UNet | RefineNet) -> dict[str, Tensor]:
         """The same of the moving averages; the fixed Fourier frequencies have none and stand for themselves.
@@ -104,8 +96,7 @@ class PublicCheckpoint:
         Raises:
             CheckpointError: another optimiser than Adam, or states that do not belong to these parameters.
         """
-        states = self._optimizer.get("state")
-        if not states:
+        if not (states := self._optimizer.get("state")):
             return None
         indices = [index for group in self._optimizer["param_groups"] for index in group["params"]]
         if len(indices) != len(self._weights):
@@ -147,14 +138,18 @@ class PublicCheckpoint:
             )
 
     def _translated(self, what: str, tensors: dict[str, Tensor], network: UNet | RefineNet) -> dict[str, Tensor]:
-        """One tensor for every trainable parameter, in its shape, under the network's names and in its layout."""
+        """Tensors in the shapes of the parameters, under the network's names and in its layout."""
+        own_name = {official: own for own, official in official_names(network).items()}
+        translated = {}
         for name, tensor in tensors.items():
             if tensor.shape != (shape := self._weights[name].shape):
                 raise CheckpointError(
                     f"{self.path}: {what} of {name} has shape {tuple(tensor.shape)}, the parameter {tuple(shape)}"
                 )
-        own_name = {official: own for own, official in official_names(network).items()}
-        return {own_name.get(name, name): _to_own_layout(tensor, name) for name, tensor in tensors.items()}
+            if ".NIN_" in name and name.endswith(".W"):  # a matrix (in, out), here a 1×1 convolution (out, in, 1, 1)
+                tensor = tensor.t()[:, :, None, None]
+            translated[own_name.get(name, name)] = tensor
+        return translated
 
 
 def load_score_sde_checkpoint(path: str | Path, network: UNet | RefineNet, ema: bool, sde: SDE | None = None) -> int:

@@ -16,8 +16,6 @@ from models import layers
 from models.ncsnv2 import RefineNet
 from models.unet import Combine, UNet
 
-__all__ = ["entries", "official_names"]
-
 # The modules that are one entry of the list, and what their parts are called there if not the same.
 _RESIDUAL = {"norm1": "GroupNorm_0", "conv1": "Conv_0", "time": "Dense_0", "norm2": "GroupNorm_1", "conv2": "Conv_1"}
 _ENTRIES: dict[type[nn.Module], dict[str, str]] = {

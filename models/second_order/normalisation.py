@@ -16,7 +16,7 @@ See ``models.second_order`` for where these are used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 
 import torch
@@ -26,8 +26,6 @@ from torch.autograd import Function
 
 from experiment.randomness import mix32, random_bits
 from models.second_order.operations import is_higher_order, view, wanted
-
-__all__ = ["Dropout", "GroupNorm", "norm_act", "set_dropout_keys"]
 
 # ---------------------------------------------------------------------------------------------------------------
 # Dropout
@@ -41,9 +39,8 @@ class Dropout(nn.Module):
         a·mix(j) + b mod 2⁶⁴  <  p·2⁶⁴
 
     under the sample's key, two random integers a and b of 64 bits. Multiply-shift hashing is pairwise independent;
-    mix, a fixed scrambling of j, is there because a hash that is linear in j would make patterns of neighbours. Under
-    the same keys a second evaluation sees the same network, which is what the quasi-conservative loss needs, when it
-    takes its probes in chunks, and recomputation.
+    mix, a fixed scrambling of j, prevents patterns of neighbours. Under the same keys a second evaluation sees the same
+    network: probes in chunks and recomputation need it.
 
     Attributes:
         keys: int64 (B, 2), used until others are set; None: keys from torch's global stream, others at every call.
@@ -97,13 +94,6 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x)
 
 
-def _group_norm_backward(
-    g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, asked: list[bool]
-) -> tuple[Tensor | None, ...]:
-    g = g.contiguous(memory_format=_format(x))
-    return torch.ops.aten.native_group_norm_backward(g, x, mean, rstd, weight, *_sizes(x), rstd.shape[1], asked)
-
-
 def _format(x: Tensor) -> torch.memory_format:
     """What torch's kernels of group normalisation take: on the CPU that of ``x``."""
     channels_last = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
@@ -147,6 +137,7 @@ class _Constants:
 
     def __init__(self, x: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, eps: float, factor: Tensor | None) -> None:
         self.x, self.z, self.mean, self.rstd, self.eps, self.factor = x.detach(), z.detach(), mean, rstd, eps, factor
+        self.same_group = _same_group(x.shape[1], rstd.shape[1], x.dtype, x.device)
 
     @cached_property
     def scale(self) -> Tensor:
@@ -157,11 +148,6 @@ class _Constants:
     def minus_scale_over_size(self) -> Tensor:
         """−r/n of every channel, (B, C)."""
         return self.scale * (-self.rstd.shape[1] / math.prod(self.x.shape[1:]))
-
-    @cached_property
-    def same_group(self) -> Tensor:
-        """(C, C), 1 where two channels are of one group: a product with it sums over groups."""
-        return _same_group(self.x.shape[1], self.rstd.shape[1], self.x.dtype, self.x.device)
 
     @cached_property
     def normalised(self) -> Tensor:
@@ -194,10 +180,6 @@ class _Constants:
         product = torch.addcmul(shift, u, _per_channel(scale))
         return product.addcmul_(self.normalised, slope), sums[1]
 
-    def transposed(self, jc: Tensor, weight: Tensor) -> Tensor:
-        """γφ'(z)Jc."""
-        return (self.slope * jc).mul_(_per_channel(weight[None]))
-
     def third(
         self, g: Tensor, weight: Tensor, ju: tuple[Tensor, Tensor], jc: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,7 +193,7 @@ class _Constants:
         for_x = (self.normalised * first).addcmul_(jc, second).addcmul_(ju, third)
         return for_x, products.sum(0), for_z
 
-    # As functions that torch differentiates, of z and x among others:
+    # As functions that torch differentiates:
 
     def times_slope(self, g: Tensor, z: Tensor) -> Tensor:
         """φ'(z)g."""
@@ -219,17 +201,15 @@ class _Constants:
         slope = s * (1 + z * (1 - s))
         return g * (slope if self.factor is None else slope * self.factor)
 
-    def input(self, g: Tensor, x: Tensor, weight: Tensor, z: Tensor) -> Tensor:
-        """J(γφ'(z)ȳ)."""
-        return _project(self.times_slope(g, z) * _per_channel(weight[None]), x, self.rstd.shape[1], self.eps)
-
-    def tangent(self, c: Tensor, x: Tensor, weight: Tensor, z: Tensor) -> Tensor:
-        """γφ'(z)Jc."""
-        return self.times_slope(_project(c, x, self.rstd.shape[1], self.eps) * _per_channel(weight[None]), z)
+    def product(self, c: Tensor, g: Tensor, x: Tensor, weight: Tensor, z: Tensor) -> Tensor:
+        """cᵀJ(γφ'(z)ȳ), a number."""
+        u = self.times_slope(g, z) * _per_channel(weight[None])
+        return (c * _project(u, x, self.rstd.shape[1], self.eps)).sum()
 
 
 @lru_cache(maxsize=64)
 def _same_group(channels: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(C, C), 1 where two channels are of one group: a product with it sums over groups."""
     group = torch.arange(channels, device=device) // (channels // groups)
     return (group[:, None] == group).to(dtype)
 
@@ -258,10 +238,12 @@ class _NormAct(Function):
             total = g_z if g is None else constants.slope * g
             if g is not None and g_z is not None:
                 total += g_z
-            return *_group_norm_backward(total, x, weight, constants.mean, constants.rstd, asked), None, None, None
+            total = total.contiguous(memory_format=_format(x))
+            operands = total, x, constants.mean, constants.rstd, weight, *_sizes(x), groups
+            return *torch.ops.aten.native_group_norm_backward(*operands, asked), None, None, None
         for_x = for_weight = for_bias = None
         if asked[0] and g is not None:
-            for_x = _NormActInput.apply(g, x, weight, z, constants)
+            for_x = _Product.apply(True, g, x, weight, z, constants)
         if asked[0] and g_z is not None:
             part = _project(g_z * _per_channel(weight[None]), x, groups, eps)
             for_x = part if for_x is None else for_x + part
@@ -272,60 +254,42 @@ class _NormAct(Function):
         return for_x, for_weight, for_bias, None, None, None
 
 
-class _NormActInput(Function):
-    """(ȳ, x, γ, z) ↦ x̄ = J(γφ'(z)ȳ)."""
+class _Product(Function):
+    """The gradient of cᵀJ(γφ'(z)ȳ) for c, which is x̄ = J(γφ'(z)ȳ), from ȳ; or for ȳ, γφ'(z)Jc, from c."""
 
     @staticmethod
-    def forward(ctx, g: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants) -> Tensor:
-        product, ctx.au = constants.project(constants.slope * g, weight)
-        ctx.save_for_backward(g, x, weight, z, product)
-        ctx.constants = constants
-        return product
+    def forward(ctx, for_c: bool, given: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants) -> Tensor:
+        ctx.for_c, ctx.constants = for_c, constants
+        if for_c:
+            projected, ctx.sums = constants.project(constants.slope * given, weight)
+        else:
+            projected, ctx.sums = constants.project(given)
+        ctx.save_for_backward(given, x, weight, z, projected)
+        return projected if for_c else (constants.slope * projected).mul_(_per_channel(weight[None]))
 
     @staticmethod
-    def backward(ctx, c: Tensor) -> tuple[Tensor | None, ...]:
-        g, x, weight, z, ju = ctx.saved_tensors
-        constants, asked = ctx.constants, wanted(ctx, "cotangents", "inputs", "weights", "inputs")
+    def backward(ctx, other: Tensor) -> tuple[Tensor | None, ...]:
+        given, x, weight, z, projected = ctx.saved_tensors
+        constants, for_c = ctx.constants, ctx.for_c
+        asked = wanted(ctx, "", "cotangents", "inputs", "weights", "inputs")[1:]
         if not any(asked[1:]):
-            return _NormActTangent.apply(c, x, weight, z, constants), None, None, None, None
-        if torch.is_grad_enabled():
-            return *_by_torch(constants.input, asked, c, (g, x, weight, z)), None
-        jc = constants.project(c)
-        for_g = constants.transposed(jc[0], weight) if asked[0] else None
-        return for_g, *constants.third(g, weight, (ju, ctx.au), jc), None
-
-
-class _NormActTangent(Function):
-    """(c, x, γ, z) ↦ γφ'(z)Jc, the transpose of the former."""
-
-    @staticmethod
-    def forward(ctx, c: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants) -> Tensor:
-        ctx.jc = constants.project(c)
-        ctx.save_for_backward(c, x, weight, z)
-        ctx.constants = constants
-        return constants.transposed(ctx.jc[0], weight)
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
-        c, x, weight, z = ctx.saved_tensors
-        constants, asked = ctx.constants, wanted(ctx, "cotangents", "inputs", "weights", "inputs")
-        if not any(asked[1:]):
-            return _NormActInput.apply(g, x, weight, z, constants), None, None, None, None
-        if torch.is_grad_enabled():
-            return *_by_torch(constants.tangent, asked, g, (c, x, weight, z)), None
-        ju = constants.project(constants.slope * g, weight)
-        return ju[0] if asked[0] else None, *constants.third(g, weight, ju, ctx.jc), None
-
-
-def _by_torch(
-    function: Callable[..., Tensor], asked: Sequence[bool], cotangent: Tensor, inputs: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """The gradients of a function, with a graph: for what is differentiated further than need be fast."""
-    # Views, so that x does not count once more where z is a function of it.
-    views = [x.view_as(x) for x in inputs]
-    tensors = [x for x, needed in zip(views, asked, strict=True) if needed]
-    found = iter(torch.autograd.grad(function(*views), tensors, cotangent, create_graph=True, materialize_grads=True))
-    return [next(found) if needed else None for needed in asked]
+            return None, _Product.apply(not for_c, other, x, weight, z, constants), None, None, None, None
+        if torch.is_grad_enabled():  # for what is differentiated further than need be fast
+            # Views, so that x does not count once more where z is a function of it.
+            views = [tensor.view_as(tensor) for tensor in (given, x, weight, z)]
+            pair = (other, views[0]) if for_c else (views[0], other)
+            tensors = [view for view, needed in zip(views, asked, strict=True) if needed]
+            total = constants.product(*pair, *views[1:])
+            found = iter(torch.autograd.grad(total, tensors, create_graph=True, materialize_grads=True))
+            return None, *(next(found) if needed else None for needed in asked), None
+        found = projected, ctx.sums
+        if for_c:
+            g, ju, jc = given, found, constants.project(other)
+            for_given = (constants.slope * jc[0]).mul_(_per_channel(weight[None])) if asked[0] else None
+        else:
+            g, ju, jc = other, constants.project(constants.slope * other, weight), found
+            for_given = ju[0]
+        return None, for_given, *constants.third(g, weight, ju, jc), None
 
 
 def norm_act(norm: GroupNorm, activation: nn.Module, x: Tensor, dropout: Dropout | None = None) -> Tensor:

@@ -5,10 +5,10 @@ convolution per group, and a normalisation by a dozen passes over memory for eac
 and conservative models consist of such derivatives. Here, and in ``normalisation``, they are written out, in
 terms of what runs forward and backward anyway:
 
-* A convolution y = w * x is bilinear. With its two transposes, ȳ ↦ x̄ and (ȳ, x) ↦ w̄, it forms a set that is closed
-  under differentiation.
-* A blur is linear, and the derivative of its transpose the blur again; so it is with a concatenation and its
-  transpose, which torch differentiates by padding each part with zeros, in another memory format, and adding up.
+* A convolution y = w * x, a blur among them, is bilinear: its derivatives of all orders are those of ⟨g, w * x⟩ for g,
+  for x and for w.
+* A concatenation is linear. torch differentiates its transpose by padding each part with zeros, in another memory
+  format, and adding up; as that of a split it is a concatenation again.
 
 All can be differentiated any number of times. Layers use them only where the input of the network itself has a
 gradient (``higher_order``): to train by the score alone torch's own are faster by what a call from Python costs.
@@ -24,20 +24,6 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-
-__all__ = [
-    "Conv2d",
-    "blur",
-    "blur_transposed",
-    "concatenate",
-    "differentiated_twice",
-    "gradients_of",
-    "higher_order",
-    "is_higher_order",
-    "setting",
-    "view",
-    "wanted",
-]
 
 _higher_order = False
 _gradients_of = "everything"
@@ -115,72 +101,46 @@ def view(parameter: Tensor | None) -> Tensor | None:
 # Convolution
 
 
-class _Conv(Function):
-    """(x, w, b) ↦ w * x + b."""
+class _Convolution(Function):
+    """The gradient of ⟨g, w * x⟩ for one of g, x and w: w * x (+ b) for g, and the two transposes for x and w.
+
+    Of the one itself only shape and memory format matter; g may be None. For a ``constant`` w no more is kept than w.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.geometry = geometry
-        return F.conv2d(x, weight, bias, *geometry)
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        asked = wanted(ctx, "cotangents", "weights", "weights")  # linear in x, as in a cotangent
-        if not torch.is_grad_enabled():
-            return *_convolution_backward(g, x, weight, ctx.geometry, asked), None
-        return (
-            _ConvInput.apply(g, weight, x.detach(), ctx.geometry) if asked[0] else None,
-            _ConvWeight.apply(g, x, weight.detach(), ctx.geometry) if asked[1] else None,
-            g.sum((0, 2, 3)) if asked[2] else None,
-            None,
-        )
-
-
-class _ConvInput(Function):
-    """(ȳ, w) ↦ x̄, the transpose in x; of ``like``, an x, only the shape matters."""
-
-    @staticmethod
-    def forward(ctx, g: Tensor, weight: Tensor, like: Tensor, geometry: tuple) -> Tensor:
-        ctx.save_for_backward(g, weight)
-        ctx.geometry = geometry
-        return _convolution_backward(g, like, weight, geometry, [True, False, False])[0]
+    def forward(ctx, one: int, geometry: tuple, constant: bool, *operands: Tensor | None) -> Tensor:
+        g, x, weight, bias = operands
+        ctx.one, ctx.geometry, ctx.constant, ctx.shape = one, geometry, constant, x.shape
+        kept = (None, None, weight) if constant else (g, x, weight)
+        ctx.save_for_backward(*(None if i == one else operand for i, operand in enumerate(kept)))
+        if one == 0:
+            return F.conv2d(x, weight, bias, *geometry)
+        return _convolution_backward(g, x, weight, geometry, (one == 1, one == 2, False))[one - 1]
 
     @staticmethod
     def backward(ctx, c: Tensor) -> tuple[Tensor | None, ...]:
-        g, weight = ctx.saved_tensors
-        for_g, for_weight = wanted(ctx, "cotangents", "weights")
-        if not torch.is_grad_enabled():
-            product = F.conv2d(c, weight, None, *ctx.geometry) if for_g else None
-            return product, _convolution_backward(g, c, weight, ctx.geometry, [False, for_weight, False])[1], None, None
-        return (
-            _Conv.apply(c, weight, None, ctx.geometry) if for_g else None,
-            _ConvWeight.apply(g, c, weight.detach(), ctx.geometry) if for_weight else None,
-            None,
-            None,
-        )
+        operands, geometry = [*ctx.saved_tensors], ctx.geometry
+        operands[ctx.one] = c
+        if operands[1] is None:
+            operands[1] = _empty(ctx.shape, c)
+        # Linear in x, as in a cotangent.
+        asked = wanted(ctx, "", "", "", "cotangents", "cotangents", "weights", "weights")[3:]
+        if ctx.one == 0 and not torch.is_grad_enabled():
+            return None, None, None, None, *_convolution_backward(*operands, geometry, asked[1:])
+        gradients = [None, None, None, c.sum((0, 2, 3)) if asked[3] else None]
+        for i in range(3):
+            if asked[i] and i != ctx.one:
+                given = [*operands]
+                given[i] = operands[i].detach() if i else None
+                gradients[i] = _Convolution.apply(i, geometry, ctx.constant, *given, None)
+        return None, None, None, *gradients
 
 
-class _ConvWeight(Function):
-    """(ȳ, x) ↦ w̄, the transpose in w; of ``like``, a w, only the shape matters."""
-
-    @staticmethod
-    def forward(ctx, g: Tensor, x: Tensor, like: Tensor, geometry: tuple) -> Tensor:
-        ctx.save_for_backward(g, x)
-        ctx.geometry = geometry
-        return _convolution_backward(g, x, like, geometry, [False, True, False])[1]
-
-    @staticmethod
-    def backward(ctx, c: Tensor) -> tuple[Tensor | None, ...]:
-        g, x = ctx.saved_tensors
-        for_g, for_x, *_ = ctx.needs_input_grad
-        return (
-            _Conv.apply(x, c, None, ctx.geometry) if for_g else None,
-            _ConvInput.apply(g, c, x.detach(), ctx.geometry) if for_x else None,
-            None,
-            None,
-        )
+def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """An image in the memory format of another."""
+    channels_last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
 def _convolution_backward(
@@ -202,77 +162,40 @@ class Conv2d(nn.Conv2d):
         if not is_higher_order():
             return super().forward(x)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return _Conv.apply(x, view(self.weight), view(self.bias), geometry)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Blur
-
-
-class _Blur(Function):
-    """The correlation of each channel of x (B, C, H, W) with one kernel, which has no gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, kernel: Tensor, stride: int, padding: int) -> Tensor:
-        ctx.kernel, ctx.options, ctx.size = kernel, (stride, padding), x.shape[2:]
-        return _correlated(x, kernel, stride, padding)
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, None]:
-        return _BlurTransposed.apply(g, ctx.kernel, *ctx.options, ctx.size), None, None, None
-
-
-class _BlurTransposed(Function):
-    """The transpose of ``_Blur`` on images of a given size."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, kernel: Tensor, stride: int, padding: int, size: Sequence[int]) -> Tensor:
-        ctx.kernel, ctx.options = kernel, (stride, padding)
-        missing = [n - m for n, m in zip(size, _transposed_size(x, kernel, stride, padding), strict=True)]
-        return _transposed(x, kernel, stride, padding, missing)
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _Blur.apply(g, ctx.kernel, *ctx.options), None, None, None, None
-
-
-def _each(kernel: Tensor, x: Tensor) -> Tensor:
-    return kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
-
-
-def _correlated(x: Tensor, kernel: Tensor, stride: int, padding: int) -> Tensor:
-    return F.conv2d(x, _each(kernel, x), None, stride, padding, groups=x.shape[1])
-
-
-def _transposed(x: Tensor, kernel: Tensor, stride: int, padding: int, missing: int | Sequence[int] = 0) -> Tensor:
-    return F.conv_transpose2d(x, _each(kernel, x), None, stride, padding, missing, groups=x.shape[1])
-
-
-def _transposed_size(x: Tensor, kernel: Tensor, stride: int, padding: int) -> list[int]:
-    return [stride * (n - 1) + k - 2 * padding for n, k in zip(x.shape[2:], kernel.shape, strict=True)]
+        return _Convolution.apply(0, geometry, False, None, x, view(self.weight), view(self.bias))
 
 
 def blur(x: Tensor, kernel: Tensor, *, stride: int, padding: int = 0) -> Tensor:
     """Each channel of x (B, C, H, W) correlated with a constant kernel (k, l), every ``stride``-th pixel of it."""
     if is_higher_order():
-        return _Blur.apply(x, kernel, stride, padding)
-    return _precise(_correlated, x, kernel, stride, padding)
+        return _Convolution.apply(0, _geometry(x, stride, padding), True, None, x, _for_channels(kernel, x), None)
+    return _precise(F.conv2d, x, kernel, stride, padding)
 
 
 def blur_transposed(x: Tensor, kernel: Tensor, *, stride: int, padding: int = 0) -> Tensor:
     """The transpose of ``blur``: (B, C, H, W) → (B, C, stride(H − 1) + k − 2·padding, ...)."""
     if is_higher_order():
-        return _BlurTransposed.apply(x, kernel, stride, padding, _transposed_size(x, kernel, stride, padding))
-    return _precise(_transposed, x, kernel, stride, padding)
+        size = (stride * (n - 1) + k - 2 * padding for n, k in zip(x.shape[2:], kernel.shape, strict=True))
+        given = x, _empty((*x.shape[:2], *size), x), _for_channels(kernel, x)
+        return _Convolution.apply(1, _geometry(x, stride, padding), True, *given, None)
+    return _precise(F.conv_transpose2d, x, kernel, stride, padding)
 
 
-def _precise(function: Callable[..., Tensor], x: Tensor, *options) -> Tensor:
-    """``function(x)``; on the CPU in float32, also under autocast, since torch's kernel for the transposed of these
-    convolutions takes a hundred times as long in bfloat16."""
-    if x.device.type != "cpu":
-        return function(x, *options)
+def _for_channels(kernel: Tensor, x: Tensor) -> Tensor:
+    return kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
+
+
+def _geometry(x: Tensor, stride: int, padding: int) -> tuple:
+    return (stride, stride), (padding, padding), (1, 1), x.shape[1]
+
+
+def _precise(function: Callable[..., Tensor], x: Tensor, kernel: Tensor, stride: int, padding: int) -> Tensor:
+    """``function`` of each channel; on the CPU in float32, also under autocast, since torch's kernel for the transposed
+    of these convolutions takes a hundred times as long in bfloat16."""
+    dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
     with torch.autocast("cpu", enabled=False):
-        return function(x.to(torch.promote_types(x.dtype, torch.float32)), *options).to(x.dtype)
+        kernel = _for_channels(kernel, x.to(dtype))
+        return function(x.to(dtype), kernel, stride=stride, padding=padding, groups=x.shape[1]).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -280,8 +203,6 @@ def _precise(function: Callable[..., Tensor], x: Tensor, *options) -> Tensor:
 
 
 class _Concatenate(Function):
-    """Tensors (B, C_i, H, W) ↦ (B, ΣC_i, H, W)."""
-
     @staticmethod
     def forward(ctx, *parts: Tensor) -> Tensor:
         ctx.sizes = [part.shape[1] for part in parts]
@@ -289,19 +210,7 @@ class _Concatenate(Function):
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, ...]:
-        return _Split.apply(g, ctx.sizes)
-
-
-class _Split(Function):
-    """Its transpose, (B, ΣC_i, H, W) ↦ tensors (B, C_i, H, W)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-        return x.split(sizes, dim=1)
-
-    @staticmethod
-    def backward(ctx, *parts: Tensor) -> tuple[Tensor, None]:
-        return _Concatenate.apply(*parts), None
+        return g.split(ctx.sizes, dim=1)
 
 
 def concatenate(*parts: Tensor) -> Tensor:

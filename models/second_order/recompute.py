@@ -25,8 +25,6 @@ from torch import Tensor, nn
 from models.second_order.normalisation import Dropout
 from models.second_order.operations import gradients_of, higher_order, is_higher_order, setting, view, wanted
 
-__all__ = ["recompute_activations", "recomputed"]
-
 
 def recompute_activations(network: nn.Module) -> None:
     """Have the training of a network keep no more than the inputs of its blocks.
@@ -77,13 +75,9 @@ def recomputed(
     given = [x is not None for x in inputs]
     tensors = [x for x in inputs if x is not None]
     device_type = tensors[0].device.type
+    dtype, enabled = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
     # Without the cache: what is cast while no graph is built must not be found while one is.
-    autocast = torch.autocast(
-        device_type,
-        dtype=torch.get_autocast_dtype(device_type),
-        enabled=torch.is_autocast_enabled(device_type),
-        cache_enabled=False,
-    )
+    autocast = torch.autocast(device_type, dtype, enabled, cache_enabled=False)
 
     def call(*tensors: Tensor) -> tuple[Tensor]:
         rest = iter(tensors)
@@ -91,17 +85,8 @@ def recomputed(
             return (function(*(next(rest) if there else None for there in given)),)
 
     # A block is given an image and, of what depends on weights alone, the noise level's embedding.
-    (value,) = _apply(call, parameters, ("inputs", *("weights" for _ in tensors[1:])), tensors)
-    return value
-
-
-def _apply(
-    function: Callable[..., Sequence[Tensor]],
-    parameters: Sequence[Tensor],
-    kinds: Sequence[str],
-    inputs: Sequence[Tensor],
-) -> tuple[Tensor, ...]:
-    return _Recomputed.apply(function, parameters, kinds, *(view(tensor) for tensor in (*inputs, *parameters)))
+    kinds = ("inputs", *("weights" for _ in tensors[1:]))
+    return _Recomputed.apply(call, parameters, kinds, *map(view, (*tensors, *parameters)))[0]
 
 
 class _Recomputed(torch.autograd.Function):
@@ -146,10 +131,8 @@ class _Recomputed(torch.autograd.Function):
         if torch.is_grad_enabled():
             kinds = ["weights" if kind == "weights" else "inputs" for kind in ctx.kinds]
             kinds += ["cotangents"] * len(present)
-            found = _apply(derivative, parameters, kinds, arguments)
+            found = _Recomputed.apply(derivative, parameters, kinds, *map(view, (*arguments, *parameters)))
         else:
             found = derivative(*arguments)
-        gradients: list[Tensor | None] = [None] * len(needed)
-        for index, gradient in zip(asked, found, strict=True):
-            gradients[index] = gradient
-        return None, None, None, *gradients
+        gradients = dict(zip(asked, found, strict=True))
+        return None, None, None, *(gradients.get(index) for index in range(len(needed)))
