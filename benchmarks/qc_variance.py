@@ -77,9 +77,9 @@ def run(workdir: str, *, batch_size: int = 32, probes: int = 100, device: str = 
 class LinearField(nn.Linear):
     """s(x) = Wx with W = S + rN, random parts of about the same norm, symmetric and not: NAsym = r²/(1 + r²)."""
 
-    def __init__(self, dimension: int, r: float, seed: int) -> None:
-        super().__init__(dimension, dimension, bias=False)
-        noise = torch.randn(self.weight.shape, generator=torch.Generator().manual_seed(seed))
+    def __init__(self, dimension: int, r: float, seed: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(dimension, dimension, bias=False, dtype=dtype)
+        noise = torch.randn(self.weight.shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
         self.weight.data.copy_(noise + noise.T + r * (noise - noise.T))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
