@@ -23,7 +23,9 @@ from guidance.measured import MeasuredImages
 from losses import Objective
 from sde_lib import VE, GeometricSigma
 
+# Two levels, so that classes make a difference after few steps.
 CLASSES = {"model.num_classes": 10, "training.label_dropout": 0.3, "sampling.condition": "class_free"}
+CLASSES |= {"model.ch_mult": (1, 1)}
 TINY_CLASSIFIER = {
     "classifier.nf": 8,
     "classifier.n_iters": 12,

@@ -17,6 +17,7 @@ import torch
 from from_config import get_dataset, get_sde
 from PIL import Image
 
+import features.classifier
 from checkpoints import read_checkpoint
 from configs.wasserstein import cifar10
 from configs.wasserstein.digits import MODELS, get_config
@@ -40,10 +41,15 @@ def tiny_config(process: str):
     return config
 
 
+def make_small(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(digits, "get_config", tiny_config)
+    patch.setattr(features.classifier, "_IMAGES_SEEN", 1)  # 10 epochs instead of 30
+
+
 @pytest.fixture(autouse=True, scope="module")
 def small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "get_config", tiny_config)
+        make_small(patch)
         yield
 
 
@@ -203,8 +209,9 @@ def test_more_steps_are_added(finished, tmp_path, monkeypatch):
 SCRIPT = """
 import sys
 from pathlib import Path
-from test_digits import digits, run, tiny_config
-digits.get_config = tiny_config
+import pytest
+from test_digits import make_small, run
+make_small(pytest.MonkeyPatch())
 run(Path(sys.argv[1]))
 """
 
