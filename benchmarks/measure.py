@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -63,6 +64,7 @@ def in_turn(
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> int:
     """The most memory, in bytes, that ``work`` holds above what was there before, as torch's allocator counts it."""
+    gc.collect()  # what earlier work left is not to be freed in the middle of this
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

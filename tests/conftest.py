@@ -40,6 +40,26 @@ SMALL_UNET = dict(
 """NCSN++ in small. init_scale 1 instead of 0, so that no branch is negligible."""
 
 
+SHARING = (
+    *("test_benchmarks.py", "test_classifier.py", "test_digits.py", "test_run_conditional.py", "test_run_lib.py"),
+    *("test_sample_evaluation.py", "test_several_processes.py", "test_tfgan.py", "test_tutorial_example.py"),
+)
+"""Files whose tests share what takes long to compute: each of them runs in one process."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log) -> object:
+    """With -n: these files first, then all other tests one by one. (--dist=loadgroup does nothing with pytest 9.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(SHARING) else nodeid
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
