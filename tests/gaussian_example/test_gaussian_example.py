@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -284,10 +282,3 @@ def test_folder_of_something_else_is_left_alone(tmp_path, monkeypatch, name):
     with pytest.raises(ValueError, match=f"--workdir={tmp_path}"):
         example.run(tmp_path)
     assert contents(tmp_path) == before
-
-
-def test_command_line(tmp_path):
-    command = [sys.executable, "-m", "gaussian_example.main", f"--workdir={tmp_path}", "--epsilons=0.00225"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stderr == ""
-    assert "| 0.00225 | 16   | 16        | 238  | 238       |" in done.stdout

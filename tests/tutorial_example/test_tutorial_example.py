@@ -34,7 +34,7 @@ SMALL = {
     "ddpm": (dict(n_iters=40, samples=400), 40 + 2999),
     "sdes": (dict(num_steps=200, samples=2000), 3 * (200 + 201 + 401)),
     "discretisation": (dict(fine_steps=2048), 14),
-    "probability_flow": (dict(n_iters=40, points=30, BETWEEN=5, TOLERANCE=5e-7), 40 + 4),
+    "probability_flow": (dict(n_iters=40, points=30, BETWEEN=5, TOLERANCE=3e-6), 40 + 4),
     "epsilon_and_score": (dict(points=500, TIMES=4), 12),
     "conditional": (dict(n_iters=30, num_steps=80, samples=2000), 90 + 6 * 81),
     "posterior": (dict(samples=200, num_steps=60), 24 * 61),
