@@ -569,11 +569,15 @@ def langevin_dynamics(
         score: s(x, t); N evaluations per sample, N + 1 if adjusted.
         x, t: start (B, ...) and times (B,).
         step_sizes: α_0, …, α_{N−1}, in units of x².
-        noise: whether z is drawn or zero; if adjusted, it is drawn.
-        log_density: log p(x, t) (B,), the target of the Metropolis adjustment, need not be normalised. A ValueError if
-            it is not finite at the start.
+        noise: whether z is drawn or zero.
+        log_density: log p(x, t) (B,), the target of the Metropolis adjustment, need not be normalised.
         generator: draws z and then, if adjusted, one uniform number per sample.
+
+    Raises:
+        ValueError: ``log_density`` is not finite at the start, or is given for moves without noise.
     """
+    if log_density is not None and not noise:
+        raise ValueError("log_density given with noise=False: a move without noise cannot be Metropolis-adjusted")
     states = [x]
     accepted = torch.ones(len(step_sizes), len(x), dtype=torch.bool, device=x.device)
     if log_density is None:

@@ -140,3 +140,5 @@ def test_a_start_without_density_is_refused():
     x = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])
     with pytest.raises(ValueError, match="log_density is not finite at 2 of 3 starting points"):
         run_langevin(centred_score, x, [0.1], log_density=lambda x, t: torch.where(x[:, 0] > 0, 0.0, -math.inf))
+    with pytest.raises(ValueError, match="cannot be Metropolis-adjusted"):
+        run_langevin(centred_score, x, [0.1], noise=False, log_density=centred_log_density)
