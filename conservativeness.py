@@ -182,8 +182,9 @@ def helmholtz_hodge(field: Tensor, spacing: float) -> HelmholtzHodge:
     that central differences do not. Up to rounding the two parts add up to the field and are orthogonal in ⟨·,·⟩, and
     the gradient of a quadratic polynomial has no rotational part; φ has mean zero. The error is of second order in h.
 
-    The normal equations are (K ⊗ W + W ⊗ K) φ = ∇_hᵀ s, with K = DᵀWD of one axis: solved by diagonalising the K of
-    each axis with respect to its W, in O(H³ + W³) operations, in double precision on the CPU.
+    With the weights w and the difference matrix d of an axis, and K = dᵀ diag(w) d, the normal equations are
+    K₀ φ diag(w₁) + diag(w₀) φ K₁ = ∇_hᵀ(w₀ w₁ s). They are solved by diagonalising the K of each axis with respect to
+    its w, in O(H³ + W³) operations, in double precision on the CPU.
 
     Args:
         field: (H, W, 2); component k points along axis k of the grid.
@@ -201,11 +202,11 @@ def helmholtz_hodge(field: Tensor, spacing: float) -> HelmholtzHodge:
     field = field.detach().cpu().double()
     (d0, w0), (d1, w1) = (_differences(n, spacing) for n in field.shape[:2])
     weights = w0[:, None] * w1
-    divergence = d0.T @ (weights * field[..., 0]) + (weights * field[..., 1]) @ d1
+    right_side = d0.T @ (weights * field[..., 0]) + (weights * field[..., 1]) @ d1
     (rates0, basis0), (rates1, basis1) = _modes(d0, w0), _modes(d1, w1)
     rates = rates0[:, None] + rates1
     rates[0, 0] = math.inf  # the constant
-    potential = basis0 @ ((basis0.T @ divergence @ basis1) / rates) @ basis1.T
+    potential = basis0 @ ((basis0.T @ right_side @ basis1) / rates) @ basis1.T
     gradient = torch.stack([d0 @ potential, potential @ d1.T], dim=-1)
     return HelmholtzHodge(potential, gradient, field - gradient)
 

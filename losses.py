@@ -15,17 +15,17 @@ sample, weighted and reduced like L_SM (Chao, Sun, Cheng, Lee, ICML 2023, Eqs. 8
     E[ ½σ_t²‖s + z/σ_t‖² + λ_QC ½σ_t² · ½‖J − Jᵀ‖²_F ]
 
 by default. Two unbiased ways make it cheaper: every k-th step with weight kλ_QC (``qc_interval``), or the mean over
-every k-th sample of the batch (``qc_stride``). Probes are taken in chunks, for the memory of one: all but the last are
-differentiated for the parameters and released within the forward pass, and backward adds their gradients.
+every k-th sample of the batch (``qc_stride``). Probes are processed in chunks, so that only one chunk's graph is in
+memory: the gradients of all but the last are computed in the forward pass, and backward adds them.
 
 At one time t there are other ways to match a score to that of a density p_t. For x ~ p_t the means of their losses
-differ from the Fisher divergence J by constants, so that their expected gradients are those of J:
+differ from the Fisher divergence F by constants, so that their expected gradients are those of F:
 
 ==========  ================================================  =======================================================
-explicit    ½‖s − ∇log p_t‖²                                  its mean is J
-implicit    tr ∂s/∂x + ½‖s‖²                                  J − ½E‖∇log p_t‖²
-sliced      vᵀ(∂s/∂x)v + ½(vᵀs)² (or + ½‖s‖²), E[vvᵀ] = I     J − ½E‖∇log p_t‖²
-denoising   ½‖s(x_t) + z/σ_t‖²                                J − ½E‖∇log p_t‖² + D/(2σ_t²)
+explicit    ½‖s − ∇log p_t‖²                                  its mean is F
+implicit    tr ∂s/∂x + ½‖s‖²                                  F − ½E‖∇log p_t‖²
+sliced      vᵀ(∂s/∂x)v + ½(vᵀs)² (or + ½‖s‖²), E[vvᵀ] = I     F − ½E‖∇log p_t‖²
+denoising   ½‖s(x_t) + z/σ_t‖²                                F − ½E‖∇log p_t‖² + D/(2σ_t²)
 ==========  ================================================  =======================================================
 
 Sources: Hyvärinen (JMLR 2005), Theorem 1; Song, Garg, Shi, Ermon (UAI 2019), Eqs. 7 and 8; Vincent (Neural Computation,
@@ -189,7 +189,7 @@ def make_objective(score_model: ScoreModel, options: Mapping[str, object]) -> Ob
 
 
 class _Attach(torch.autograd.Function):
-    """Identity of a scalar whose gradients for n tensors, the next n arguments, are known: the last n."""
+    """Returns a scalar as it is; further arguments are n tensors, then the n gradients of the scalar for them."""
 
     @staticmethod
     def forward(ctx, value: Tensor, *tensors_and_gradients: Tensor) -> Tensor:

@@ -6,19 +6,20 @@ Langevin steps; a *predictor* then moves it to the next time s < t. At the end T
     E[x_0 | x_t] = (x_t + σ_t² s(x_t, t)) / α_t
 
 removes the noise that is left. A condition enters as another score, as a projection after every step, or both
-(``guidance``). Evaluations of the network are counted, not computed: NFE is their number per sample.
+(``guidance``). NFE, the evaluations of the network per sample, are counted while sampling.
 
 *Predictor–corrector.* The size of a step is the spacing of its grid, and the discretisations use the exact transition
-between its two times, which for VE is the SMLD chain and for VP the DDPM chain. With a = α_t/α_s, b² = Var[x_t | x_s]:
+between its two times, which for VE is the SMLD chain and for VP the DDPM chain. With the score S = s(x, t),
+a = α_t/α_s, b² = Var[x_t | x_s]:
 
 ====================  ===========================  ==========================
 predictor             mean                         variance
 ====================  ===========================  ==========================
-Euler–Maruyama        x − [−f x − g² s] (t − s)    g² (t − s)
-reverse diffusion     (2 − a) x + b² s             b²
-ancestral             (x + b² s)/a                 b² σ_s²/σ_t²
-exponential           x/a + s ∫ e^{∫ₛᵛ f} g² dv    b²/a²
-probability flow      x − [−f x − ½g² s] (t − s)   0
+Euler–Maruyama        x − [−f x − g² S] (t − s)    g² (t − s)
+reverse diffusion     (2 − a) x + b² S             b²
+ancestral             (x + b² S)/a                 b² σ_s²/σ_t²
+exponential           x/a + S ∫ e^{∫ₛᵛ f} g² dv    b²/a²
+probability flow      x − [−f x − ½g² S] (t − s)   0
 ====================  ===========================  ==========================
 
 The exponential integrator is exact except that it keeps the score at its value at t; for VE it is reverse diffusion.
@@ -537,8 +538,8 @@ def make_sampler(sde: SDE, options: Mapping[str, object], *, num_scales: int, co
 
 
 class LangevinTrajectory(NamedTuple):
-    """The N + 1 states (N+1, B, ...), the start first, and whether each of the N moves was made (N, B); all are made
-    without Metropolis adjustment."""
+    """The N + 1 states (N+1, B, ...), the start first, and whether each of the N moves was made (N, B): without
+    Metropolis adjustment, all."""
 
     x: Tensor
     accepted: Tensor
@@ -558,7 +559,7 @@ def langevin_dynamics(
     """N steps of x ← x + α_i s(x, t) + √(2α_i) z, with t fixed.
 
     * Unadjusted (Song and Ermon, 2019, Algorithm 1, one noise level): as α → 0 its stationary law is that of the score.
-      For N(0, σ²) and finite α it has the variance 2α/(1 − (1 − α/σ²)²) = σ²/(1 − α/2σ²).
+      For N(0, σ²) and finite α it has the variance 2α/(1 − (1 − α/σ²)²) = σ²/(1 − α/(2σ²)).
     * Without ``noise``: x ← x + α_i s(x, t), gradient ascent where s is a gradient.
     * Metropolis-adjusted (Roberts and Tweedie, 1996), if ``log_density`` is given: the step above proposes x', and a
       sample moves there with probability min(1, p(x') q(x|x') / p(x) q(x'|x)), q(y|x) = N(y; x + α s(x, t), 2α I).

@@ -100,7 +100,7 @@ FIELDS: dict[str, Field] = {
     "model.num_classes": Field(0, "of the data set, for a network that is given the class; 0: it is not", at_least(0)),
     "sampling.method": Field("pc", "kind of sampler", choices("pc", "ode", "few_step", or_path=True)),
     "sampling.num_steps": Field(0, "steps; 0: model.num_scales", at_least(0)),
-    "sampling.noise_removal": Field(True, "leave out the noise of the last step"),
+    "sampling.noise_removal": Field(True, "remove the noise that is left, by Tweedie's formula"),
     "sampling.predictor": Field("reverse_diffusion", "of pc", choices(*PREDICTORS, or_path=True)),
     "sampling.corrector": Field("langevin", "of pc", choices("langevin", "ald", "none", or_path=True)),
     "sampling.n_steps_each": Field(1, "steps of the corrector at each time", at_least(1)),

@@ -61,11 +61,11 @@ def make_extractor(
 
 
 class SampleQuality:
-    """What could fail only after hours of sampling is checked, and what is small is loaded, on construction.
+    """Computes FID and its relatives. Construction checks all that is cheap to check, before hours of sampling.
 
     Args:
         settings: the fields of ``config.eval``, checked.
-        train_data, test_data: the set; its training half is the reference, unless ``stats_path`` is given.
+        train_data, test_data: the set; its training split is the reference, unless ``stats_path`` is given.
         cache_dir: of features and classifier.
         runtime: device and processes.
         seed: of the classifier and of random splits.

@@ -1,10 +1,10 @@
 """A classifier of noised images, log p(c | x_t, t), for classifier guidance (Dhariwal and Nichol, NeurIPS 2021).
 
 The encoder half of the U-Net: BigGAN blocks that are given the noise level, with means over 2×2 pixels between levels,
-then a linear layer of all that is left: at much noise a class shows in where an image is bright, which a mean over all
-pixels would forget. Its input is x_t/√(α² + σ²), of one size at all times, and its label σ/α, so that one network
-serves every SDE. It is trained by cross-entropy at times uniform on [1e-5, 1], where the score model is trained, too
-(Song et al., ICLR 2021, Appendix I.1).
+then a linear layer of the whole feature map: under strong noise the class shows in where an image is bright, which a
+mean over all pixels would lose. Its input is x_t/√(α² + σ²), of one size at all times, and its label σ/α, so that one
+network serves every SDE. It is trained by cross-entropy at times uniform on [1e-5, 1], where the score model is trained,
+too (Song et al., ICLR 2021, Appendix I.1).
 
     W/classifier/experiment.json                       what it was made for
     W/classifier/checkpoints/, metrics.jsonl, …        see ``training``
@@ -154,7 +154,7 @@ class ClassifierTraining:
         if self.flip:
             x0 = random_flip(x0, generator)
         t = TRAINING_EPS + uniform((len(x0),), generator) * (self.sde.end_time - TRAINING_EPS)
-        # Of dropout, which draws from the global stream.
+        # Dropout draws from the global stream: fix its seed.
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed_from(self.seed, "classifier dropout", step))
             logits, labels = self._logits(x0, t, labels, generator)

@@ -8,7 +8,7 @@ A run has 2·num_ipf half-bridges, backward first, of ``training.n_iters`` steps
 The cache of trajectories is not stored. It is a function of the seed, the half-bridge, the number of the refresh and
 the other direction's network, which does not change meanwhile, and so it is simulated again.
 
-Of a batch of b samples number j comes from its own b-th part of the cache. With several processes each simulates and
+Sample j of a batch of b comes from the j-th of b equal parts of the cache. With several processes each simulates and
 keeps only the trajectories that its part of the batches comes from, and the numbers are those of one process.
 """
 

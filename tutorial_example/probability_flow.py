@@ -1,6 +1,6 @@
 """Probability-flow ODE: trajectories, likelihood against the exact density, interpolation between latents.
 
-Errors of log p in nats, by the ODE with rtol = atol = 1e-5; round trip: data → latents → data.
+Errors of log p in nats, by the ODE with rtol = atol = 1e-5; round trip: data → latents → data, with 1e-8.
 Source: Song et al. (ICLR 2021), Section 4.3.
 """
 

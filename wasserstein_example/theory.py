@@ -79,7 +79,7 @@ SAMPLER_TITLES = {
 TITLES = {name: f"{name[:2].upper()} {name[3:].replace('_', ' ')}" for name in SDES}
 
 LONG_STEPS = (2**14, 2**15, 2**16)
-"""Where slopes that 8192 steps do not show yet are measured, in one dimension of the list only."""
+"""At which the slope is measured again, nearer to its limit, in the reference dimension only."""
 ANALYSED = "exponential_integrator"
 EPSILONS = (0.4, 0.2, 0.1, 0.05)
 HORIZON_EPSILON = 0.1

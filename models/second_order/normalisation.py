@@ -36,7 +36,7 @@ class Dropout(nn.Module):
 
     The masks belong to a sample: not to the batch, the process or the device. Number j of a sample becomes 0 if
 
-        a·mix(j) + b mod 2⁶⁴  <  p·2⁶⁴
+        (a·mix(j) + b + 2⁶³) mod 2⁶⁴  <  p·2⁶⁴
 
     under the sample's key, two random integers a and b of 64 bits. Multiply-shift hashing is pairwise independent;
     mix, a fixed scrambling of j, prevents patterns of neighbours. Under the same keys a second evaluation sees the same
@@ -180,7 +180,7 @@ class _Constants:
         product = torch.addcmul(shift, u, _per_channel(scale))
         return product.addcmul_(self.normalised, slope), sums[1]
 
-    def third(
+    def derivatives(
         self, g: Tensor, weight: Tensor, ju: tuple[Tensor, Tensor], jc: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The derivatives of (γφ'(z)ȳ)ᵀJ(x)c for x, γ and z, with u = γφ'(z)ȳ; ``ju`` and ``jc`` from ``project``."""
@@ -255,7 +255,10 @@ class _NormAct(Function):
 
 
 class _Product(Function):
-    """The gradient of cᵀJ(γφ'(z)ȳ) for c, which is x̄ = J(γφ'(z)ȳ), from ȳ; or for ȳ, γφ'(z)Jc, from c."""
+    """Derivatives of b = cᵀJ(γφ'(z)ȳ): with ``for_c`` that for c, x̄ = J(γφ'(z)ȳ), else that for ȳ, γφ'(z)Jc.
+
+    ``given`` is the other of the two vectors, ȳ or c.
+    """
 
     @staticmethod
     def forward(ctx, for_c: bool, given: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants) -> Tensor:
@@ -289,7 +292,7 @@ class _Product(Function):
         else:
             g, ju, jc = other, constants.project(constants.slope * other, weight), found
             for_given = ju[0]
-        return None, for_given, *constants.third(g, weight, ju, jc), None
+        return None, for_given, *constants.derivatives(g, weight, ju, jc), None
 
 
 def norm_act(norm: GroupNorm, activation: nn.Module, x: Tensor, dropout: Dropout | None = None) -> Tensor:
