@@ -3,8 +3,8 @@
 The encoder half of the U-Net: BigGAN blocks that are given the noise level, with means over 2×2 pixels between levels,
 then a linear layer of the whole feature map: under strong noise the class shows in where an image is bright, which a
 mean over all pixels would lose. Its input is x_t/√(α² + σ²), of one size at all times, and its label σ/α, so that one
-network serves every SDE. It is trained by cross-entropy at times uniform on [1e-5, 1], where the score model is trained,
-too (Song et al., ICLR 2021, Appendix I.1).
+network serves every SDE. It is trained by cross-entropy at times uniform on [1e-5, 1], as the score model is (Song et
+al., ICLR 2021, Appendix I.1).
 
     W/classifier/experiment.json                       what it was made for
     W/classifier/checkpoints/, metrics.jsonl, …        see ``training``
