@@ -81,12 +81,15 @@ def read_checkpoint(path: str | Path) -> dict | list:
     return state
 
 
-def check_version(state: dict, source: object) -> None:
+def check_version(state: dict | list, source: object) -> None:
     """Raise a CheckpointError unless ``state`` is what a training run of this version saves (``training.Trainer``)."""
-    if state.get("version") != CHECKPOINT_VERSION:
+    if not isinstance(state, dict) or state.get("version") != CHECKPOINT_VERSION:
         raise CheckpointError(
             f"{source}: a checkpoint of another version, or of another program; version {CHECKPOINT_VERSION} is read"
         )
+    parts = ("step", "model", "ema", "optimizer", "scaler", "sums", "log_size", "hooks_done", "record")
+    if missing := [part for part in parts if part not in state]:
+        raise CheckpointError(f"{source}: not a whole checkpoint, it lacks {', '.join(missing)}")
 
 
 class CheckpointStore:

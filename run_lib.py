@@ -249,6 +249,7 @@ def _check_data(record: dict, train_data: Split, workdir: Path) -> None:
     """A run goes on with the data that it began with. Of image files, dates are all that is compared."""
     from data import FileSplit
 
+    _check_program(record, workdir)
     if record["data"] == train_data.fingerprint:
         return
     if isinstance(train_data, FileSplit):
@@ -984,7 +985,13 @@ def _is_own(state: dict | list, path: Path) -> bool:
     if isinstance(state, list) or "record" not in state:
         return False
     check_version(state, path)
+    _check_program(state["record"], path)
     return True
+
+
+def _check_program(record: dict, source: Path) -> None:
+    if "images" not in record:  # a bridge, a classifier, an example
+        raise CheckpointError(f"{source}: a checkpoint of another program than main.py")
 
 
 def _convert(path: Path, model: ScoreModel, optimizer: torch.optim.Optimizer | None = None) -> dict:

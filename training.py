@@ -159,8 +159,8 @@ class Trainer:
                     f"training.n_iters={self.n_iters}: {state['source']} has done {self.step} steps already"
                 )
             return
-        source = self.store.path(state.get("step", 0))
-        check_version(state, source)
+        check_version(state, self.store.directory)
+        source = self.store.path(state["step"])
         if check_record is not None:
             check_record(state["record"])
         self._load(state, source)

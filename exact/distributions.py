@@ -322,12 +322,13 @@ def _uniform_plus_normal(m: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return log_prob, score
 
 
-def entropy(distribution: NoisedDistribution, t: float, *, half_width: float = 10.0, spacing: float = 0.1) -> float:
+def entropy(distribution: NoisedDistribution, t: float, *, half_width: float = 10.0) -> float:
     """Differential entropy of x_t in the plane, in nats: −∫ p ln p by the trapezoidal rule on a grid.
 
     Of a smooth density that vanishes at the border the rule converges faster than any power of the spacing, once that
     is no larger than σ_t.
     """
+    spacing = 0.1
     axis = torch.arange(-half_width, half_width + spacing / 2, spacing, dtype=torch.float64)
     total = 0.0
     for x1 in axis:

@@ -10,7 +10,6 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
@@ -27,9 +26,7 @@ matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 9, "axes.linewidth
 
 def new_figure(width: float, height: float, layout: str = "constrained") -> Figure:
     """A figure of this size in inches, apart from pyplot's global state."""
-    figure = Figure(figsize=(width, height), layout=layout)
-    FigureCanvasAgg(figure)  # which animations draw on
-    return figure
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

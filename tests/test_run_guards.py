@@ -95,16 +95,23 @@ def test_damaged_config_of_a_workdir_is_said(tmp_path, text):
         run_lib.train(tiny_config(), tmp_path, CPU)
 
 
-def test_checkpoint_of_another_version_is_refused(tmp_path):
+def test_checkpoint_of_another_version_or_program_is_refused(tmp_path):
     """To go on from, to start from, to sample from."""
     run_lib.train(tiny_config(training__n_iters=2), tmp_path / "u", CPU)
     state = read_checkpoint(tmp_path / "u" / "checkpoints" / "step_00000002.pt")
     (tmp_path / "w" / "checkpoints").mkdir(parents=True)
     own = tmp_path / "w" / "checkpoints" / "step_00000002.pt"
-    torch.save(state | {"version": 0}, own)
-    with pytest.raises(run_lib.InvalidRun, match="another version"):
-        run_lib.train(tiny_config(training__n_iters=4, training__init_from=str(own)), tmp_path / "x", CPU)
-    for work in (run_lib.train, run_lib.sample):
-        with pytest.raises(run_lib.InvalidRun, match="another version"):
-            work(tiny_config(training__n_iters=4), tmp_path / "w", CPU)
-    assert not (tmp_path / "x").exists() and len(list((tmp_path / "w").iterdir())) == 1
+    without_averages = {name: part for name, part in state.items() if name != "ema"}
+    for found, message in (
+        (state | {"version": 0}, "another version"),
+        (state | {"record": {}}, r"another program than main\.py"),  # a bridge's, say
+        (without_averages, "not a whole checkpoint, it lacks ema"),
+        ([1, 2], "another version|none of NCSN's"),
+    ):
+        torch.save(found, own)
+        with pytest.raises(run_lib.InvalidRun, match=message):
+            run_lib.train(tiny_config(training__n_iters=4, training__init_from=str(own)), tmp_path / "x", CPU)
+        for work in (run_lib.train, run_lib.sample):
+            with pytest.raises(run_lib.InvalidRun, match=message):
+                work(tiny_config(training__n_iters=4), tmp_path / "w", CPU)
+        assert not (tmp_path / "x").exists() and len(list((tmp_path / "w").iterdir())) == 1

@@ -65,7 +65,7 @@ class Regression:
         return [{k: v for k, v in row.items() if k not in ("seconds", "steps_per_second")} for row in rows]
 
     def checkpoint(self) -> dict:
-        return CheckpointStore(self.directory / "checkpoints", keep=1, milestone_every=0).load_latest()
+        return CheckpointStore(self.directory / "checkpoints").load_latest()
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_finite_loss_with_a_gradient_that_is_not(tmp_path):
 
     with pytest.raises(FloatingPointError, match="grad_norm is not finite at or before step 4"):
         fit(module, torch.optim.SGD([weight], lr=0.1), loss, tmp_path, n_iters=6, save_freq=2)
-    state = CheckpointStore(tmp_path / "checkpoints", keep=1, milestone_every=0).load_latest()
+    state = CheckpointStore(tmp_path / "checkpoints").load_latest()
     assert state["step"] == 2
     assert all(value.isfinite().all() for value in state["model"].values())
 
@@ -246,3 +246,9 @@ def test_logging_does_not_import_tensorflow(tmp_path):
     program += "sys.exit('tensorflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=Path(__file__).parents[1])
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_milestones_are_saved_and_kept_between_other_checkpoints(tmp_path):
+    run = Regression(tmp_path)
+    run.fit(save_freq=20, milestone_freq=15)
+    assert CheckpointStore(tmp_path / "checkpoints").steps() == [15, 30, 45, 50]

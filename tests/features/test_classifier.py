@@ -14,6 +14,7 @@ from data import TensorSplit, load_dataset
 from evaluation import sample_quality
 from experiment.runtime import Interrupted, Runtime
 from features import classifier, extract_features, train_classifier
+from training import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,24 @@ def test_classifier_recognises_digits(digits, tmp_path):
     assert scores[1]["kid"] > 5 * scores[1]["kid_se"]
     assert scores[0]["inception_score"] > 8
     assert scores[0]["precision"] > 0.8 > 0.2 > scores[2]["precision"]
+
+
+def test_rate_and_momentum_follow_one_cycle(small, tmp_path, monkeypatch):
+    """The defaults of torch's OneCycleLR: the rate rises to its peak over 30 % of the steps, from 1/25 of it, and falls
+    to 1/25e4 of it; β₁ falls from 0.95 to 0.85 and rises again."""
+    seen, take_step = [], Trainer.train_step
+
+    def recording(self) -> None:
+        take_step(self)
+        group = self.optimizer.param_groups[0]
+        seen.append((group["lr"] / classifier._PEAK_LEARNING_RATE, group["betas"][0]))
+
+    monkeypatch.setattr(Trainer, "train_step", recording)
+    monkeypatch.setattr(classifier, "_IMAGES_SEEN", 1)
+    train_quietly(small, tmp_path)
+    assert len(seen) == 10 * 2  # epochs of two batches
+    for step, expected in ((0, (1 / 25, 0.95)), (5, (1.0, 0.85)), (19, (1 / 25e4, 0.95))):
+        assert seen[step] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -255,6 +255,24 @@ def test_affine_networks_learn_the_exact_iterates(tmp_path):
         assert cost == pytest.approx(row["transport_cost"], rel=0.04)
 
 
+def test_learned_from_training_data_and_measured_on_held_out_data(tmp_path, monkeypatch):
+    """And every refresh, half-bridge and step has draws of its own, the two ends of an independent coupling too."""
+    drawn, steps, sample, batch = [], [], PointMarginal.sample, BridgeRun._batch
+
+    def recording(self, count, key, share=slice(None), *, test=False):
+        drawn.append((key, test))
+        return sample(self, count, key, share, test=test)
+
+    monkeypatch.setattr(PointMarginal, "sample", recording)
+    monkeypatch.setattr(BridgeRun, "_batch", lambda self, c, step, p: steps.append(step) or batch(self, c, step, p))
+    overrides = {"bridge__algorithm": "imf", "bridge__coupling": "independent", "bridge__num_ipf": 1}
+    run = learn(config_of("moons-moons", **overrides, model__ema_rate=0.5), tmp_path)
+    learned = [key for key, test in drawn if key[1] != "moments" and not test]  # those standardise the points
+    assert {key[1] for key in learned} == {"cache"} and len(set(learned)) == len(learned) == 2 * 3 + 3
+    assert {key[1] for key, test in drawn if test} == {"evaluation"}
+    assert {average.decay for average in run.averages.values()} == {0.5} and steps == list(range(20))
+
+
 def test_labels_of_edges_come_back_as_edges():
     network = PerEdgeAffine(2, 7)
     with torch.no_grad():
