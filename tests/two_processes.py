@@ -36,7 +36,7 @@ SETTINGS = {
     "optim.warmup": 0,
     "optim.eps": 1e-4,
     "training.batch_size": 8,
-    "training.n_iters": 12,
+    "training.n_iters": 9,
     "training.log_freq": 3,
     "training.eval_freq": 4,
     "training.snapshot_freq": 6,
