@@ -15,7 +15,7 @@ from user_classes import Moments
 
 import run_lib
 from checkpoints import read_checkpoint
-from data import pixels
+from data import evenly_spaced, pixels
 from experiment.randomness import SampleGenerators
 from features import quality
 from guidance.classifier import ClassifierTraining, NoiseConditionalClassifier
@@ -309,6 +309,16 @@ def test_samples_by_projection_are_consistent_with_the_measurement(unconditional
         assert (arrays["input"][..., 0][:, ~known] == 0).all()
     with Image.open(folder / "grid.png") as grid:
         assert grid.width > grid.height > 200
+
+
+def test_prior_variance_is_that_of_training_images(unconditional, tmp_path):
+    settings = dict(sampling__condition="super_resolution", sampling__conditioning="pigdm")
+    folder, _, _ = measured(unconditional, tmp_path / "w", **settings)
+    train, _ = run_lib.load_data(tiny_config("u"))
+    levels, _ = train.batch(evenly_spaced(range(1000), 1000, len(train)))
+    expected = run_lib.load(unconditional).images.to_model(levels).var(dim=0, unbiased=False).mean()
+    found = json.loads((folder / "settings.json").read_text())["prior_variance"]
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
 
 
 @pytest.fixture
