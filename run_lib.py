@@ -229,7 +229,7 @@ def _state_to_begin_with(config: ConfigDict, model: ScoreModel, optimizer: torch
         return None
     state, path = _read(config.training.init_from, "training.init_from=", step=None)
     if not _is_own(state, path):
-        state = _convert(path, model, optimizer)
+        state = _convert(state, path, model, optimizer)
         if state["optimizer"] is None:
             logger.warning("training.init_from=%s has no optimiser state: Adam's moments start from zero", path)
     return {**state, "source": f"training.init_from={path}"}
@@ -799,7 +799,7 @@ def _score_from_state(state: dict | list, path: Path, config: ConfigDict, device
             dequantized=data.uniform_dequantization,
         )
         model = build_score_model(config, sde, images)
-        state = _convert(path, model)
+        state = _convert(state, path, model)
     load_state_dict_strictly(model, state["ema"]["model"], path)
     score = TrainedScore(config, model.eval().requires_grad_(False).to(device), images, state["step"])
     score.trained_on = trained_on
@@ -994,7 +994,7 @@ def _check_program(record: dict, source: Path) -> None:
         raise CheckpointError(f"{source}: a checkpoint of another program than main.py")
 
 
-def _convert(path: Path, model: ScoreModel, optimizer: torch.optim.Optimizer | None = None) -> dict:
+def _convert(state: dict | list, path: Path, model: ScoreModel, optimizer: torch.optim.Optimizer | None = None) -> dict:
     """A public checkpoint as one of ours."""
     from models.published import convert_public_checkpoint
 
@@ -1003,7 +1003,7 @@ def _convert(path: Path, model: ScoreModel, optimizer: torch.optim.Optimizer | N
             f"{path} is in the public format, whose conservative models are ∇(−‖h/σ‖²/(2σ)) and not Eq. 10: "
             "model.parameterization must be unconstrained"
         )
-    return convert_public_checkpoint(path, model, optimizer)
+    return convert_public_checkpoint(state, path, model, optimizer)
 
 
 def _write_config(config: ConfigDict, workdir: Path, runtime: Runtime) -> None:

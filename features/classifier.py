@@ -154,7 +154,6 @@ def _fit(network: nn.Module, train: Split, folder: Path, *, seed: int, runtime: 
     epochs = min(max(round(_IMAGES_SEEN / len(train)), 10), 30)
     steps = epochs * -(-len(train) // _BATCH)
     optimizer = torch.optim.AdamW(network.parameters(), lr=_PEAK_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
-    schedule = _one_cycle(steps)
 
     @functools.lru_cache(maxsize=1)  # every pass of a step takes the same
     def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -165,7 +164,7 @@ def _fit(network: nn.Module, train: Split, folder: Path, *, seed: int, runtime: 
 
     def loss(objective: nn.Module, step: int, positions: range) -> dict[str, Tensor]:
         for group in optimizer.param_groups:
-            group["betas"] = (schedule[step][1], group["betas"][1])
+            group["betas"] = (_one_cycle(steps)[step][1], group["betas"][1])
         x, labels = batch(step)
         return {"loss": F.cross_entropy(objective(x)[1], labels)}
 
@@ -179,7 +178,7 @@ def _fit(network: nn.Module, train: Split, folder: Path, *, seed: int, runtime: 
         n_iters=steps,
         # Every pass of every process computes the whole of a small batch, the last of which could not be divided.
         batch_size=runtime.accelerator.num_processes * runtime.accumulation_steps,
-        learning_rate=lambda step: schedule[step][0],
+        learning_rate=lambda step: _one_cycle(steps)[step][0],
         save_freq=1000,
         runtime=runtime,
         description="feature classifier",
@@ -198,6 +197,7 @@ def _draws(size: int, epochs: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]
             yield indices, uniform((len(indices), 2), generator)
 
 
+@functools.lru_cache(maxsize=1)  # seconds for a large set, which a classifier that is only read need not wait for
 def _one_cycle(steps: int) -> list[tuple[float, float]]:
     """Learning rate and β₁ of every step, of torch's OneCycleLR, in a table, so that training can go on anywhere."""
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])

@@ -9,18 +9,14 @@ import numpy as np
 import pytest
 import torch
 from from_config import create_network, create_score_model, get_sde
+from public_checkpoints import load_score_sde_checkpoint, read_public
 from reference_networks import ddpm_shapes, random_state, refinenet_shapes
 from test_run_lib import CPU, assert_identical, tiny_config, weights
 from torch import Tensor, nn
 
 import run_lib
 from checkpoints import CheckpointError, read_checkpoint
-from models.published import (
-    PublicCheckpoint,
-    convert_public_checkpoint,
-    load_score_sde_checkpoint,
-    official_names,
-)
+from models.published import convert_public_checkpoint, official_names
 
 DATA = Path(__file__).parent / "models" / "published"
 # How a residual block of NCSN++ constructs its parts.
@@ -89,7 +85,7 @@ def test_qcsbm_saves_no_step(u_run, tmp_path):
     """The paper's own checkpoints lack it; the number of updates of the moving average is it."""
     own, public = u_run
     torch.save({key: value for key, value in public.items() if key != "step"}, tmp_path / "checkpoint.pth")
-    assert PublicCheckpoint(tmp_path / "checkpoint.pth").step == 6
+    assert read_public(tmp_path / "checkpoint.pth").step == 6
     for name, start in (("own", own), ("public", tmp_path / "checkpoint.pth")):
         run_lib.train(tiny_config("qc", training__init_from=str(start), training__n_iters=8), tmp_path / name, CPU)
     assert_identical(weights(tmp_path / "own", 8), weights(tmp_path / "public", 8))
@@ -202,7 +198,8 @@ def test_every_moment_finds_its_parameter(name, old_keys, tmp_path):
     torch.save(checkpoint, tmp_path / "public.pth")
     score_model = create_score_model(config, get_sde(config))
     parameters = [p for p in score_model.parameters() if p.requires_grad]
-    converted = convert_public_checkpoint(tmp_path / "public.pth", score_model, torch.optim.Adam(parameters))
+    path = tmp_path / "public.pth"
+    converted = convert_public_checkpoint(read_checkpoint(path), path, score_model, torch.optim.Adam(parameters))
     names = official_names(score_model.network)
     trainable = [parameter for parameter, p in score_model.network.named_parameters() if p.requires_grad]
     assert len(converted["optimizer"]["state"]) == len(trainable) == len(shapes) - len(frozen)
@@ -236,7 +233,7 @@ def test_lists_of_the_codes_of_ncsn(kind, tmp_path):
         averages = state
     torch.save(values, tmp_path / "checkpoint.pth")
 
-    checkpoint, network = PublicCheckpoint(tmp_path / "checkpoint.pth"), create_network(config)
+    checkpoint, network = read_public(tmp_path / "checkpoint.pth"), create_network(config)
     assert (checkpoint.step, checkpoint.num_updates) == (500, 500)
     checkpoint.check_noise_levels(get_sde(config))
     for ema, expected in ((False, state), (True, averages)):
@@ -250,4 +247,4 @@ def test_lists_of_the_codes_of_ncsn(kind, tmp_path):
 def test_other_lists_are_no_checkpoints(tmp_path):
     torch.save([{"a": torch.zeros(1)}], tmp_path / "list.pth")
     with pytest.raises(CheckpointError, match="holds a list that is none of NCSN's checkpoints"):
-        PublicCheckpoint(tmp_path / "list.pth")
+        read_public(tmp_path / "list.pth")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints import CheckpointError, check_state_dict, load_state_dict_strictly, read_checkpoint
+from checkpoints import CheckpointError, check_state_dict
 from models.ncsnv2 import RefineNet
 from models.published.names import official_names
 from models.score import ScoreModel
@@ -35,7 +35,8 @@ class PublicCheckpoint:
     """A checkpoint of score_sde_pytorch, of the QCSBM code, or of those of NCSN and NCSNv2.
 
     Args:
-        path: the ``.pth`` file.
+        checkpoint: what ``read_checkpoint`` found in the ``.pth`` file.
+        path: the file, which errors name.
 
     Attributes:
         step: steps of the optimiser; where a file has no ``step``, as QCSBM's, the updates of its moving average, of
@@ -43,12 +44,11 @@ class PublicCheckpoint:
         num_updates: updates of the moving average.
 
     Raises:
-        CheckpointError: unreadable, or not of these formats.
+        CheckpointError: not of these formats.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, checkpoint: dict | list, path: str | Path) -> None:
         self.path = path
-        checkpoint = read_checkpoint(path)
         if isinstance(checkpoint, list):
             try:
                 checkpoint = _from_ncsn_list(checkpoint)
@@ -152,25 +152,13 @@ class PublicCheckpoint:
         return translated
 
 
-def load_score_sde_checkpoint(path: str | Path, network: UNet | RefineNet, ema: bool, sde: SDE | None = None) -> int:
-    """Load the weights of a public checkpoint, or with ``ema`` its moving averages; returns its step.
-
-    Raises:
-        CheckpointError: unreadable, not of a public format, or made for another architecture or, if ``sde`` is given,
-            other noise levels; the network is then unchanged.
-    """
-    checkpoint = PublicCheckpoint(path)
-    if sde is not None:
-        checkpoint.check_noise_levels(sde)
-    load_state_dict_strictly(network, checkpoint.averages(network) if ema else checkpoint.weights(network), path)
-    return checkpoint.step
-
-
-def convert_public_checkpoint(path: str | Path, score_model: ScoreModel, optimizer: torch.optim.Adam | None) -> dict:
+def convert_public_checkpoint(
+    checkpoint: dict | list, path: str | Path, score_model: ScoreModel, optimizer: torch.optim.Adam | None
+) -> dict:
     """A public checkpoint as one of ours: what training needs to go on with it.
 
     Args:
-        path: the ``.pth`` file.
+        checkpoint, path: see ``PublicCheckpoint``.
         score_model: of the network and the SDE that the file was trained with.
         optimizer: Adam of the trainable parameters of ``score_model``, in their order; None leaves its state out.
 
@@ -178,18 +166,18 @@ def convert_public_checkpoint(path: str | Path, score_model: ScoreModel, optimiz
         ``step``, ``model``, ``ema`` and ``optimizer``, which is None if the file has no optimiser state.
 
     Raises:
-        CheckpointError: unreadable, not of a public format, or made for another architecture, noise or optimiser.
+        CheckpointError: not of a public format, or made for another architecture, noise or optimiser.
     """
-    checkpoint, network = PublicCheckpoint(path), score_model.network
-    checkpoint.check_noise_levels(score_model.sde)
-    weights = checkpoint.weights(network)
+    public, network = PublicCheckpoint(checkpoint, path), score_model.network
+    public.check_noise_levels(score_model.sde)
+    weights = public.weights(network)
     check_state_dict(network, weights, path)
-    averages = checkpoint.averages(network)
-    states = None if optimizer is None else checkpoint.optimizer_state(network)
+    averages = public.averages(network)
+    states = None if optimizer is None else public.optimizer_state(network)
     if states is not None:
         trainable = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
         state = {index: states[name] for index, name in enumerate(trainable)}
         states = {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     model, average = ({f"network.{name}": t for name, t in tensors.items()} for tensors in (weights, averages))
-    ema = {"num_updates": checkpoint.num_updates, "model": average}
-    return {"step": checkpoint.step, "model": model, "ema": ema, "optimizer": states}
+    ema = {"num_updates": public.num_updates, "model": average}
+    return {"step": public.step, "model": model, "ema": ema, "optimizer": states}

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from from_config import create_network
+from public_checkpoints import load_score_sde_checkpoint, read_public
 
 from checkpoints import CheckpointError, read_checkpoint
-from models.published import PublicCheckpoint, load_score_sde_checkpoint, official_names
+from models.published import official_names
 from models.published.names import entries
 
 DATA = Path(__file__).parent
@@ -150,7 +151,7 @@ def test_foreign_files_are_named(tmp_path):
     ):
         torch.save(content, tmp_path / "other.pth")
         with pytest.raises(CheckpointError, match=message):
-            PublicCheckpoint(tmp_path / "other.pth")
+            read_public(tmp_path / "other.pth")
 
 
 def test_truncated_public_checkpoint_is_refused(tmp_path):

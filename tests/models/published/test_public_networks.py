@@ -11,11 +11,12 @@ import pytest
 import torch
 from from_config import create_network, create_score_model, get_objective, get_sde
 from ml_collections import ConfigDict
+from public_checkpoints import load_score_sde_checkpoint
 from reference_networks import ddpm, ddpm_shapes, random_state, refinenet, refinenet_shapes
 from torch import Tensor, nn
 
 from checkpoints import CheckpointError
-from models.published import load_score_sde_checkpoint, official_names
+from models.published import official_names
 
 
 def small(path: str, **fields) -> ConfigDict:
