@@ -21,6 +21,7 @@ from features import quality
 from guidance.classifier import ClassifierTraining, NoiseConditionalClassifier
 from guidance.measured import MeasuredImages
 from losses import Objective
+from models import Dropout
 from sde_lib import VE, GeometricSigma
 
 # Two levels, so that classes make a difference after few steps.
@@ -202,7 +203,14 @@ def test_classifier_training_resumes_to_the_very_same_weights(tmp_path, monkeypa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ClassifierTraining, "loss", stopped)
         run_lib.train_classifier(classifier_config(), tmp_path / "parts", CPU)
-    assert run_lib.train_classifier(classifier_config(), tmp_path / "parts", CPU) == metrics
+    masks, factor = [], Dropout.factor
+    with monkeypatch.context() as patch:
+        patch.setattr(Dropout, "factor", lambda self, x: masks.append(factor(self, x)) or masks[-1])
+        assert run_lib.train_classifier(classifier_config(), tmp_path / "parts", CPU) == metrics
+    # Steps 8 to 11 have a mask of their own in the first of their layers.
+    masks = [mask for mask in masks if mask is not None]
+    first = masks[:: len(masks) // 4]
+    assert len(first) == 4 and all(not torch.equal(first[0], other) for other in first[1:])
     states = [
         read_checkpoint(tmp_path / name / "classifier" / "checkpoints" / "step_00000012.pt")
         for name in ("whole", "parts")
