@@ -216,6 +216,7 @@ run(Path(sys.argv[1]))
 """
 
 
+@pytest.mark.faults
 def test_killed_at_any_moment_and_resumed_ends_with_identical_results(finished, tmp_path):
     """SIGKILL while sampling, with one network trained, against the uninterrupted run."""
     broken = tmp_path / "broken"
