@@ -513,7 +513,8 @@ def test_gaussian_results_have_what_linear_algebra_gives(tmp_path):
 
 
 def test_comparison_of_algorithms(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "get_config", lambda pair: config_of(pair, bridge__num_ipf=1, training__n_iters=2))
+    options = dict(bridge__num_ipf=1, training__n_iters=2, evaluation__num_sets=1)
+    monkeypatch.setattr(compare, "get_config", lambda pair: config_of(pair, **options))
     text = compare.run(str(tmp_path), ("moons", "scurve-circles"), jobs=1)
     results = (tmp_path / "results.json").read_bytes()
     assert [(row["pair"], row["algorithm"]) for row in json.loads(results)["rows"]] == [
