@@ -34,7 +34,8 @@ from torch import Tensor
 from checkpoints import (
     CheckpointError,
     CheckpointStore,
-    check_version,
+    check_parts,
+    is_count,
     load_state_dict_strictly,
     read_checkpoint,
     weights_digest,
@@ -768,7 +769,8 @@ def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | N
 
 
 def _read(path: str | Path, flag: str, step: int | None) -> tuple[dict | list, Path]:
-    """The checkpoint in a file, or the one in a run's folder of a step, by default the newest; and its file.
+    """The checkpoint in a file, or the one in a run's folder of a step, by default the newest, which in a folder of the
+    public codes is the one of the highest number; and its file.
 
     Raises:
         CheckpointError: there is none, which ``flag`` named, or it cannot be read.
@@ -777,10 +779,14 @@ def _read(path: str | Path, flag: str, step: int | None) -> tuple[dict | list, P
     if path.is_file():
         return read_checkpoint(path), path
     store = CheckpointStore(path / "checkpoints")
-    state = store.load_latest() if step is None else read_checkpoint(store.path(step))
-    if state is None:
-        raise CheckpointError(f"{flag}{path}: no checkpoint there; train first")
-    check_version(state, store.directory)
+    if step is not None:
+        check_parts(state := read_checkpoint(store.path(step)), store.path(step))
+    elif (state := store.load_latest()) is None:
+        public = [file for file in store.directory.glob("checkpoint_*.pth") if file.stem[11:].isdecimal()]
+        if not public:
+            raise CheckpointError(f"{flag}{path}: no checkpoint there; train first")
+        newest = max(public, key=lambda file: int(file.stem[11:]))
+        return read_checkpoint(newest), newest
     return state, store.path(state["step"])
 
 
@@ -984,7 +990,7 @@ def _is_own(state: dict | list, path: Path) -> bool:
     """Whether a checkpoint is one of ours, which must be of this version, rather than a public one."""
     if isinstance(state, list) or "record" not in state:
         return False
-    check_version(state, path)
+    check_parts(state, path)
     _check_program(state["record"], path)
     return True
 
@@ -992,6 +998,14 @@ def _is_own(state: dict | list, path: Path) -> bool:
 def _check_program(record: dict, source: Path) -> None:
     if "images" not in record:  # a bridge, a classifier, an example
         raise CheckpointError(f"{source}: a checkpoint of another program than main.py")
+    try:
+        shape = ImageFormat(**record["images"]).image_shape
+        whole = len(shape) == 3 and all(map(is_count, shape)) and isinstance(json.loads(record["config"]), dict)
+        whole = whole and isinstance(record["data"], str)
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{source}: not a whole checkpoint, of another form is its record")
 
 
 def _convert(state: dict | list, path: Path, model: ScoreModel, optimizer: torch.optim.Optimizer | None = None) -> dict:

@@ -8,12 +8,19 @@ import pytest
 import torch
 
 from checkpoints import (
+    CHECKPOINT_VERSION,
     CheckpointError,
     CheckpointStore,
     load_state_dict_strictly,
     read_checkpoint,
     write_checkpoint,
 )
+
+
+def whole(step: int, **parts: object) -> dict:
+    """The least that is a checkpoint of a training run."""
+    state = dict(version=CHECKPOINT_VERSION, step=step, model={}, ema=None, optimizer=None, scaler=None)
+    return state | dict(sums={}, log_size=0, hooks_done=True, record={}) | parts
 
 
 def test_missing_extra_and_misshapen_weights_are_named():
@@ -31,7 +38,7 @@ def test_missing_extra_and_misshapen_weights_are_named():
 def test_keeps_the_newest_and_the_milestones(tmp_path):
     store = CheckpointStore(tmp_path, keep=2, milestone_every=100)
     for step in (50, 100, 150, 200, 250, 260):
-        store.save({"step": step}, step)
+        store.save(whole(step), step)
     assert store.steps() == [100, 200, 250, 260]
     assert store.load_latest()["step"] == 260
     assert CheckpointStore(tmp_path / "none", keep=1, milestone_every=0).load_latest() is None
@@ -41,7 +48,7 @@ def test_keeps_the_newest_and_the_milestones(tmp_path):
 def test_damaged_newest_falls_back_loudly(tmp_path, caplog, damage):
     store = CheckpointStore(tmp_path, keep=3, milestone_every=0)
     for step in (1, 2):
-        store.save({"step": step, "weights": torch.arange(5000.0) + step}, step)
+        store.save(whole(step, model={"weights": torch.arange(5000.0) + step}), step)
     path = store.path(2)
     content = bytearray(path.read_bytes())
     if damage == "truncate":
@@ -50,7 +57,7 @@ def test_damaged_newest_falls_back_loudly(tmp_path, caplog, damage):
         # A bit in the middle of the weights: torch alone would load it without a word.
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-        assert not torch.equal(torch.load(path, weights_only=True)["weights"], torch.arange(5000.0) + 2)
+        assert not torch.equal(torch.load(path, weights_only=True)["model"]["weights"], torch.arange(5000.0) + 2)
     elif damage == "empty":
         content = b""
     else:
