@@ -14,6 +14,7 @@ import io
 import logging
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -75,7 +76,8 @@ def read_checkpoint(path: str | Path) -> dict | list:
         if not start.startswith((b"PK", b"\x80\x02")):  # an archive, or a pickle of before PyTorch 1.6
             raise CheckpointError(f"{path} is {'no file of PyTorch' if start else 'empty'}, or it is damaged")
         content = _verified(path) if start.startswith(b"PK") else path
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+        with torch.serialization.safe_globals(_NUMPY_SCALARS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is refused later, such as sparse tensors
             state = torch.load(content, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise

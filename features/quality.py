@@ -185,9 +185,9 @@ def _read_statistics(path: str, dimension: int, *, image_size: int) -> np.ndarra
             )
         if image_size >= 256 and dimension == 2048 and "key" not in arrays:
             raise ValueError(
-                f"{path} is not from --mode=stats; of images of 256 pixels or more the public code's statistics are those "
-                "of another Inception (TF-Hub's inception_v3/feature_vector), which cannot be compared with ours. Leave "
-                "the field empty, and they are computed"
+                f"{path} is not from --mode=stats; of images of 256 pixels or more the public code's statistics are "
+                "those of another Inception, TF-Hub's inception_v3, and not to be compared with ours. Leave the field "
+                "empty, and they are computed"
             )
         check_matrix(f"{path}: pool_3", pool)
     except ValueError as error:

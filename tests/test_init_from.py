@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import run_lib
 from checkpoints import CheckpointError, read_checkpoint
 from models import NoiseLevel
-from models.published import convert_public_checkpoint, official_names
+from models.published import PublicCheckpoint, convert_public_checkpoint, official_names
+from sde_lib import make_sde
 
 DATA = Path(__file__).parent / "models" / "published"
 # How a residual block of NCSN++ constructs its parts.
@@ -152,6 +153,103 @@ def test_noise_levels_are_compared_in_evaluation_too(u_run, tmp_path):
     torch.save(broken(u_run[1], "another noise"), tmp_path / "public.pth")
     with pytest.raises(run_lib.InvalidRun, match=r"model\.sigma_max=10: .* was trained with 0\.01 and 50"):
         run_lib.sample(tiny_config(), tmp_path / "w", CPU, tmp_path / "public.pth")
+
+
+def test_the_newest_of_a_public_folder(u_run, tmp_path):
+    """It is the one of the highest number; ours come first."""
+    own, public = u_run
+    (tmp_path / "checkpoints").mkdir()
+    for number in (2, 10):
+        torch.save(public | {"step": number}, tmp_path / "checkpoints" / f"checkpoint_{number}.pth")
+    (tmp_path / "checkpoints" / "checkpoint_old.pth").touch()
+    assert run_lib.load(tmp_path, config=tiny_config()).step == 10
+    (tmp_path / "checkpoints" / own.name).write_bytes(own.read_bytes())
+    assert run_lib.load(tmp_path).step == 6
+
+
+# ------------------------------------------------------------------------------------------------ noise levels, damage
+
+
+def with_table(table: Tensor) -> PublicCheckpoint:
+    ema = {"num_updates": 1, "shadow_params": []}
+    return PublicCheckpoint({"model": {"module.sigmas": table}, "ema": ema}, "public.pth")
+
+
+def noise_level(family: str = "vesde", schedule: str = "", num_scales: int | None = None) -> NoiseLevel:
+    constants = dict(sigma_min=0.01, sigma_max=50.0, beta_min=0.1, beta_max=20.0, rho=2.0)
+    return NoiseLevel(make_sde(family, schedule, constants), num_scales)
+
+
+def test_all_noise_levels_are_compared():
+    """Of models of continuous time their number is only that of the sampler's steps; of VP only the number counts."""
+    table = torch.from_numpy(np.geomspace(50, 0.01, 1000))
+    checkpoint = with_table(table)
+    for given in (noise_level(), noise_level(num_scales=1000), noise_level("vpsde"), noise_level("subvpsde")):
+        checkpoint.check_noise_levels(given)
+    with_table(table.float()).check_noise_levels(noise_level("vpsde", num_scales=1000))
+    for family in ("vesde", "vpsde"):
+        with pytest.raises(CheckpointError, match=r"^model\.num_scales=500: .* with 1000 noise levels"):
+            checkpoint.check_noise_levels(noise_level(family, num_scales=500))
+    with pytest.raises(CheckpointError, match=r"^model\.schedule: .* its noise level 1 of 1000 is 0\.0100"):
+        checkpoint.check_noise_levels(noise_level(schedule="polynomial"))
+    changed = table.clone()
+    changed[500] *= 1.001
+    with pytest.raises(CheckpointError, match=r"^model\.schedule: .* its noise level 499 of 1000"):
+        with_table(changed).check_noise_levels(noise_level(num_scales=1000))
+    for damaged in (table[:1], table[:, None], torch.arange(5)):
+        with pytest.raises(CheckpointError, match=r"public\.pth: its sigmas are no list of noise levels"):
+            with_table(damaged).check_noise_levels(noise_level())
+
+
+OF_ONE = {"param_groups": [{"params": [0]}]}
+NOT_OF_TORCH = "the optimiser state is not in torch's form"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(model=[1]), "missing, or of another form: model"),
+        (dict(ema=5), "missing, or of another form: ema"),
+        (dict(ema={"shadow_params": []}), "another form: ema.num_updates, step"),
+        (dict(ema={"shadow_params": "0", "num_updates": 1}), "another form: ema.shadow_params"),
+        (dict(ema={"shadow_params": [], "num_updates": torch.ones(2)}), "another form: ema.num_updates"),
+        (dict(step="7"), "another form: step"),
+        (dict(optimizer=[1]), "another form: optimizer"),
+        (dict(model={"module.a": "0"}), "module.a is a str instead of a tensor"),
+        (dict(model={7: torch.eye(2).to_sparse()}), "7 is a tensor without plain numbers"),
+        (dict(ema={"shadow_params": [None], "num_updates": 1}), "an average is a NoneType instead of a tensor"),
+        (dict(optimizer={"state": {0: 1}}), NOT_OF_TORCH),
+        (dict(optimizer={"state": [1], **OF_ONE}), NOT_OF_TORCH),
+        (dict(optimizer={"state": {0: 1}, **OF_ONE}), NOT_OF_TORCH),
+        (dict(optimizer={"state": {0: {"step": torch.ones(2)}}, **OF_ONE}), NOT_OF_TORCH),
+        (
+            dict(optimizer={"state": {0: {"step": 1, "exp_avg": "0", "exp_avg_sq": torch.zeros(2)}}, **OF_ONE}),
+            "exp_avg of a is a str instead of a tensor",
+        ),
+    ],
+)
+def test_malformed_public_checkpoints_are_named(change, message):
+    ema = {"num_updates": 1, "shadow_params": [torch.zeros(2)]}
+    state = {"model": {"module.a": torch.zeros(2)}, "ema": ema, "step": 1, "optimizer": {}} | change
+    if "step" not in change:
+        del state["step"]
+    with pytest.raises(CheckpointError) as error:
+        PublicCheckpoint(state, "public.pth").optimizer_state(create_network(SHAPES["ve.ncsnv2.cifar10"][0]))
+    assert str(error.value).startswith("public.pth") and message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, weight: (f"module._orig_mod.{name[7:]}", weight), "all names begin with '_orig_mod.'"),
+        (lambda name, weight: (name, weight.half()), r"another precision: \S+ is float16 instead of float32"),
+    ],
+)
+def test_public_weights_of_another_form_are_named(change, message, u_run, tmp_path):
+    model = dict(change(name, weight) for name, weight in u_run[1]["model"].items())
+    torch.save(u_run[1] | {"model": model}, tmp_path / "public.pth")
+    with pytest.raises(CheckpointError, match=message):
+        run_lib.load(tmp_path / "public.pth", config=tiny_config())
 
 
 # ---------------------------------------------------------------------------------------------------- the moments alone

@@ -193,9 +193,9 @@ def convert_public_checkpoint(
         CheckpointError: not of a public format, or made for another architecture, noise or optimiser.
     """
     public, network = PublicCheckpoint(checkpoint, path), score_model.network
-    public.check_noise_levels(score_model.noise_level)
     weights = public.weights(network)
     check_state_dict(network, weights, path)
+    public.check_noise_levels(score_model.noise_level)
     averages = public.averages(network)
     states = None if optimizer is None else public.optimizer_state(network)
     if states is not None:
