@@ -16,7 +16,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,8 @@ __all__ = [
     "CheckpointError",
     "CheckpointStore",
     "check_optimizer_state",
-    "check_parts",
     "check_state_dict",
+    "check_version",
     "is_count",
     "load_state_dict_strictly",
     "mismatch",
@@ -72,12 +72,12 @@ def read_checkpoint(path: str | Path) -> dict | list:
         raise CheckpointError(f"no checkpoint at {path}")
     try:
         with open(path, "rb") as file:
-            start = file.read(4)
-        if not start.startswith((b"PK", b"\x80\x02")):  # an archive, or a pickle of before PyTorch 1.6
+            start = file.read(2)
+        if start not in (b"PK", b"\x80\x02"):  # an archive, or a pickle of before PyTorch 1.6
             raise CheckpointError(f"{path} is {'no file of PyTorch' if start else 'empty'}, or it is damaged")
-        content = _verified(path) if start.startswith(b"PK") else path
         with torch.serialization.safe_globals(_NUMPY_SCALARS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is refused later, such as sparse tensors
+            content = _verified(path) if start == b"PK" else path
             state = torch.load(content, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
@@ -134,137 +134,37 @@ _NUMPY_SCALARS: list = [(_NumpyType, "numpy.dtype")]
 _NUMPY_SCALARS += [(_plain_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Checks, of everything in a checkpoint before it is used
-
-
 def is_count(value: object) -> bool:
-    """Whether it is an integer of at least 0 (and of 64 bits)."""
+    """Whether it is an integer of at least 0, of 64 bits."""
     return type(value) is int and 0 <= value < 2**63
 
 
-def _is_dict(value: object) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_dict_or_none(value: object) -> bool:
-    return value is None or isinstance(value, dict)
-
-
-def _is_average(value: object) -> bool:
-    return value is None or (_is_dict(value) and is_count(value.get("num_updates")) and _is_dict(value.get("model")))
-
-
-def _are_sums(value: object) -> bool:
-    """Of each quantity its sum, and of how many numbers."""
-    if not _is_dict(value) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value.values()):
-        return False
-    return all(type(total) is float and is_count(count) and count > 0 for total, count in value.values())
-
-
-# Of each part of a checkpoint of ours (``training.Trainer``) whether it is one.
-_PARTS: dict[str, Callable[[object], bool]] = {
-    "step": is_count,
-    "model": _is_dict,
-    "ema": _is_average,
-    "optimizer": _is_dict_or_none,
-    "scaler": _is_dict_or_none,
-    "sums": _are_sums,
-    "log_size": is_count,
-    "hooks_done": lambda value: type(value) is bool,
-    "record": _is_dict,
-}
-
-
-def check_parts(state: dict | list, source: object) -> None:
-    """Raise a CheckpointError unless ``state`` is what a training run of this version saves (``training.Trainer``)."""
+def check_version(state: dict | list, source: object) -> None:
+    """Raise a CheckpointError unless ``state`` has the parts of what a training run of this version saves
+    (``training.Trainer``); whether they fit model and optimiser, loading them says."""
     if not isinstance(state, dict) or state.get("version") != CHECKPOINT_VERSION:
         raise CheckpointError(
             f"{source}: a checkpoint of another version, or of another program; version {CHECKPOINT_VERSION} is read"
         )
-    if missing := [part for part in _PARTS if part not in state]:
-        raise CheckpointError(f"{source}: not a whole checkpoint, it lacks {', '.join(missing)}")
-    if wrong := [part for part, is_right in _PARTS.items() if not is_right(state[part])]:
-        raise CheckpointError(f"{source}: not a whole checkpoint, of another form is its {', '.join(wrong)}")
+    ema, sums = (state.get(name, ...) for name in ("ema", "sums"))
+    whole = {
+        "step": is_count(state.get("step")),
+        "model": isinstance(state.get("model"), dict),
+        "ema": ema is None
+        or (isinstance(ema, dict) and is_count(ema.get("num_updates")) and isinstance(ema.get("model"), dict)),
+        **{name: isinstance(state.get(name, ...), dict | None) for name in ("optimizer", "scaler")},
+        "sums": isinstance(sums, dict) and all(map(_is_sum, sums.values())),
+        "log_size": is_count(state.get("log_size")),
+        "hooks_done": isinstance(state.get("hooks_done"), bool),
+        "record": isinstance(state.get("record"), dict),
+    }
+    if wrong := [name for name, is_whole in whole.items() if not is_whole]:
+        raise CheckpointError(f"{source}: not a whole checkpoint; missing, or of another form: {', '.join(wrong)}")
 
 
-def mismatch(value: object, like: Tensor) -> str:
-    """How a value differs from a plain tensor of the shape and type of ``like``; empty if it does not."""
-    if type(value) not in (Tensor, nn.Parameter):
-        return f"is a {type(value).__name__} instead of a tensor"
-    if value.layout != torch.strided or value.device.type != "cpu":
-        return f"is a tensor without plain numbers ({value.layout}, {value.device})"
-    if value.shape != like.shape:
-        return f"has shape {tuple(value.shape)} instead of {tuple(like.shape)}"
-    if value.dtype != like.dtype:
-        return f"is {str(value.dtype)[6:]} instead of {str(like.dtype)[6:]}"
-    return ""
-
-
-def load_state_dict_strictly(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Load weights, or say how they do not fit; then the module is left unchanged.
-
-    Raises:
-        CheckpointError: see ``check_state_dict``.
-    """
-    check_state_dict(module, state, source)
-    module.load_state_dict(state)
-
-
-def check_state_dict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Compare names, shapes and types with those of a module's weights.
-
-    Raises:
-        CheckpointError: the first that do not match, and how many there are.
-    """
-    own = module.state_dict()
-    for prefix, wrapper in (("module.", "DataParallel"), ("_orig_mod.", "torch.compile")):
-        if state and all(str(name).startswith(prefix) for name in state) and not any(n.startswith(prefix) for n in own):
-            raise CheckpointError(
-                f"{source}: all names begin with {prefix!r}, so these are the weights of a wrapper ({wrapper}); save "
-                "those of the network in it"
-            )
-    problems = [f"{name} is missing" for name in own if name not in state]
-    problems += [f"{name} is unexpected" for name in state if name not in own]
-    differences = ((name, mismatch(state[name], own[name])) for name in own if name in state)
-    problems += [f"{name} {difference}" for name, difference in differences if difference]
-    if problems:
-        what = "precision" if all(problem.endswith(" instead of float32") for problem in problems) else "architecture"
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{source} was made for another {what}: {'; '.join(problems[:3])}{more}")
-
-
-def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping, source: object) -> None:
-    """Compare the state of an optimiser with its parameters, which torch does not: Adam's fused step would walk through
-    the memory of moments of another shape.
-
-    Raises:
-        CheckpointError: other parameters, or the first of them whose state does not fit.
-    """
-    own = [group["params"] for group in optimizer.state_dict()["param_groups"]]
-    try:
-        states, groups = dict(state["state"]), [group["params"] for group in state["param_groups"]]
-        states = {index: dict(moments) for index, moments in states.items()}
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{source}: the optimiser state is not in torch's form") from None
-    if groups != own or not states.keys() <= {index for group in own for index in group}:
-        raise CheckpointError(f"{source}: the optimiser state is that of other parameters")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
-    for index, moments in states.items():
-        where = f"{source}: the optimiser state of parameter {index}"
-        if adam and moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
-            raise CheckpointError(f"{where} is {', '.join(map(str, moments)) or 'empty'}, not that of Adam")
-        for name, moment in moments.items():
-            like = torch.zeros(()) if name == "step" else parameters[index]
-            if moment is not None and (difference := mismatch(moment, like)):
-                raise CheckpointError(f"{where} does not fit: {name} {difference}")
-            if name == "step" and not moment >= 0:
-                raise CheckpointError(f"{where} has done {float(moment)} steps")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The checkpoints of a run
+def _is_sum(value: object) -> bool:
+    """Whether it is a sum, and of how many numbers."""
+    return isinstance(value, list) and [*map(type, value)] == [float, int] and value[1] > 0
 
 
 class CheckpointStore:
@@ -320,11 +220,83 @@ class CheckpointStore:
                 logger.warning("%s; falling back to the checkpoint before it", error)
                 self._damaged.add(self.path(step))
                 continue
-            check_parts(state, self.path(step))
+            check_version(state, self.path(step))
             return state
         if steps:
             raise CheckpointError(f"none of the {len(steps)} checkpoints in {self.directory} can be read")
         return None
+
+
+def load_state_dict_strictly(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Load weights, or say how they do not fit; then the module is left unchanged.
+
+    Raises:
+        CheckpointError: see ``check_state_dict``.
+    """
+    check_state_dict(module, state, source)
+    module.load_state_dict(state)
+
+
+def check_state_dict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Compare names, shapes and types with those of a module's weights.
+
+    Raises:
+        CheckpointError: the first that do not match, and how many there are.
+    """
+    own = module.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in state]
+    problems += [f"{name} is unexpected" for name in state if name not in own]
+    differences = ((name, mismatch(state[name], own[name])) for name in own if name in state)
+    problems += [f"{name} {difference}" for name, difference in differences if difference]
+    if problems:
+        for prefix, wrapper in (("module.", "DataParallel"), ("_orig_mod.", "torch.compile")):
+            if state and all(str(name).startswith(prefix) for name in state):
+                raise CheckpointError(f"{source}: weights of a wrapper ({wrapper}), whose names begin with {prefix!r}")
+        what = "precision" if all(problem.endswith(" instead of float32") for problem in problems) else "architecture"
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"{source} was made for another {what}: {'; '.join(problems[:3])}{more}")
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping, source: object) -> None:
+    """Compare the state of an optimiser with its parameters, which torch does not: Adam's fused step would walk through
+    the memory of moments of another shape.
+
+    Raises:
+        CheckpointError: other parameters, or the first of them whose state does not fit.
+    """
+    own = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    try:
+        states, groups = dict(state["state"]), [group["params"] for group in state["param_groups"]]
+        states = {index: dict(moments) for index, moments in states.items()}
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{source}: the optimiser state is not in torch's form") from None
+    if groups != own or not states.keys() <= {index for group in own for index in group}:
+        raise CheckpointError(f"{source}: the optimiser state is that of other parameters")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+    for index, moments in states.items():
+        where = f"{source}: the optimiser state of parameter {index}"
+        if adam and moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            raise CheckpointError(f"{where} is {', '.join(map(str, moments)) or 'empty'}, not that of Adam")
+        for name, moment in moments.items():
+            like = torch.zeros(()) if name == "step" else parameters[index]
+            if (adam or moment is not None) and (difference := mismatch(moment, like)):
+                raise CheckpointError(f"{where} does not fit: {name} {difference}")
+            if name == "step" and not moment >= 0:
+                raise CheckpointError(f"{where} has done {float(moment)} steps")
+
+
+def mismatch(value: object, like: Tensor) -> str:
+    """How a value differs from a plain tensor of the shape and type of ``like``; empty if it does not."""
+    if type(value) not in (Tensor, nn.Parameter):
+        return f"is a {type(value).__name__} instead of a tensor"
+    if value.layout != torch.strided or value.device.type != "cpu":
+        return f"is a tensor without plain numbers ({value.layout}, {value.device})"
+    if value.shape != like.shape:
+        return f"has shape {tuple(value.shape)} instead of {tuple(like.shape)}"
+    if value.dtype != like.dtype:
+        return f"is {str(value.dtype)[6:]} instead of {str(like.dtype)[6:]}"
+    return ""
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -34,7 +34,7 @@ from torch import Tensor
 from checkpoints import (
     CheckpointError,
     CheckpointStore,
-    check_parts,
+    check_version,
     is_count,
     load_state_dict_strictly,
     read_checkpoint,
@@ -76,7 +76,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-EVALUATION_VERSION = 3
+EVALUATION_VERSION = 4
 """To be raised when a fix changes what sampling, likelihood or asymmetry compute, which is then computed again."""
 
 # A run may be continued with other values of these; any other difference makes it another experiment.
@@ -780,7 +780,7 @@ def _read(path: str | Path, flag: str, step: int | None) -> tuple[dict | list, P
         return read_checkpoint(path), path
     store = CheckpointStore(path / "checkpoints")
     if step is not None:
-        check_parts(state := read_checkpoint(store.path(step)), store.path(step))
+        check_version(state := read_checkpoint(store.path(step)), store.path(step))
     elif (state := store.load_latest()) is None:
         public = [file for file in store.directory.glob("checkpoint_*.pth") if file.stem[11:].isdecimal()]
         if not public:
@@ -990,7 +990,7 @@ def _is_own(state: dict | list, path: Path) -> bool:
     """Whether a checkpoint is one of ours, which must be of this version, rather than a public one."""
     if isinstance(state, list) or "record" not in state:
         return False
-    check_parts(state, path)
+    check_version(state, path)
     _check_program(state["record"], path)
     return True
 
@@ -999,13 +999,12 @@ def _check_program(record: dict, source: Path) -> None:
     if "images" not in record:  # a bridge, a classifier, an example
         raise CheckpointError(f"{source}: a checkpoint of another program than main.py")
     try:
-        shape = ImageFormat(**record["images"]).image_shape
-        whole = len(shape) == 3 and all(map(is_count, shape)) and isinstance(json.loads(record["config"]), dict)
-        whole = whole and isinstance(record["data"], str)
+        shape, config = ImageFormat(**record["images"]).image_shape, json.loads(record["config"])
+        whole = len(shape) == 3 and all(map(is_count, shape)) and isinstance(config, dict) and "data" in record
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:
-        raise CheckpointError(f"{source}: not a whole checkpoint, of another form is its record")
+        raise CheckpointError(f"{source}: not a whole checkpoint; missing, or of another form: parts of its record")
 
 
 def _convert(state: dict | list, path: Path, model: ScoreModel, optimizer: torch.optim.Optimizer | None = None) -> dict:

@@ -263,14 +263,14 @@ def remove(*keys: object) -> Callable[[dict], object]:
 
 SPARSE = torch.eye(2, 3).to_sparse()
 META = torch.empty(2, 3, device="meta")
-FORM, OPTIMISER = "of another form is its ", "the optimiser state "
+FORM, OPTIMISER = "missing, or of another form: ", "the optimiser state "
 MALFORMED: list[tuple[str, Callable[[dict], object], str]] = [
-    ("no step", remove("step"), "it lacks step"),
+    ("no step", remove("step"), FORM + "step"),
     ("step as text", put("step", value="2"), FORM + "step"),
     ("half a step", put("step", value=2.0), FORM + "step"),
     ("negative step", put("step", value=-2), FORM + "step"),
     ("vector of steps", put("step", value=torch.tensor([2, 2])), FORM + "step"),
-    ("no model", remove("model"), "it lacks model"),
+    ("no model", remove("model"), FORM + "model"),
     ("list of weights", put("model", value=[1]), FORM + "model"),
     ("no weight", remove("model", "weight"), "weight is missing"),
     ("another weight", put("model", "more", value=torch.zeros(1)), "more is unexpected"),
@@ -343,5 +343,5 @@ def test_the_same_checkpoint_unchanged(run_state, tmp_path):
 def test_weights_of_a_wrapper_are_named(prefix):
     module = torch.nn.Linear(2, 3)
     state = {prefix + name: tensor for name, tensor in module.state_dict().items()}
-    with pytest.raises(CheckpointError, match=rf"here: all names begin with '{prefix}'.* of a wrapper"):
+    with pytest.raises(CheckpointError, match=rf"here: weights of a wrapper .*, whose names begin with '{prefix}'"):
         load_state_dict_strictly(module, state, "here")

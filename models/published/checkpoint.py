@@ -52,22 +52,22 @@ class PublicCheckpoint:
                 checkpoint = _from_ncsn_list(checkpoint)
             except (ValueError, KeyError, TypeError, AttributeError, IndexError):
                 raise CheckpointError(f"{path} holds a list that is none of NCSN's checkpoints") from None
-        missing = [key for key in ("model", "ema") if not isinstance(checkpoint.get(key), dict)]
-        if not missing:
-            model, ema, self._optimizer = checkpoint["model"], checkpoint["ema"], checkpoint.get("optimizer") or {}
-            self._averages: list[Tensor] = ema.get("shadow_params")
-            self.num_updates = ema.get("num_updates")
-            self.step = checkpoint.get("step", self.num_updates)
-            whole = {
-                "ema.shadow_params": isinstance(self._averages, list),
-                "ema.num_updates": is_count(self.num_updates),
-                "step": is_count(self.step),
-                "optimizer": isinstance(self._optimizer, dict),
-            }
-            missing = [key for key, is_whole in whole.items() if not is_whole]
-        if missing:
-            parts = ", ".join(missing)
-            raise CheckpointError(f"{path} is not a score_sde_pytorch checkpoint: missing, or of another form: {parts}")
+        model, ema = checkpoint.get("model"), checkpoint.get("ema")
+        ema = ema if isinstance(ema, dict) else {}
+        self._averages: list[Tensor] = ema.get("shadow_params")
+        self.num_updates: int = ema.get("num_updates")
+        self.step: int = checkpoint.get("step", self.num_updates)
+        self._optimizer: dict = checkpoint.get("optimizer") or {}
+        whole = {
+            "model": isinstance(model, dict),
+            "ema.shadow_params": isinstance(self._averages, list),
+            "ema.num_updates": is_count(self.num_updates),
+            "step": is_count(self.step),
+            "optimizer": isinstance(self._optimizer, dict),
+        }
+        if wrong := [name for name, is_whole in whole.items() if not is_whole]:
+            parts = ", ".join(wrong)
+            raise CheckpointError(f"{path} is not a score_sde_pytorch checkpoint; missing, or of another form: {parts}")
         for name, tensor in [*model.items(), *(("an average", average) for average in self._averages)]:
             if problem := mismatch(tensor, tensor):
                 raise CheckpointError(f"{path}: {name} {problem}")
@@ -150,16 +150,10 @@ class PublicCheckpoint:
         if sde.name != "ve":
             return
         theirs, ours = table.double().flip(0), sde.std(torch.linspace(0, 1, len(table), dtype=torch.float64))
-        wrong = (~torch.isclose(ours, theirs, rtol=1e-4, atol=0)).nonzero().flatten().tolist()
-        if {0, len(table) - 1} & set(wrong):
+        if not torch.allclose(ours, theirs, rtol=1e-4, atol=0):
             raise CheckpointError(
-                f"model.sigma_min={ours[0]:g}, model.sigma_max={ours[-1]:g}: {self.path} was trained with "
-                f"{theirs[0]:g} and {theirs[-1]:g}"
-            )
-        if wrong:
-            raise CheckpointError(
-                f"model.schedule: {self.path} was trained with another; between σ_min and σ_max, its noise level "
-                f"{wrong[0]} of {len(table)} is {theirs[wrong[0]]:g}, that of the config {ours[wrong[0]]:g}"
+                f"model.sigma_min={ours[0]:g}, model.sigma_max={ours[-1]:g}, model.schedule: {self.path} was trained "
+                f"with {len(table)} other noise levels, from {theirs[0]:g} to {theirs[-1]:g}"
             )
 
     def _translated(self, what: str, tensors: dict[str, Tensor], network: UNet | RefineNet) -> dict[str, Tensor]:
