@@ -142,7 +142,8 @@ def is_count(value: object) -> bool:
 def check_version(state: dict | list, source: object) -> None:
     """Raise a CheckpointError unless ``state`` has the parts of what a training run of this version saves
     (``training.Trainer``); whether they fit model and optimiser, loading them says."""
-    if not isinstance(state, dict) or state.get("version") != CHECKPOINT_VERSION:
+    version = state.get("version") if isinstance(state, dict) else None
+    if not is_count(version) or version != CHECKPOINT_VERSION:
         raise CheckpointError(
             f"{source}: a checkpoint of another version, or of another program; version {CHECKPOINT_VERSION} is read"
         )

@@ -317,6 +317,7 @@ MALFORMED: list[tuple[str, Callable[[dict], object], str]] = [
     ("hooks perhaps done", put("hooks_done", value="perhaps"), FORM + "hooks_done"),
     ("record as text", put("record", value="0"), FORM + "record"),
     ("another version", put("version", value="two"), "a checkpoint of another version"),
+    ("vector of versions", put("version", value=torch.full((2,), CHECKPOINT_VERSION)), "of another version"),
 ]
 
 

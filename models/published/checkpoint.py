@@ -57,13 +57,13 @@ class PublicCheckpoint:
         self._averages: list[Tensor] = ema.get("shadow_params")
         self.num_updates: int = ema.get("num_updates")
         self.step: int = checkpoint.get("step", self.num_updates)
-        self._optimizer: dict = checkpoint.get("optimizer") or {}
+        self._optimizer: dict | None = checkpoint.get("optimizer")
         whole = {
             "model": isinstance(model, dict),
             "ema.shadow_params": isinstance(self._averages, list),
             "ema.num_updates": is_count(self.num_updates),
             "step": is_count(self.step),
-            "optimizer": isinstance(self._optimizer, dict),
+            "optimizer": isinstance(self._optimizer, dict | None),
         }
         if wrong := [name for name, is_whole in whole.items() if not is_whole]:
             parts = ", ".join(wrong)
@@ -104,7 +104,7 @@ class PublicCheckpoint:
         Raises:
             CheckpointError: another optimiser than Adam, or states that do not belong to these parameters.
         """
-        if not (states := self._optimizer.get("state")):
+        if (states := (self._optimizer or {}).get("state")) in (None, {}):
             return None
         try:
             indices = [index for group in self._optimizer["param_groups"] for index in group["params"]]
