@@ -35,6 +35,7 @@ from checkpoints import (
     CheckpointError,
     CheckpointStore,
     check_version,
+    is_count,
     load_state_dict_strictly,
     read_checkpoint,
     weights_digest,
@@ -75,7 +76,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-EVALUATION_VERSION = 3
+EVALUATION_VERSION = 4
 """To be raised when a fix changes what sampling, likelihood or asymmetry compute, which is then computed again."""
 
 # A run may be continued with other values of these; any other difference makes it another experiment.
@@ -768,7 +769,8 @@ def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | N
 
 
 def _read(path: str | Path, flag: str, step: int | None) -> tuple[dict | list, Path]:
-    """The checkpoint in a file, or the one in a run's folder of a step, by default the newest; and its file.
+    """The checkpoint in a file, or the one in a run's folder of a step, by default the newest, which in a folder of the
+    public codes is the one of the highest number; and its file.
 
     Raises:
         CheckpointError: there is none, which ``flag`` named, or it cannot be read.
@@ -777,10 +779,14 @@ def _read(path: str | Path, flag: str, step: int | None) -> tuple[dict | list, P
     if path.is_file():
         return read_checkpoint(path), path
     store = CheckpointStore(path / "checkpoints")
-    state = store.load_latest() if step is None else read_checkpoint(store.path(step))
-    if state is None:
-        raise CheckpointError(f"{flag}{path}: no checkpoint there; train first")
-    check_version(state, store.directory)
+    if step is not None:
+        check_version(state := read_checkpoint(store.path(step)), store.path(step))
+    elif (state := store.load_latest()) is None:
+        public = [file for file in store.directory.glob("checkpoint_*.pth") if file.stem[11:].isdecimal()]
+        if not public:
+            raise CheckpointError(f"{flag}{path}: no checkpoint there; train first")
+        newest = max(public, key=lambda file: int(file.stem[11:]))
+        return read_checkpoint(newest), newest
     return state, store.path(state["step"])
 
 
@@ -992,6 +998,13 @@ def _is_own(state: dict | list, path: Path) -> bool:
 def _check_program(record: dict, source: Path) -> None:
     if "images" not in record:  # a bridge, a classifier, an example
         raise CheckpointError(f"{source}: a checkpoint of another program than main.py")
+    try:
+        shape, config = ImageFormat(**record["images"]).image_shape, json.loads(record["config"])
+        whole = len(shape) == 3 and all(map(is_count, shape)) and isinstance(config, dict) and "data" in record
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{source}: not a whole checkpoint; missing, or of another form: parts of its record")
 
 
 def _convert(state: dict | list, path: Path, model: ScoreModel, optimizer: torch.optim.Optimizer | None = None) -> dict:

@@ -32,7 +32,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
-from checkpoints import CHECKPOINT_VERSION, CheckpointError, CheckpointStore, check_version, load_state_dict_strictly
+from checkpoints import (
+    CHECKPOINT_VERSION,
+    CheckpointError,
+    CheckpointStore,
+    check_optimizer_state,
+    load_state_dict_strictly,
+)
 from experiment.runtime import COLLECTIVE_TIMEOUT, Interrupted, Runtime
 from models import EMA
 
@@ -159,31 +165,29 @@ class Trainer:
                     f"training.n_iters={self.n_iters}: {state['source']} has done {self.step} steps already"
                 )
             return
-        check_version(state, self.store.directory)
         source = self.store.path(state["step"])
         if check_record is not None:
             check_record(state["record"])
         self._load(state, source)
         self.sums, self.log_size, self.hooks_done = state["sums"], state["log_size"], state["hooks_done"]
-        if state["scaler"] is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] is not None and (scaler := self.accelerator.scaler) is not None:
+            if any(type(state["scaler"].get(name)) not in (float, int) for name in scaler.state_dict()):
+                raise CheckpointError(f"{source}: not a whole checkpoint; of another form: scaler")
+            scaler.load_state_dict(state["scaler"])
 
     def _load(self, state: Mapping, source: object) -> None:
         load_state_dict_strictly(self.model, state["model"], source)
         if self.ema is not None:
+            if state["ema"] is None:
+                raise CheckpointError(f"{source}: it has no moving average")
             load_state_dict_strictly(self.ema.model, state["ema"]["model"], source)
             self.ema.load_state_dict(state["ema"])
         self.step = state["step"]
         if state["optimizer"] is None:
             return
-        # A loaded state brings the settings of the run it came from; those given here hold.
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise CheckpointError(f"{source}: the optimiser state does not fit: {error}") from None
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
+        check_optimizer_state(self.optimizer, state["optimizer"], source)
+        # A loaded state has the settings of the run that it came from; those given here hold.
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]["state"]})
         # The fused Adam walks through memory without regard to strides: another format would pair wrong numbers.
         for parameter, moments in self.optimizer.state.items():
             for name, moment in moments.items():

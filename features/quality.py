@@ -99,7 +99,8 @@ class SampleQuality:
             _ = self.extractor
         self.statistics = None
         if settings["stats_path"]:
-            self.statistics = _read_statistics(settings["stats_path"], self.extractor.dimension)
+            size = train_data.image_shape[-1]
+            self.statistics = _read_statistics(settings["stats_path"], self.extractor.dimension, image_size=size)
 
     @cached_property
     def extractor(self) -> FeatureExtractor:
@@ -169,7 +170,7 @@ class SampleQuality:
         return Features(arrays["pool_3"], arrays["logits"])
 
 
-def _read_statistics(path: str, dimension: int) -> np.ndarray:
+def _read_statistics(path: str, dimension: int, *, image_size: int) -> np.ndarray:
     """``pool_3``, float32 (N, dimension), from an archive in score_sde_pytorch's format: its ``cifar10_stats.npz``,
     QCSBM's ``dataset_stat.npz``, or what ``--mode=stats`` writes; a ValueError if it is none."""
     try:
@@ -181,6 +182,12 @@ def _read_statistics(path: str, dimension: int) -> np.ndarray:
             raise ValueError(
                 f"{path}: pool_3 must be floating-point numbers of shape (N, {dimension}) with N of at least "
                 f"{LEAST_IMAGES}, not {pool.dtype} of shape {pool.shape}"
+            )
+        if image_size >= 256 and dimension == 2048 and "key" not in arrays:
+            raise ValueError(
+                f"{path} is not from --mode=stats; of images of 256 pixels or more the public code's statistics are "
+                "those of another Inception, TF-Hub's inception_v3, and not to be compared with ours. Leave the field "
+                "empty, and they are computed"
             )
         check_matrix(f"{path}: pool_3", pool)
     except ValueError as error:

@@ -184,6 +184,7 @@ class UNet(nn.Module):
         num_channels: channels of the images.
         centered: images are in [−1, 1]; otherwise in [0, 1], and the network sees 2x − 1.
         num_levels: the number of noise levels whose index is the label; None: the label is a positive number.
+        groups: of every group norm, if nf and so all widths are multiples of it; otherwise see ``layers.group_norm``.
 
     Level i has nf·ch_mult[i] channels, the middle always attention. Of K classes the label K stands for none.
 
@@ -217,6 +218,7 @@ class UNet(nn.Module):
         init_scale: float,
         num_classes: int = 0,
         num_levels: int | None = None,
+        groups: int | None = None,
     ) -> None:
         super().__init__()
         given = locals()
@@ -321,6 +323,9 @@ class UNet(nn.Module):
             up = resample_features(width, up=True) if level else _WithoutTime(nn.Identity())
             self.decoder.append(_LevelEnd(attend, pyramid_up, merge, up))
         self.head = None if progressive == "output_skip" else _Projection(channels, num_channels, act, init_scale)
+        if groups and nf % groups == 0:
+            for norm in filter(lambda module: isinstance(module, nn.GroupNorm), self.modules()):
+                norm.num_groups = groups
         # CPU and tensor-core convolutions are fastest on channels-last memory.
         self.to(memory_format=self.memory_format)
 
@@ -374,7 +379,7 @@ class UNet(nn.Module):
 
 
 # DDPM, the ancestor: branches are added without rescaling, convolutions of stride 2 and repeated pixels in place of
-# blurs, a positional embedding, no pyramids, and last layers that start at zero.
+# blurs, a positional embedding, no pyramids, last layers that start at zero, and 32 groups in every norm.
 DDPM = partial(
     UNet,
     embedding_type="positional",
@@ -387,4 +392,5 @@ DDPM = partial(
     progressive_input="none",
     progressive_combine="sum",
     init_scale=0.0,
+    groups=32,
 )

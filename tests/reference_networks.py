@@ -115,7 +115,7 @@ def ddpm(
         return f"all_modules.{next(number)}"
 
     def group_norm(part: str, h: Tensor) -> Tensor:
-        groups = min(max(h.shape[1] // 4, 1), 32)
+        groups = 32 if nf % 32 == 0 else min(max(h.shape[1] // 4, 1), 32)  # there always 32
         return F.group_norm(h, groups, state[f"{part}.weight"], state[f"{part}.bias"], eps=1e-6)
 
     def mix(part: str, h: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 import run_lib
 from checkpoints import CheckpointError, read_checkpoint
-from models.published import convert_public_checkpoint, official_names
+from models import NoiseLevel
+from models.published import PublicCheckpoint, convert_public_checkpoint, official_names
+from sde_lib import make_sde
 
 DATA = Path(__file__).parent / "models" / "published"
 # How a residual block of NCSN++ constructs its parts.
@@ -40,7 +42,7 @@ def to_public(state: dict, network: nn.Module) -> dict:
     own = {official: name for name, official in official_names(network).items()}
     order = sorted(own, key=construction_order)
     trainable = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-    model = {"module.sigmas": torch.linspace(10, 0.01, 1000, dtype=torch.float64)}
+    model = {"module.sigmas": torch.from_numpy(np.geomspace(10, 0.01, 1000))}
     shadow_params, moments = [], {}
     for index, official in enumerate(order):
         name = own[official]
@@ -118,7 +120,7 @@ def broken(public: dict, how: str) -> dict:
     elif how == "an average short":
         public["ema"] = public["ema"] | {"shadow_params": public["ema"]["shadow_params"][1:]}
     elif how == "another noise":
-        public["model"] = public["model"] | {"module.sigmas": torch.linspace(50, 0.01, 1000)}
+        public["model"] = public["model"] | {"module.sigmas": torch.from_numpy(np.geomspace(50, 0.01, 1000))}
     elif how == "another network":
         public["model"] = {name: t for name, t in public["model"].items() if not name.endswith("all_modules.1.bias")}
         public["ema"] = public["ema"] | {"shadow_params": public["ema"]["shadow_params"][:1]}
@@ -131,9 +133,9 @@ def broken(public: dict, how: str) -> dict:
         ("one parameter short", r"public\.pth: its optimiser has 59 parameters, its model \d+$"),
         ("amsgrad", r"optimiser state of all_modules\.1\.weight is exp_avg, exp_avg_sq, max_exp_avg_sq, step; read is"),
         ("no state", r"optimiser state of all_modules\.1\.weight is nothing"),
-        ("another shape", r"exp_avg of all_modules\.1\.weight has shape \(3,\), the parameter \(32, 16\)"),
+        ("another shape", r"exp_avg of all_modules\.1\.weight has shape \(3,\) instead of \(32, 16\)"),
         ("an average short", r"has \d+ averages for \d+ trainable parameters"),
-        ("another noise", r"model\.sigma_min=0\.01, model\.sigma_max=10: .*public\.pth was trained with 0\.01 and 50"),
+        ("another noise", r"model\.sigma_min=0\.01, model\.sigma_max=10, .*public\.pth .* 1000 other .* 0\.01 to 50"),
         ("another network", r"another architecture: time_mlp\.0\.bias is missing$"),
         ("too far", r"training\.n_iters=6: training\.init_from=.* has done 6 steps already"),
     ],
@@ -149,8 +151,107 @@ def test_what_does_not_fit_is_refused_before_any_work(how, message, u_run, tmp_p
 
 def test_noise_levels_are_compared_in_evaluation_too(u_run, tmp_path):
     torch.save(broken(u_run[1], "another noise"), tmp_path / "public.pth")
-    with pytest.raises(run_lib.InvalidRun, match=r"model\.sigma_max=10: .* was trained with 0\.01 and 50"):
+    with pytest.raises(run_lib.InvalidRun, match=r"model\.sigma_max=10, .* 1000 other noise levels, from 0\.01 to 50$"):
         run_lib.sample(tiny_config(), tmp_path / "w", CPU, tmp_path / "public.pth")
+
+
+def test_the_newest_of_a_public_folder(u_run, tmp_path):
+    """It is the one of the highest number; ours come first."""
+    own, public = u_run
+    (tmp_path / "checkpoints").mkdir()
+    for number in (2, 10):
+        torch.save(public | {"step": number}, tmp_path / "checkpoints" / f"checkpoint_{number}.pth")
+    (tmp_path / "checkpoints" / "checkpoint_old.pth").touch()
+    assert run_lib.load(tmp_path, config=tiny_config()).step == 10
+    (tmp_path / "checkpoints" / own.name).write_bytes(own.read_bytes())
+    assert run_lib.load(tmp_path).step == 6
+
+
+# ------------------------------------------------------------------------------------------------ noise levels, damage
+
+
+def with_table(table: Tensor) -> PublicCheckpoint:
+    ema = {"num_updates": 1, "shadow_params": []}
+    return PublicCheckpoint({"model": {"module.sigmas": table}, "ema": ema}, "public.pth")
+
+
+def noise_level(family: str = "vesde", schedule: str = "", num_scales: int | None = None) -> NoiseLevel:
+    constants = dict(sigma_min=0.01, sigma_max=50.0, beta_min=0.1, beta_max=20.0, rho=2.0)
+    return NoiseLevel(make_sde(family, schedule, constants), num_scales)
+
+
+def test_all_noise_levels_are_compared():
+    """Of models of continuous time their number is only that of the sampler's steps; of VP only the number counts."""
+    table = torch.from_numpy(np.geomspace(50, 0.01, 1000))
+    checkpoint = with_table(table)
+    for given in (noise_level(), noise_level(num_scales=1000), noise_level("vpsde"), noise_level("subvpsde")):
+        checkpoint.check_noise_levels(given)
+    with_table(table.float()).check_noise_levels(noise_level("vpsde", num_scales=1000))
+    for family in ("vesde", "vpsde"):
+        with pytest.raises(CheckpointError, match=r"^model\.num_scales=500: .* with 1000 noise levels"):
+            checkpoint.check_noise_levels(noise_level(family, num_scales=500))
+    with pytest.raises(CheckpointError, match=r"model\.schedule: public\.pth .* other noise levels, from 0\.01 to 50$"):
+        checkpoint.check_noise_levels(noise_level(schedule="polynomial"))
+    changed = table.clone()
+    changed[500] *= 1.001
+    with pytest.raises(CheckpointError, match=r"model\.schedule: public\.pth .* 1000 other noise levels"):
+        with_table(changed).check_noise_levels(noise_level(num_scales=1000))
+    for damaged in (table[:1], table[:, None], torch.arange(5)):
+        with pytest.raises(CheckpointError, match=r"public\.pth: its sigmas are no list of noise levels"):
+            with_table(damaged).check_noise_levels(noise_level())
+
+
+OF_ONE = {"param_groups": [{"params": [0]}]}
+NOT_OF_TORCH = "the optimiser state is not in torch's form"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(model=[1]), "missing, or of another form: model"),
+        (dict(ema=5), "missing, or of another form: ema.shadow_params, ema.num_updates"),
+        (dict(ema={"shadow_params": []}), "another form: ema.num_updates, step"),
+        (dict(ema={"shadow_params": "0", "num_updates": 1}), "another form: ema.shadow_params"),
+        (dict(ema={"shadow_params": [], "num_updates": torch.ones(2)}), "another form: ema.num_updates"),
+        (dict(step="7"), "another form: step"),
+        (dict(optimizer=[1]), "another form: optimizer"),
+        (dict(optimizer=torch.ones(2)), "another form: optimizer"),
+        (dict(optimizer={"state": torch.ones(2), **OF_ONE}), NOT_OF_TORCH),
+        (dict(model={"module.a": "0"}), "module.a is a str instead of a tensor"),
+        (dict(model={7: torch.eye(2).to_sparse()}), "7 is a tensor without plain numbers"),
+        (dict(ema={"shadow_params": [None], "num_updates": 1}), "an average is a NoneType instead of a tensor"),
+        (dict(optimizer={"state": {0: 1}}), NOT_OF_TORCH),
+        (dict(optimizer={"state": [1], **OF_ONE}), NOT_OF_TORCH),
+        (dict(optimizer={"state": {0: 1}, **OF_ONE}), NOT_OF_TORCH),
+        (dict(optimizer={"state": {0: {"step": torch.ones(2)}}, **OF_ONE}), NOT_OF_TORCH),
+        (
+            dict(optimizer={"state": {0: {"step": 1, "exp_avg": "0", "exp_avg_sq": torch.zeros(2)}}, **OF_ONE}),
+            "exp_avg of a is a str instead of a tensor",
+        ),
+    ],
+)
+def test_malformed_public_checkpoints_are_named(change, message):
+    ema = {"num_updates": 1, "shadow_params": [torch.zeros(2)]}
+    state = {"model": {"module.a": torch.zeros(2)}, "ema": ema, "step": 1, "optimizer": {}} | change
+    if "step" not in change:
+        del state["step"]
+    with pytest.raises(CheckpointError) as error:
+        PublicCheckpoint(state, "public.pth").optimizer_state(create_network(SHAPES["ve.ncsnv2.cifar10"][0]))
+    assert str(error.value).startswith("public.pth") and message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, weight: (f"module._orig_mod.{name[7:]}", weight), "whose names begin with '_orig_mod.'"),
+        (lambda name, weight: (name, weight.half()), r"another precision: \S+ is float16 instead of float32"),
+    ],
+)
+def test_public_weights_of_another_form_are_named(change, message, u_run, tmp_path):
+    model = dict(change(name, weight) for name, weight in u_run[1]["model"].items())
+    torch.save(u_run[1] | {"model": model}, tmp_path / "public.pth")
+    with pytest.raises(CheckpointError, match=message):
+        run_lib.load(tmp_path / "public.pth", config=tiny_config())
 
 
 # ---------------------------------------------------------------------------------------------------- the moments alone
@@ -235,7 +336,7 @@ def test_lists_of_the_codes_of_ncsn(kind, tmp_path):
 
     checkpoint, network = read_public(tmp_path / "checkpoint.pth"), create_network(config)
     assert (checkpoint.step, checkpoint.num_updates) == (500, 500)
-    checkpoint.check_noise_levels(get_sde(config))
+    checkpoint.check_noise_levels(NoiseLevel(get_sde(config)))
     for ema, expected in ((False, state), (True, averages)):
         assert load_score_sde_checkpoint(tmp_path / "checkpoint.pth", network, ema=ema, sde=get_sde(config)) == 500
         parameters = dict(network.named_parameters())

@@ -105,7 +105,7 @@ def test_checkpoint_of_another_version_or_program_is_refused(tmp_path):
     for found, message in (
         (state | {"version": 0}, "another version"),
         (state | {"record": {}}, r"another program than main\.py"),  # a bridge's, say
-        (without_averages, "not a whole checkpoint, it lacks ema"),
+        (without_averages, "not a whole checkpoint; missing, or of another form: ema"),
         ([1, 2], "another version|none of NCSN's"),
     ):
         torch.save(found, own)

@@ -6,18 +6,16 @@ order of the parameters), ``optimizer`` and, in the former, ``step``. The codes 
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from checkpoints import CheckpointError, check_state_dict
+from checkpoints import CheckpointError, check_state_dict, is_count, mismatch
 from models.ncsnv2 import RefineNet
 from models.published.names import official_names
-from models.score import ScoreModel
+from models.score import NoiseLevel, ScoreModel
 from models.unet import UNet
-from sde_lib import SDE
 
 
 def _from_ncsn_list(values: list) -> dict:
@@ -44,7 +42,7 @@ class PublicCheckpoint:
         num_updates: updates of the moving average.
 
     Raises:
-        CheckpointError: not of these formats.
+        CheckpointError: not of these formats, or damaged.
     """
 
     def __init__(self, checkpoint: dict | list, path: str | Path) -> None:
@@ -54,18 +52,28 @@ class PublicCheckpoint:
                 checkpoint = _from_ncsn_list(checkpoint)
             except (ValueError, KeyError, TypeError, AttributeError, IndexError):
                 raise CheckpointError(f"{path} holds a list that is none of NCSN's checkpoints") from None
-        missing = [key for key in ("model", "ema") if key not in checkpoint]
-        if not missing:
-            missing = [f"ema.{key}" for key in ("shadow_params", "num_updates") if key not in checkpoint["ema"]]
-        if missing:
-            raise CheckpointError(f"{path} is not a score_sde_pytorch checkpoint: it has no {', '.join(missing)}")
-        self.num_updates = int(checkpoint["ema"]["num_updates"])
-        self.step = int(checkpoint.get("step", self.num_updates))
-        self._weights = {name.removeprefix("module."): tensor for name, tensor in checkpoint["model"].items()}
+        model, ema = checkpoint.get("model"), checkpoint.get("ema")
+        ema = ema if isinstance(ema, dict) else {}
+        self._averages: list[Tensor] = ema.get("shadow_params")
+        self.num_updates: int = ema.get("num_updates")
+        self.step: int = checkpoint.get("step", self.num_updates)
+        self._optimizer: dict | None = checkpoint.get("optimizer")
+        whole = {
+            "model": isinstance(model, dict),
+            "ema.shadow_params": isinstance(self._averages, list),
+            "ema.num_updates": is_count(self.num_updates),
+            "step": is_count(self.step),
+            "optimizer": isinstance(self._optimizer, dict | None),
+        }
+        if wrong := [name for name, is_whole in whole.items() if not is_whole]:
+            parts = ", ".join(wrong)
+            raise CheckpointError(f"{path} is not a score_sde_pytorch checkpoint; missing, or of another form: {parts}")
+        for name, tensor in [*model.items(), *(("an average", average) for average in self._averages)]:
+            if problem := mismatch(tensor, tensor):
+                raise CheckpointError(f"{path}: {name} {problem}")
+        self._weights: dict[str, Tensor] = {str(name).removeprefix("module."): model[name] for name in model}
         # The noise levels are a buffer there, the largest first; here they belong to the SDE.
         self._noise_levels: Tensor | None = self._weights.pop("sigmas", None)
-        self._averages: list[Tensor] = checkpoint["ema"]["shadow_params"]
-        self._optimizer: dict = checkpoint.get("optimizer") or {}
         # The Fourier frequencies have neither gradient nor average.
         self._trainable = [name for name in self._weights if not name.endswith(".W") or ".NIN_" in name]
 
@@ -87,8 +95,8 @@ class PublicCheckpoint:
         return self.weights(network) | self._translated("the average", averages, network)
 
     def optimizer_state(self, network: UNet | RefineNet) -> dict[str, dict[str, Tensor]] | None:
-        """Adam's moments ``exp_avg`` and ``exp_avg_sq`` and its ``step``, float32, of every trainable parameter under
-        the network's names and in its layout; None if the file has none.
+        """Adam's moments ``exp_avg`` and ``exp_avg_sq`` and its ``step`` of every trainable parameter, under the
+        network's names and in its layout; None if the file has none.
 
         The public codes give Adam all parameters, the fixed Fourier frequencies included: these have an index, and no
         state, as they never have a gradient.
@@ -96,45 +104,56 @@ class PublicCheckpoint:
         Raises:
             CheckpointError: another optimiser than Adam, or states that do not belong to these parameters.
         """
-        if not (states := self._optimizer.get("state")):
+        if (states := (self._optimizer or {}).get("state")) in (None, {}):
             return None
-        indices = [index for group in self._optimizer["param_groups"] for index in group["params"]]
+        try:
+            indices = [index for group in self._optimizer["param_groups"] for index in group["params"]]
+            states = {index: dict(states.get(index, {})) for index in indices}
+            steps = {index: torch.tensor(float(state["step"])) for index, state in states.items() if "step" in state}
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+            raise CheckpointError(f"{self.path}: the optimiser state is not in torch's form") from None
         if len(indices) != len(self._weights):
             raise CheckpointError(
                 f"{self.path}: its optimiser has {len(indices)} parameters, its model {len(self._weights)}"
             )
         index_of = dict(zip(self._weights, indices, strict=True))
-        adam = {name: states.get(index_of[name], {}) for name in self._trainable}
-        for name, state in adam.items():
-            if set(state) != {"exp_avg", "exp_avg_sq", "step"}:
+        for name in self._trainable:
+            if (state := states[index_of[name]]).keys() != {"exp_avg", "exp_avg_sq", "step"}:
+                found = ", ".join(sorted(map(str, state))) or "nothing"
                 raise CheckpointError(
-                    f"{self.path}: the optimiser state of {name} is {', '.join(sorted(state)) or 'nothing'}; read is "
-                    "Adam's, which is exp_avg, exp_avg_sq, step"
+                    f"{self.path}: the optimiser state of {name} is {found}; read is Adam's, which is exp_avg, "
+                    "exp_avg_sq, step"
                 )
         first, second = (
-            self._translated(field, {name: state[field].float() for name, state in adam.items()}, network)
+            self._translated(field, {name: states[index_of[name]][field] for name in self._trainable}, network)
             for field in ("exp_avg", "exp_avg_sq")
         )
-        steps = (torch.tensor(float(state["step"])) for state in adam.values())
         return {
-            name: {"step": step, "exp_avg": first[name], "exp_avg_sq": second[name]}
-            for name, step in zip(first, steps, strict=True)
+            own: {"step": steps[index_of[name]], "exp_avg": first[own], "exp_avg_sq": second[own]}
+            for own, name in zip(first, self._trainable, strict=True)
         }
 
-    def check_noise_levels(self, sde: SDE) -> None:
-        """Compare the σ of a VE model with those that the file was trained with.
+    def check_noise_levels(self, noise_level: NoiseLevel) -> None:
+        """Compare the noise levels with those that the file was trained with, its ``sigmas``: of VE all of them, of a
+        VP model in discrete time, which keeps the same table and reads it nowhere, how many they are.
 
         Raises:
             CheckpointError: other noise levels, naming the config fields.
         """
-        if sde.name != "ve" or self._noise_levels is None:
+        if (table := self._noise_levels) is None:
             return
-        theirs = float(self._noise_levels[-1]), float(self._noise_levels[0])
-        ours = float(sde.std(torch.zeros((), dtype=torch.float64))), sde.prior_std
-        if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(theirs, ours, strict=True)):
+        sde, count = noise_level.sde, noise_level.num_scales
+        if table.ndim != 1 or len(table) < 2 or not table.is_floating_point():
+            raise CheckpointError(f"{self.path}: its sigmas are no list of noise levels")
+        if count not in (None, len(table)):
+            raise CheckpointError(f"model.num_scales={count}: {self.path} was trained with {len(table)} noise levels")
+        if sde.name != "ve":
+            return
+        theirs, ours = table.double().flip(0), sde.std(torch.linspace(0, 1, len(table), dtype=torch.float64))
+        if not torch.allclose(ours, theirs, rtol=1e-4, atol=0):
             raise CheckpointError(
-                f"model.sigma_min={ours[0]:g}, model.sigma_max={ours[1]:g}: {self.path} was trained with "
-                f"{theirs[0]:g} and {theirs[1]:g}"
+                f"model.sigma_min={ours[0]:g}, model.sigma_max={ours[-1]:g}, model.schedule: {self.path} was trained "
+                f"with {len(table)} other noise levels, from {theirs[0]:g} to {theirs[-1]:g}"
             )
 
     def _translated(self, what: str, tensors: dict[str, Tensor], network: UNet | RefineNet) -> dict[str, Tensor]:
@@ -142,11 +161,10 @@ class PublicCheckpoint:
         own_name = {official: own for own, official in official_names(network).items()}
         translated = {}
         for name, tensor in tensors.items():
-            if tensor.shape != (shape := self._weights[name].shape):
-                raise CheckpointError(
-                    f"{self.path}: {what} of {name} has shape {tuple(tensor.shape)}, the parameter {tuple(shape)}"
-                )
-            if ".NIN_" in name and name.endswith(".W"):  # a matrix (in, out), here a 1×1 convolution (out, in, 1, 1)
+            if problem := mismatch(tensor, self._weights[name]):
+                raise CheckpointError(f"{self.path}: {what} of {name} {problem}")
+            # A matrix (in, out), here a 1×1 convolution (out, in, 1, 1).
+            if ".NIN_" in name and name.endswith(".W") and tensor.ndim == 2:
                 tensor = tensor.t()[:, :, None, None]
             translated[own_name.get(name, name)] = tensor
         return translated
@@ -169,9 +187,9 @@ def convert_public_checkpoint(
         CheckpointError: not of a public format, or made for another architecture, noise or optimiser.
     """
     public, network = PublicCheckpoint(checkpoint, path), score_model.network
-    public.check_noise_levels(score_model.sde)
     weights = public.weights(network)
     check_state_dict(network, weights, path)
+    public.check_noise_levels(score_model.noise_level)
     averages = public.averages(network)
     states = None if optimizer is None else public.optimizer_state(network)
     if states is not None:

@@ -28,7 +28,7 @@ LOGITS = np.random.default_rng(1).standard_normal((6, 3))
 )
 def test_published_statistics_are_read(arrays, tmp_path):
     np.savez(tmp_path / "stats.npz", **arrays)
-    pool = _read_statistics(tmp_path / "stats.npz", 5)
+    pool = _read_statistics(tmp_path / "stats.npz", 5, image_size=32)
     assert pool.dtype == np.float32 and np.array_equal(pool, POOL)
 
 
@@ -48,13 +48,24 @@ def test_published_statistics_are_read(arrays, tmp_path):
 def test_other_statistics_are_refused(arrays, message, tmp_path):
     np.savez(tmp_path / "stats.npz", **arrays)
     with pytest.raises(ValueError, match=rf"eval\.stats_path: .*stats\.npz.* {message}"):
-        _read_statistics(tmp_path / "stats.npz", 5)
+        _read_statistics(tmp_path / "stats.npz", 5, image_size=32)
+
+
+def test_published_statistics_of_large_images_are_of_another_inception(tmp_path):
+    """From 256 pixels on the public code takes another network, whose features are 2048 too; our own files are read."""
+    pool = np.random.default_rng(0).standard_normal((4, 2048)).astype(np.float32)
+    np.savez(tmp_path / "lsun_church_256_stats.npz", pool_3=pool)
+    with pytest.raises(ValueError, match=r"eval\.stats_path: .*church_256_stats\.npz .* those of another Inception"):
+        _read_statistics(tmp_path / "lsun_church_256_stats.npz", 2048, image_size=256)
+    assert np.array_equal(_read_statistics(tmp_path / "lsun_church_256_stats.npz", 2048, image_size=255), pool)
+    np.savez(tmp_path / "own.npz", pool_3=pool, key="…")
+    assert np.array_equal(_read_statistics(tmp_path / "own.npz", 2048, image_size=256), pool)
 
 
 def test_files_that_are_no_archives_are_refused(tmp_path):
     path = tmp_path / "stats.npz"
     with pytest.raises(ValueError, match=r"eval\.stats_path: .*stats\.npz is missing"):
-        _read_statistics(path, 5)
+        _read_statistics(path, 5, image_size=32)
     np.savez(path, pool_3=POOL)
     whole = path.read_bytes()
     (tmp_path / "single.npy").write_bytes(b"")
@@ -64,7 +75,7 @@ def test_files_that_are_no_archives_are_refused(tmp_path):
     for content in (whole[: len(whole) // 2], b"nothing", single, pickle.dumps(Trap(trace))):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"eval\.stats_path: .*damaged"):
-            _read_statistics(path, 5)
+            _read_statistics(path, 5, image_size=32)
     assert not trace.exists()
 
 

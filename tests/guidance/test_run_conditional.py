@@ -269,6 +269,12 @@ def test_a_classifier_of_something_else_is_refused(unconditional, tmp_path):
         run_lib.sample(classifier_config(sampling__condition="class", model__sigma_max=20.0), workdir, CPU)
     with pytest.raises(run_lib.InvalidRun, match=r"other settings: classifier\.nf was 8, is 16"):
         run_lib.train_classifier(classifier_config(classifier__nf=16), workdir, CPU)
+    (newest,) = (workdir / "classifier" / "checkpoints").iterdir()
+    state = read_checkpoint(newest)
+    for damaged in ([1], {**state, "model": [1]}, {**state, "model": {**state["model"], "logits.bias": 0}}):
+        torch.save(damaged, newest)
+        with pytest.raises(run_lib.InvalidRun, match=rf"{newest}.* (another version|form: model|logits\.bias is a)"):
+            run_lib.sample(classifier_config(sampling__condition="class"), workdir, CPU)
     shutil.rmtree(workdir / "classifier")
     with pytest.raises(run_lib.InvalidRun, match=r"no classifier in .* --mode=train_classifier trains it"):
         run_lib.sample(classifier_config(sampling__condition="class"), workdir, CPU)

@@ -146,7 +146,7 @@ def test_another_architecture_is_refused_and_changes_nothing():
 
 def test_foreign_files_are_named(tmp_path):
     for content, message in (
-        ({"weights": 1}, r"it has no model, ema$"),
+        ({"weights": 1}, r"missing, or of another form: model, ema.shadow_params, ema.num_updates, step$"),
         ([1, 2], "holds a list that is none of NCSN's"),
     ):
         torch.save(content, tmp_path / "other.pth")

@@ -104,6 +104,23 @@ def test_public_checkpoint_computes_what_it_did(name, ema, tmp_path):
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("nf", [32, 96])
+def test_ddpm_has_32_groups_whatever_its_width(nf, tmp_path):
+    """With other numbers of groups the same weights compute something else, and no name or shape says so."""
+    config = small("vp/ddpm/cifar10", model__nf=nf, model__num_res_blocks=1, model__ch_mult=(1,))
+    options = dict(nf=nf, ch_mult=(1,), num_res_blocks=1, attention_levels=())
+    torch.save(public_checkpoint(ddpm_shapes(**options)), tmp_path / "public.pth")
+    network = create_network(config).eval()
+    load_score_sde_checkpoint(tmp_path / "public.pth", network, ema=False)
+    assert {norm.num_groups for norm in network.modules() if isinstance(norm, nn.GroupNorm)} == {32}
+    x, label = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([4.0])
+    with torch.no_grad():
+        output = network(x, label)
+    state = random_state(ddpm_shapes(**options), seed=1, dtype=torch.float64)
+    expected = ddpm(state, x.double(), label.double(), **options)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
 @every_network
 def test_public_checkpoint_of_another_network_is_refused(name, tmp_path):
     config, shapes, _ = NETWORKS[name]
