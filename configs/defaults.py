@@ -163,6 +163,7 @@ FIELDS: dict[str, Field] = {
     "eval.metrics": Field((), "further metrics of samples, module:attribute each", import_paths),
     "eval.nll_images": Field(0, "test images for bits/dim, evenly spaced; 0: all", at_least(0)),
     "eval.asym_levels": Field(100, "noise levels t = i/levels", at_least(1)),
+    "eval.asym_first_level": Field(1, "their first i: 1 to levels, or as QCSBM's code 0 to levels − 1", choices(0, 1)),
     "eval.asym_images": Field(0, "test images per level; 0: all", at_least(0)),
     "eval.asym_probes": Field(16, "random directions; 0: the exact Jacobian", at_least(0)),
 }
