@@ -248,11 +248,11 @@ def neighbourhood_metrics(
 ) -> tuple[float, float, float, float]:
     """Precision, recall, density and coverage of features (N, F) and (M, F).
 
-    Every point has a ball that reaches to its k-th nearest neighbour in its own set. Precision: the fraction of
-    generated points inside any real ball; recall: the same with the roles exchanged (Kynkäänniemi et al. 2019, Eqs. 1
-    and 2). Density: in how many real balls a generated point lies, on average, divided by k; equal distributions give
-    1, and more is possible. Coverage: the fraction of real balls that hold any generated point; equal distributions
-    with N = M give about 1 − 2^−k (Naeem et al. 2020).
+    Every point has a ball that reaches to its k-th nearest neighbour in its own set; the boundary belongs to it (≤; the
+    package ``prdc`` has <). Precision: the fraction of generated points inside any real ball; recall: the same with the
+    roles exchanged (Kynkäänniemi et al. 2019, Eqs. 1 and 2). Density: in how many real balls a generated point lies, on
+    average, divided by k; equal distributions give 1, and more is possible. Coverage: the fraction of real balls that
+    hold any generated point; equal distributions with N = M give about 1 − 2^−k (Naeem et al. 2020).
 
     Distances are computed for ``block`` rows at a time against a whole set, in double precision: for 50 000 and 50 000
     features of F = 2048 that takes 2.3 GB, where all distances at once would take 20 GB for each pair of sets.

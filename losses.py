@@ -10,13 +10,14 @@ Eq. 7, and Song, Durkan, Murray, Ermon (NeurIPS 2021). Discrete-time training (S
 times of the family's ladder of noise levels.
 
 A quasi-conservative model adds λ_QC·L_QC: the asymmetry Asym of the score's Jacobian J at the same perturbed
-sample, weighted and reduced like L_SM (Chao, Sun, Cheng, Lee, ICML 2023, Eqs. 8 and 9), so that the whole is
+sample, with the weight λ(t) of L_SM but without its half (Chao, Sun, Cheng, Lee, ICML 2023, Eqs. 8 and 9). The whole is
 
-    E[ ½σ_t²‖s + z/σ_t‖² + λ_QC ½σ_t² · ½‖J − Jᵀ‖²_F ]
+    E[ ½σ_t²‖s + z/σ_t‖² + λ_QC σ_t² Asym ],    Asym = tr(JJᵀ) − tr(JJ) = ½‖J − Jᵀ‖²_F,
 
-by default. Two unbiased ways make it cheaper: every k-th step with weight kλ_QC (``qc_interval``), or the mean over
-every k-th sample of the batch (``qc_stride``). Probes are processed in chunks, so that only one chunk's graph is in
-memory: the gradients of all but the last are computed in the forward pass, and backward adds them.
+by default; with ``reduce_mean`` L_QC is divided by the dimension D, as L_SM is. Two unbiased ways make it cheaper:
+every k-th step with weight kλ_QC (``qc_interval``), or the mean over every k-th sample of the batch (``qc_stride``).
+Probes are processed in chunks, so that only one chunk's graph is in memory: the gradients of all but the last are
+computed in the forward pass, and backward adds them.
 
 At one time t there are other ways to match a score to that of a density p_t. For x ~ p_t the means of their losses
 differ from the Fisher divergence F by constants, so that their expected gradients are those of F:
@@ -126,7 +127,7 @@ class Objective(nn.Module):
             # σs + z rather than s + z/σ: the two differ by the weight, and this one never divides by a small σ.
             error = ((expand(std[part], x0) * value + z[part]) ** 2).flatten(1).sum(1)
             errors.append(weight[part] / std[part] ** 2 * error)
-        terms["dsm"] = self._reduce(torch.cat(errors), x0)
+        terms["dsm"] = self._reduce(torch.cat(errors), x0) * (1.0 if self.reduce_mean else 0.5)
         terms["loss"] = terms["dsm"]
         if "qc" in terms:
             terms["loss"] = terms["dsm"] + self.qc_weight * self.qc_interval * terms["qc"]
@@ -178,8 +179,8 @@ class Objective(nn.Module):
         return self.ladder.time[index].to(x0), self.ladder.mean_coefficient[index].to(x0), self.ladder.std[index].to(x0)
 
     def _reduce(self, per_sample: Tensor, x0: Tensor) -> Tensor:
-        """Batch mean of a per-sample sum over dimensions: divided by D, or halved."""
-        return per_sample.mean() * (1 / x0[0].numel() if self.reduce_mean else 0.5)
+        """Batch mean of a per-sample sum over dimensions, which is divided by D if the mean over them is wanted."""
+        return per_sample.mean() * (1 / x0[0].numel() if self.reduce_mean else 1.0)
 
 
 def make_objective(score_model: ScoreModel, options: Mapping[str, object]) -> Objective:

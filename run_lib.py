@@ -335,7 +335,7 @@ def evaluate(
 
 METRICS = (
     *("nll_bits_per_dim", "nll_bits_per_dim_se", "nfe_likelihood", "nll_images", "likelihood"),
-    *("asym", "asym_se", "nasym", "nasym_se", "asym_images", "asym_levels", "asym_probes"),
+    *("asym", "asym_se", "nasym", "nasym_se", "asym_images", "asym_levels", "asym_first_level", "asym_probes"),
     *("sampling_steps", "nfe_sampling", "num_samples", "fid", "kid", "kid_se", "inception_score"),
     *("inception_score_std", "precision", "recall", "density", "coverage"),
     *("features", "feature_test_accuracy", "reference", "num_reference", "backend"),
@@ -374,12 +374,18 @@ def _evaluate_nll(score: TrainedScore, data: Split) -> dict:
 
 
 def _evaluate_asymmetry(score: TrainedScore, data: Split) -> dict:
-    """Asym and NAsym at times i/T, i = 1 … T, over test images perturbed with their own noise."""
+    """Asym and NAsym at T times over test images perturbed with their own noise.
+
+    The times are i/T, i = 1 … T; or i = 0 … T − 1 of [1e-5, 1] instead of [0, 1], where VP's score is finite.
+    """
     from experiment.results import mean_and_error
+    from losses import TRAINING_EPS
 
     settings, sde, levels = score.config.eval, score.sde, score.config.eval.asym_levels
     count = min(settings.asym_images or len(data), len(data))
-    times = torch.arange(1, levels + 1) / levels * sde.end_time
+    first = settings.asym_first_level
+    start = 0.0 if first else TRAINING_EPS
+    times = start + torch.arange(first, first + levels) / levels * (sde.end_time - start)
 
     def compute(items: range) -> dict[str, np.ndarray]:
         indices = evenly_spaced([i // levels for i in items], count, len(data))
@@ -392,9 +398,10 @@ def _evaluate_asymmetry(score: TrainedScore, data: Split) -> dict:
         result = score.asymmetry(xt, t, probes=settings.asym_probes, generator=generator, class_labels=labels)
         return {"asym": result.asym.cpu().numpy(), "nasym": result.nasym.cpu().numpy()}
 
-    identity = {"data": data.fingerprint, "levels": levels, "probes": settings.asym_probes}
+    identity = {"data": data.fingerprint, "levels": levels, "first": first, "probes": settings.asym_probes}
     arrays = score.stage("asymmetry_items", count * levels, identity, compute)
-    metrics: dict = {"asym_images": count, "asym_levels": levels, "asym_probes": settings.asym_probes}
+    metrics: dict = {"asym_images": count, "asym_probes": settings.asym_probes}
+    metrics |= {"asym_levels": levels, "asym_first_level": first}
     curves = {"t": times.numpy(), "sigma": sde.std(times).numpy()}
     for name in ("asym", "nasym"):
         values = arrays[name].astype(np.float64).reshape(count, levels)

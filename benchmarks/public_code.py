@@ -101,7 +101,7 @@ def public_loss(model: ScoreModel, x0: Tensor, generator: Generator, qc_weight: 
     xt = mean + expand(std, x0) * z
     for _ in range(probes if qc_weight else 0):
         v = rademacher_like(x0, generator)
-        qc_backward(model, xt, t, v, lambda asym: 0.5 * qc_weight / probes * (std**2 * asym).mean())
+        qc_backward(model, xt, t, v, lambda asym: qc_weight / probes * (std**2 * asym).mean())
     return 0.5 * ((model(xt, t) * expand(std, x0) + z) ** 2).flatten(1).sum(1).mean()
 
 

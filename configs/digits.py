@@ -25,7 +25,7 @@ DIGITS = {
 MODELS = {
     "u": {},
     "c": {"model.parameterization": "conservative", "training.n_iters": 800},
-    "qc": {"training.qc_weight": 4e-2},
+    "qc": {"training.qc_weight": 0.02},
     "conditional": {"model.num_classes": 10, "training.label_dropout": 0.2, "sampling.condition": "class_free"},
 }
 get_config = preset(DIGITS, variants=MODELS)

@@ -85,11 +85,17 @@ NCSNPP_1024 = {
 
 # Chao et al. (ICML 2023), Section 5: one NCSN++ (deep) per data set of 32×32 colour images. QC has few images and many
 # probes for the likelihood (Table 2), or the other way round for sampling (Tables 3 and 4). It continues the U model of
-# step 600 000, ours or the authors' checkpoint.pth, to step 700 000.
-QCSBM = {"model.num_res_blocks": 8, "training": dict(n_iters=700000, snapshot_freq=100000)}
+# step 600 000, ours or the authors' checkpoint.pth, to step 700 000. Of their evaluation: Asym from t = 0 on, and the
+# tolerances of the ODE sampler.
+QCSBM = {
+    "model.num_res_blocks": 8,
+    "training": dict(n_iters=700000, snapshot_freq=100000),
+    "sampling": dict(rtol=5e-5, atol=1e-6),
+    "eval.asym_first_level": 0,
+}
 QCSBM_MODELS = {
     "u": {},
     "c": {"model.parameterization": "conservative"},
-    "qc": {"training": dict(qc_weight=1e-4, qc_probes=16, batch_size=8)},
-    "qc_sampling": {"training": dict(qc_weight=1e-4, qc_probes=1)},
+    "qc": {"training": dict(qc_weight=1e-4, qc_probes=16, batch_size=8), "sampling.rtol": 1e-4},
+    "qc_sampling": {"training": dict(qc_weight=1e-4, qc_probes=1), "sampling.rtol": 1e-4},
 }

@@ -95,6 +95,9 @@ def _table_notes(runs: Sequence[Run]) -> list[str]:
         if counts:
             texts = {name: f"{_count(part)} of {_count(whole)}" for name, (part, whole) in counts.items()}
             notes.append(_of_each_run(f"Test images of {what}", texts))
+    levels = {run.name: [run.number("asym_levels"), run.number("asym_first_level")] for run in runs}
+    if texts := {name: f"t = i/{_count(n)} from i = {_count(first)}" for name, (n, first) in levels.items() if n}:
+        notes.append(_of_each_run("Noise levels of Asym and NAsym", texts))
     if zero := [run.label for run in runs if run.asym_is_round_off]:
         notes.append(f"Zero up to round-off (NAsym below {NASYM_ROUND_OFF:g}): Asym and NAsym of {', '.join(zero)}.")
     return notes + _features_notes([run for run in runs if run.metrics["features"]])

@@ -105,6 +105,7 @@ def _likelihood_and_asymmetry(run: Run) -> dict[str, tuple[Any, Any]]:
         pairs["test images for NLL"] = ("all" if every else run.number("nll_images"), "all")
     if run.number("asym") is not None:
         pairs["noise levels of Asym"] = (run.number("asym_levels"), 100)
+        pairs["first noise level of Asym"] = (run.number("asym_first_level"), 0)
     return pairs
 
 

@@ -81,7 +81,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """Model and run, e.g. "QC-NCSN++ (qc, λ = 0.04)"."""
+        """Model and run, e.g. "QC-NCSN++ (qc, λ = 0.02)"."""
         weight = f", λ = {self.config['training']['qc_weight']:g}" if self.kind == "QC" else ""
         return f"{self.model} ({self.name}{weight})"
 

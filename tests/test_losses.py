@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import losses
 from configs.defaults import base_config
+from configs.qcsbm.cifar10 import get_config
 from conservativeness import asymmetry
 from experiment.randomness import SampleGenerators, rademacher_like
 from losses import Objective, make_objective
@@ -151,13 +152,15 @@ def test_expected_loss_of_the_exact_score(family, likelihood_weighting, monkeypa
     assert difference.mean() > 4 * difference.std() / batches**0.5
 
 
-def test_mean_over_dimensions_is_two_over_d_of_half_the_sum():
+def test_mean_over_dimensions():
+    """It takes the place of half the sum in L_SM, and of the sum in L_QC."""
     x0 = data()
-    half_sum = Objective(model("ve"), qc_weight=0.1)(x0, seeded())
+    total = Objective(model("ve"), qc_weight=0.1)(x0, seeded())
     mean = Objective(model("ve"), qc_weight=0.1, reduce_mean=True)(x0, seeded())
-    assert set(mean) == set(half_sum) == {"loss", "dsm", "qc"}
-    for name in mean:
-        torch.testing.assert_close(mean[name], half_sum[name] * 2 / 4, rtol=1e-12, atol=0)
+    assert set(mean) == set(total) == {"loss", "dsm", "qc"}
+    torch.testing.assert_close(mean["dsm"], total["dsm"] * 2 / 4, rtol=1e-12, atol=0)
+    torch.testing.assert_close(mean["qc"], total["qc"] / 4, rtol=1e-12, atol=0)
+    torch.testing.assert_close(mean["loss"], mean["dsm"] + 0.1 * mean["qc"], rtol=1e-12, atol=0)
 
 
 def test_loss_of_a_sample_does_not_depend_on_its_batch():
@@ -267,7 +270,25 @@ def test_qc_term_by_hand(estimator, likelihood_weighting):
             form = 0.5 * (jv - jtv) ** 2 if estimator == "antisymmetric" else jtv**2 - jtv * jv
             asym += form.sum((1, 2)) / 2
     weight = sde.diffusion(t) ** 2 if likelihood_weighting else sde.std(t) ** 2
-    torch.testing.assert_close(terms["qc"], 0.5 * (weight * asym).mean(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(terms["qc"], (weight * asym).mean(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("argument", ["qc", "qc_sampling"])
+def test_section_5_trains_with_the_published_loss(argument):
+    """Eq. 8 of Chao et al. (2023) and their weight: E[½ ‖σs + z‖² + 1e-4 σ² (tr JJᵀ − tr JJ)], of one perturbation."""
+    options = dict(get_config(argument).training) | dict(qc_estimator="exact")
+    sde, x0, score = SDES["ve"], data(), model("ve")
+    terms = make_objective(score, options)(x0, seeded())
+    u, z, _ = draws(x0)
+    sigma = sde.std(1e-5 + u * (1 - 1e-5))
+    loss = 0.0
+    for i in range(6):
+        x, t = x0[i : i + 1] + sigma[i] * z[i : i + 1], 1e-5 + u[i : i + 1] * (1 - 1e-5)
+        j = torch.autograd.functional.jacobian(lambda x, t=t: score(x, t), x).reshape(4, 4)
+        asym = (j @ j.T).trace() - (j @ j).trace()
+        loss += (0.5 * ((sigma[i] * score(x, t) + z[i : i + 1]) ** 2).sum() + 1e-4 * sigma[i] ** 2 * asym) / 6
+    torch.testing.assert_close(terms["loss"], loss, rtol=1e-12, atol=0)
+    assert terms["loss"] - terms["dsm"] > 1e-9 * terms["loss"]  # the term is not lost in rounding
 
 
 def test_qc_term_costs_no_further_evaluation_of_the_network():

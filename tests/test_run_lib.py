@@ -240,6 +240,7 @@ def test_metrics_file_and_reuse(trained, tmp_path, monkeypatch):
     wanted = {"fid", "kid", "inception_score", "precision", "recall", "num_samples", "checkpoint_step"}
     wanted |= {"nfe_sampling", "nfe_likelihood", "nll_bits_per_dim", "nll_bits_per_dim_se"}
     wanted |= {"asym", "asym_se", "nasym", "nasym_se", "nll_images", "asym_images", "asym_levels", "asym_probes"}
+    wanted |= {"asym_first_level"}
     assert wanted <= stored.keys()
     assert all(isinstance(stored[name], (int, float)) for name in wanted)
     assert stored["nfe_sampling"] == 2 * 3 + 1 and stored["num_samples"] == 20 and stored["checkpoint_step"] == 12
@@ -273,6 +274,24 @@ def test_likelihood_of_some_test_images_is_a_part_of_the_whole(trained, tmp_path
     assert metrics[4]["test_images"] == 9
     assert metrics[4]["nll_bits_per_dim_se"] == pytest.approx(nll[4].std(ddof=1) / 2)
     assert metrics[4]["likelihood"] == "rademacher divergence, heun in ln(σ/α), 3 steps"
+
+
+def test_noise_levels_of_asym(trained, tmp_path):
+    """i/3 for i = 1, 2, 3; or for i = 0, 1, 2 on [1e-5, 1], QCSBM's. Asym is dominated by the first."""
+    curves, means = {}, {}
+    for first in (1, 0):
+        settings = dict(eval__asym_levels=3, eval__asym_images=1, eval__asym_probes=1, eval__asym_first_level=first)
+        settings |= dict(eval__enable_bpd=False, eval__enable_sampling=False)
+        if first:
+            metrics = evaluated(trained, tmp_path / "w", **settings)
+        else:  # in the same folder, not taking the other's results for its own
+            metrics = run_lib.evaluate(tiny_config(**settings), tmp_path / "w", CPU)
+        assert (metrics["asym_levels"], metrics["asym_first_level"]) == (3, first)
+        with np.load(tmp_path / "w" / "eval" / "asymmetry.npz", allow_pickle=False) as file:
+            curves[first], means[first] = file["t"], metrics["asym"]
+    np.testing.assert_allclose(curves[1], np.array([1, 2, 3]) / 3, rtol=1e-6)
+    np.testing.assert_allclose(curves[0], 1e-5 + np.array([0, 1, 2]) / 3 * (1 - 1e-5), rtol=1e-6)
+    assert means[0] > 2 * means[1]
 
 
 def test_damaged_evaluation_files_are_computed_again(trained, tmp_path, monkeypatch, caplog):

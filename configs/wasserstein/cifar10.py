@@ -5,7 +5,7 @@ python main.py --config=configs/wasserstein/cifar10.py:ve_v1 --workdir=runs/wass
 
 The names are the paper's. ve and vp are the processes of Song et al. The variants of VE have a g that is constant (v1),
 √(2ct) (v2) or (b + at)^{ρ−½} with ρ = 2 (v3); those of VP a β that is constant (v1), (b + at)² (v2) or abᵗ (v3). cosine
-is a ninth. The paper's code trains v1 to v3 of VE with another g than it should (docs/deviations.md).
+is a ninth. The paper's code solves the reverse process of v1 to v3 of VE with another g (docs/deviations.md).
 """
 
 from configs.presets import VP as VP_SDE

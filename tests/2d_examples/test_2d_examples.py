@@ -158,6 +158,14 @@ def test_models_of_a_seed_share_weights_points_and_noise():
     torch.testing.assert_close(loss_terms(u, x0)["dsm"], loss_terms(qc, x0)["dsm"])
 
 
+def test_the_loss_is_half_the_papers():
+    """The public code of Section 3.2 minimises mean ‖σs + z‖² + 0.1 σ² Asym, and clips the gradient's norm at 1. (That
+    ours has a half in the first term only is tested in test_losses.py.)"""
+    config = tiny("spiral_2-qc")
+    assert not config.training.reduce_mean and not config.training.likelihood_weighting
+    assert config.training.qc_weight == 0.5 * 0.1 and config.optim.grad_clip == 0.5 * 1.0
+
+
 def test_one_antisymmetric_probe_is_exact_in_the_plane():
     values = {}
     for estimator in ("exact", "antisymmetric", "trace"):

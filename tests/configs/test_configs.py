@@ -198,6 +198,10 @@ def test_settings_of_section_5(name):
         assert (training.n_iters, model.num_res_blocks, model.dropout) == (700000, 8, 0.1)
         assert model.parameterization == ("conservative" if argument == "c" else "unconstrained")
         assert config.data.dataset.lower() == name
+        # Their evaluation's: tolerances of the ODE sampler, number of samples, noise levels of Asym from 0.
+        assert (config.sampling.rtol, config.sampling.atol) == (1e-4 if "qc" in argument else 5e-5, 1e-6)
+        assert config.eval.num_samples == (26_032 if name == "svhn" else 50_000)
+        assert (config.eval.asym_levels, config.eval.asym_first_level) == (100, 0)
     assert 600000 % configs["u"].training.snapshot_freq == 0  # the checkpoint that QC starts from is kept
 
 

@@ -252,10 +252,15 @@ def test_other_data_are_never_compared(tmp_path: Path, data: dict[str, Any]) -> 
 
 def test_a_part_of_the_test_set_is_said(tmp_path: Path) -> None:
     part = dict(nll_images=100, test_images=10000)
-    runs = [make_run(tmp_path / "u", **part, asym_images=8), make_run(tmp_path / "v", **part, asym_images=10000)]
+    part |= dict(asym_levels=100)
+    runs = [
+        make_run(tmp_path / "u", **part, asym_images=8, asym_first_level=0),
+        make_run(tmp_path / "v", **part, asym_images=10000, asym_first_level=1),
+    ]
     text = text_of(runs)
     assert "Test images of NLL: 100 of 10000." in text
     assert "Test images of Asym and NAsym: u: 8 of 10000; v: 10000 of 10000." in text
+    assert "Noise levels of Asym and NAsym: u: t = i/100 from i = 0; v: t = i/100 from i = 1." in text
 
 
 def test_missing_errors_allow_no_conclusion(tmp_path: Path) -> None:
