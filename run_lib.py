@@ -42,7 +42,7 @@ from checkpoints import (
 from configs.checks import check
 from data.pixels import GRID_IMAGES, ImageFormat, save_image_grid
 from data.sets import evenly_spaced
-from experiment.files import check_folder, differences, write_arrays, write_json, write_text
+from experiment.files import check_folder, differences, read_json, write_arrays, write_json, write_text
 from experiment.randomness import SampleGenerators, normal_like, uniform
 from experiment.runtime import Interrupted, InvalidRun, Runtime, checked, code_version
 from models import make_network, make_score_model
@@ -970,12 +970,8 @@ def _check_workdir(config: ConfigDict, workdir: Path, free_fields: tuple[str, ..
     path = workdir / "config.json"
     if not path.exists():
         return
-    try:
-        stored = json.loads(path.read_bytes())
-        if not isinstance(stored, dict):
-            raise ValueError("it holds no object")
-    except ValueError as error:  # of which not being JSON, or not text, are kinds
-        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(stored := read_json(path), dict):
+        raise ValueError(f"{path} is damaged: it holds no object")
     if different := differences(stored, json.loads(config.to_json()), free_fields):
         raise ValueError(f"--workdir={workdir} holds another run: {different}")
 
