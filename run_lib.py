@@ -150,6 +150,8 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
         fused=True,
     )
     batches = TrainingBatches(train_data, seed=config.seed, batch_size=training.batch_size)
+    count = min(config.eval.batch_size, len(test_data))
+    test_levels, test_labels = test_data.batch(evenly_spaced(range(count), count, len(test_data)))
 
     def class_labels(labels: Tensor, generator: SampleGenerators | None) -> Tensor | None:
         """What a network that knows classes is told of them (b,): with a generator, now and then, none."""
@@ -178,11 +180,9 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
     def test_loss(step: int) -> dict[str, float]:
         """The score-matching loss of the moving average on (up to eval.batch_size) test images, always with
         the same times and noise."""
-        count = min(config.eval.batch_size, len(test_data))
         generator = SampleGenerators((config.seed, "test loss"), range(count))
-        levels, labels = test_data.batch(evenly_spaced(range(count), count, len(test_data)))
-        x0 = images.to_model(levels, generator).to(device)
-        terms = test_objective(x0, generator, class_labels=class_labels(labels, None))
+        x0 = images.to_model(test_levels, generator).to(device)
+        terms = test_objective(x0, generator, class_labels=class_labels(test_labels, None))
         return {"eval_loss": float(terms["dsm"])}
 
     def sample_grid(step: int) -> None:
@@ -192,6 +192,10 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
         drawn = runtime.gather(drawn)
         if runtime.is_main:
             save_image_grid(workdir / "samples" / f"step_{step:08d}.png", np.concatenate(drawn), images)
+
+    def begin() -> dict | None:
+        _decode_once(train_data, runtime)
+        return _state_to_begin_with(config, model, optimizer)
 
     hooks = [Hook(training.eval_freq, test_loss)]
     if training.snapshot_sampling:
@@ -212,9 +216,9 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
         save_freq=training.snapshot_freq_for_preemption,
         milestone_freq=training.snapshot_freq,
         keep=training.keep_checkpoints,
-        begin=lambda: _state_to_begin_with(config, model, optimizer),
+        begin=begin,
         record=_record(config, images, train_data),
-        check_record=lambda record: _check_data(record, train_data, workdir),
+        check_record=lambda record: _check_data(record, train_data, workdir, runtime),
         hooks=hooks,
         runtime=runtime,
         description=f"train {workdir.name}",
@@ -245,7 +249,17 @@ def _record(config: ConfigDict, images: ImageFormat, train_data: Split) -> dict:
     }
 
 
-def _check_data(record: dict, train_data: Split, workdir: Path) -> None:
+def _decode_once(data: Split, runtime: Runtime) -> None:
+    """Decode all image files before a run begins with them, so that a damaged one does not stop it later. They are then
+    known by the fingerprint that the run keeps."""
+    from data import FileSplit
+
+    if isinstance(data, FileSplit):
+        with runtime.progress(total=len(data), unit="image", desc=f"read {data.name}") as bar:
+            runtime.in_main_process(lambda: data.decode_all(bar.update))
+
+
+def _check_data(record: dict, train_data: Split, workdir: Path, runtime: Runtime) -> None:
     """A run goes on with the data that it began with. Of image files, dates are all that is compared."""
     from data import FileSplit
 
@@ -254,7 +268,7 @@ def _check_data(record: dict, train_data: Split, workdir: Path) -> None:
         return
     if isinstance(train_data, FileSplit):
         logger.warning("the training data are not, or not known to be, those of %s", workdir)
-        return
+        return _decode_once(train_data, runtime)
     raise ValueError(
         f"data.path: other training data than those of --workdir={workdir}; to go on with these take a new workdir and "
         "training.init_from"
@@ -826,6 +840,8 @@ def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime =
         _check_workdir(config, workdir, FREE_IN_EVALUATION)
         train_data, test_data = load_data(config, runtime)
         images = _image_format(config, train_data)
+        if not (workdir / "classifier" / "experiment.json").exists():
+            _decode_once(train_data, runtime)
         training = ClassifierTraining(
             workdir,
             build_sde(config),

@@ -46,17 +46,6 @@ def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path} is not a pickle of plain data: {first_line(error)}") from error
 
 
-class _Name:
-    """Something that a pickle may ask for."""
-
-    def __init__(self, name: str) -> None:
-        known = {"numpy dtype": _DataType, "numpy ndarray": None}
-        known |= dict.fromkeys((f"numpy.{core}.multiarray _reconstruct" for core in ("core", "_core")), _Array)
-        if name not in known:
-            raise ValueError(f"it asks for {name.replace(' ', '.')}")
-        self.kind = known[name]
-
-
 class _DataType:
     """Stands for numpy.dtype(code)."""
 
@@ -90,6 +79,14 @@ class _Array:
         if len(data) != math.prod(shape) * numpy_dtype.itemsize:
             raise ValueError(f"an array of shape {shape} and {numpy_dtype} cannot have {len(data)} bytes")
         self.value = np.frombuffer(data, numpy_dtype).reshape(shape, order="F" if fortran else "C")
+
+
+_CALLED = {
+    "numpy dtype": _DataType,
+    "numpy ndarray": _Array,  # only ever an argument of _reconstruct
+    "numpy.core.multiarray _reconstruct": _Array,  # NumPy 1
+    "numpy._core.multiarray _reconstruct": _Array,  # NumPy 2
+}
 
 
 def _build(content: bytes) -> Any:
@@ -128,13 +125,15 @@ def _build(content: bytes) -> Any:
                 stack[-1].update(zip(items[::2], items[1::2], strict=True))
             else:
                 raise ValueError("a dictionary has other keys than strings")
-        elif name == "GLOBAL":
-            stack.append(_Name(argument))
-        elif name == "STACK_GLOBAL":
-            stack[-2:] = [_Name(" ".join(stack[-2:]))]
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            if name == "STACK_GLOBAL":
+                argument = f"{stack.pop(-2)} {stack.pop()}"
+            if argument not in _CALLED:
+                raise ValueError(f"it asks for {argument.replace(' ', '.')}")
+            stack.append(_CALLED[argument])
         elif name == "REDUCE":
             called, arguments = stack[-2:]
-            stack[-2:] = [called.kind(*arguments)]
+            stack[-2:] = [called(*arguments)]
         elif name == "BUILD":
             stack[-2].set_state(stack.pop())
         elif name == "STOP":

@@ -70,8 +70,9 @@ def run_main(main: Callable[[list[str]], None], words: bool = False) -> None:
     """
 
     def guarded(argv: list[str]) -> None:
-        # --verbosity=1 also shows where an error happened.
-        level = logging.DEBUG if flags.FLAGS.verbosity > 0 else logging.INFO
+        # --verbosity=1 also shows where an error happened. Of several processes the first reports.
+        level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+        level = logging.DEBUG if flags.FLAGS.verbosity > 0 else level
         logging.basicConfig(level=level, format="%(message)s")
         logging.getLogger("matplotlib").setLevel(logging.WARNING)
         try:
