@@ -47,8 +47,6 @@ logger = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises on bad files."""
-_MAX_CLASSES = 100_000
-"""Labels beyond are not labels: networks have an output for every class."""
 _HALVES = {
     "train": ("train", "training", "trainset", "trainval"),
     "test": ("test", "testing", "testset"),
@@ -143,7 +141,8 @@ class FileSplit:
         labels: int64 (N,), or None.
         image_shape: (C, S, S) with C = 1 (grey) or 3 (RGB).
         num_classes: number of classes, None if and only if ``labels`` is.
-        crop: side in pixels of the central square; None: the shorter side of each image.
+        crop: side in pixels of the central square; None: the shorter side of each image. The filter is that of
+            score_sde_pytorch, in the first case bilinear (CelebA), in the second bicubic (LSUN).
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -170,12 +169,13 @@ class FileSplit:
         self.image_shape = image_shape
         self.num_classes = num_classes
         self.crop = crop
+        self.filter = Image.Resampling.BICUBIC if crop is None else Image.Resampling.BILINEAR
         try:
             stats = [(file, os.stat(folder / file)) for file in self.files]
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{name}: the image {error.filename} is missing") from error
         listing = sorted((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
-        self.fingerprint = _hash((image_shape, num_classes, crop, listing), self.labels.numpy())
+        self.fingerprint = _hash((image_shape, num_classes, crop, self.filter, listing), self.labels.numpy())
 
     def __len__(self) -> int:
         return len(self.files)
@@ -223,7 +223,7 @@ class FileSplit:
                 upright = upright.convert("L" if channels == 1 else "RGB")
         except _UNREADABLE as error:
             raise UnreadableImage(f"{self.name}: cannot read the image {file}: {first_line(error)}") from error
-        return _crop_and_resize(upright, self.crop or min(upright.size), size)
+        return _crop_and_resize(upright, self.crop or min(upright.size), size, self.filter)
 
 
 def _hash(description: object, *arrays: np.ndarray) -> str:
@@ -239,14 +239,16 @@ def _check_range(name: str, largest: int) -> None:
         raise UnreadableImage(f"{name}: no pixel is above level {largest} of 255; bring the images to levels 0 to 255")
 
 
-def _crop_and_resize(image: Image.Image, crop: int, size: int) -> Image.Image:
+def _crop_and_resize(
+    image: Image.Image, crop: int, size: int, resampling: Image.Resampling = Image.Resampling.BILINEAR
+) -> Image.Image:
     """The central square of side ``crop``, brought to side ``size``.
 
-    Pillow's bilinear filter widens with the reduction, so it does not alias; it is the filter of score_sde_pytorch
-    (``tf.image.resize`` with ``antialias=True``), except that ours rounds to 8 bits, which dequantisation needs.
+    Pillow's filters widen with the reduction, so they do not alias; they are those of ``tf.image.resize`` with
+    ``antialias=True``, except that ours round to 8 bits, which dequantisation needs.
     """
     left, top = (image.width - crop) // 2, (image.height - crop) // 2
-    return image.crop((left, top, left + crop, top + crop)).resize((size, size), Image.Resampling.BILINEAR)
+    return image.crop((left, top, left + crop, top + crop)).resize((size, size), resampling)
 
 
 # ------------------------------------------------------------------------------------------------------------ order
@@ -369,18 +371,15 @@ def load_dataset(
 
 def _check_labels(train: TensorSplit | FileSplit, test: TensorSplit | FileSplit, *, complete: bool) -> None:
     """Raise a ValueError unless all labels are classes and, of a ``complete`` set, all classes have training images."""
-    if train.num_classes is None:
+    if (count := train.num_classes) is None:
         return
-    for split in (train, test):
-        if split.labels.min() < 0 or split.labels.max() >= split.num_classes:
-            raise ValueError(
-                f"{split.name}: labels from {split.labels.min()} to {split.labels.max()}; allowed are 0 to "
-                f"{split.num_classes - 1}"
-            )
-    missing = torch.bincount(train.labels, minlength=train.num_classes).eq(0).nonzero().flatten().tolist()
-    if complete and missing:
-        numbers = ", ".join(map(str, missing))
-        raise ValueError(f"{train.name}: no image is of class {numbers:.60}; labels count from 0, without gaps")
+    present, labels = set(train.labels.tolist()), torch.cat([train.labels, test.labels])
+    if labels.min() < 0 or labels.max() >= count:
+        raise ValueError(f"{train.name}: labels from {labels.min()} to {labels.max()}; allowed are 0 to {count - 1}")
+    if complete and len(present) < count:
+        first = next(label for label in range(count) if label not in present)
+        more = f" and {count - len(present) - 1} more" if len(present) < count - 1 else ""
+        raise ValueError(f"{train.name}: no image is of class {first}{more}; labels count from 0, without gaps")
 
 
 def _in_both(train: TensorSplit | FileSplit, test: TensorSplit | FileSplit) -> list[object]:
@@ -467,11 +466,8 @@ def _npz(*, path: str | os.PathLike[str], image_size: int, resize: bool, **_) ->
             )
     _check_range(f"data.path={file}", max(int(arrays[f"{half}_images"].max(initial=0)) for half in ("train", "test")))
     for key, array in labels.items():
-        if array.dtype.kind not in "ui" or array.min(initial=0) < 0 or array.max(initial=0) >= _MAX_CLASSES:
-            raise ValueError(
-                f"data.path={file}: {key} must be integers from 0, below {_MAX_CLASSES}, not {array.dtype} from "
-                f"{array.min(initial=0)} to {array.max(initial=0)}"
-            )
+        if array.dtype.kind not in "ui":
+            raise ValueError(f"data.path={file}: {key} must be integers from 0, not {array.dtype}")
     num_classes = max(int(array.max(initial=0)) for array in labels.values()) + 1 if labels else None
     halves = [(arrays[f"{half}_images"], labels.get(f"{half}_labels")) for half in ("train", "test")]
     return _in_memory(file.stem, halves, num_classes=num_classes, image_size=image_size, resize=resize)
@@ -499,8 +495,8 @@ def _folder(
         everything = _image_files(folder, left_out)
         if within := next((f for f in everything if any(map(_half, Path(f).parts[:-1]))), None):
             raise ValueError(
-                f"data.path={folder}: {Path(within).parent}/ looks like one half of a set; give the folder that has "
-                "train/ and test/"
+                f"data.path={folder}: {Path(within).parent}/ looks like a half, which it can be at the top only; give "
+                "the folder that has train/ and test/, or rename it"
             )
         held_out = {file for file in everything if seed_from("hold-out", file) % 10 == 0}
         files = {"train": [f for f in everything if f not in held_out], "test": sorted(held_out)}
@@ -520,7 +516,7 @@ def _folder(
     number = {name: k for k, name in enumerate(classes)} if len(classes) > 1 else None
     halves = f"halves {' and '.join(present.values())}" if present else "a tenth held out by name"
     without = [f"{name} (neither half)" for name in _visible(folder) if present and name not in present.values()]
-    without += [f"{count} {what}" for what, count in left_out.items() if count]
+    without += [f"{what}: {count}" for what, count in left_out.items() if count]
     logger.info("folder %s: %s; left out: %s", folder, halves, "; ".join(without) or "nothing")
     return tuple(
         FileSplit(
@@ -591,11 +587,13 @@ def _check_header(file: Path, image_size: int | None) -> None:
     try:
         with Image.open(file) as image:
             width, height, mode = image.width, image.height, image.mode
-            # How the pixels are stored: Pillow reads colour of 16 bits as the first 8 of them.
-            stored = [(codec, coding) for codec, _, _, coding in image.tile]
+            # Of colour of 16 bits Pillow reads the first 8. What is stored is, in PPM, (mode, largest level).
+            deep = any(
+                ";16" in str(stored) or (codec[:3] == "ppm" and mode != "1" and stored[1] > 255)
+                for codec, _, _, stored in image.tile
+            )
     except _UNREADABLE as error:
         raise ValueError(f"data.path: cannot read the image {file}: {first_line(error)}") from error
-    deep = any(";16" in str(coding) or (codec.startswith("ppm") and coding[1] > 255) for codec, coding in stored)
     if mode[0] in "IF" or deep:  # other modes than these Pillow clips to 255
         raise ValueError(f"data.path: {file} has more than 8 bits per channel ({mode}); convert it to 8 bits")
     if image_size is not None and (width, height) != (image_size, image_size):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -120,25 +119,18 @@ def _check_size(claimed: int, most: int) -> None:
 
 
 def read_json(path: Path) -> object:
-    """The value in a ``.json``.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is damaged; the message names it.
-    """
+    """The value in a ``.json``; a ValueError that names the file if it is damaged."""
     return parse_json(path.read_bytes(), path)
 
 
 def parse_json(text: bytes | str, path: Path) -> object:
-    """The value that ``text``, of the file ``path``, stands for; errors as of ``read_json``."""
+    """The same of ``text``, which was read from the file ``path``."""
     try:
         value = json.loads(text)
         level = [value]
         for _ in range(_JSON_DEPTH):
-            nested = (
-                item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)
-            )
-            level = list(itertools.chain.from_iterable(nested))
+            nested = [item for item in level if isinstance(item, dict | list)]
+            level = [inner for item in nested for inner in (item.values() if isinstance(item, dict) else item)]
             if not level:
                 return value
         raise ValueError("it is nested too deeply")

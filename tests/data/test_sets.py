@@ -209,9 +209,9 @@ def corrupted(**changes) -> dict[str, np.ndarray]:
         ({"train_labels": np.zeros(11, int)}, ["a-train", "12 images", "(11,)"]),
         ({"train_labels": np.zeros((12, 2), int)}, ["a-train", "(12, 2)"]),
         ({"train_labels": np.zeros(12)}, ["train_labels", "float64", "integers"]),
-        ({"train_labels": np.arange(-1, 11)}, ["train_labels", "integers from 0", "-1 to 10"]),
-        ({"train_labels": np.full(12, 100_000)}, ["train_labels", "100000", "below 100000"]),
-        ({"train_labels": np.full(12, 2**63, np.uint64)}, ["train_labels", "9223372036854775808"]),
+        ({"train_labels": np.arange(-1, 11)}, ["a-train", "labels from -1 to 10", "0 to 10"]),
+        ({"train_labels": np.full(12, 100_000)}, ["a-train", "no image is of class 0 and 99999 more"]),
+        ({"train_labels": np.full(12, 2**63, np.uint64)}, ["a-train", "9223372036854775808"]),
     ],
 )
 def test_npz_contents_that_do_not_fit(tmp_path, changes, fragments):
@@ -223,8 +223,8 @@ def test_npz_contents_that_do_not_fit(tmp_path, changes, fragments):
     ("changes", "message"),
     [
         (dict(train_labels=1 + np.arange(12) % 3), r"a-train: no image is of class 0; labels count from 0"),
-        (dict(train_labels=np.arange(12) % 3 * 2), r"a-train: no image is of class 1, 3; labels"),
-        (dict(test_labels=np.full(5, 70_000)), r"a-train: no image is of class 3, 4, .{50,60}; labels"),
+        (dict(train_labels=np.arange(12) % 3 * 2), r"a-train: no image is of class 1 and 1 more; labels"),
+        (dict(test_labels=np.full(5, 70_000)), r"a-train: no image is of class 3 and 69997 more; labels"),
         (dict(train_images=arrays()["train_images"] % 2, test_images=arrays()["test_images"] % 2), r"level 1 of 255"),
         (dict(train_images=arrays()["train_images"] // 16, test_images=arrays()["test_images"] // 16), r"level 15 of"),
     ],
@@ -424,8 +424,8 @@ def test_folder_links(tmp_path, caplog):
     (tmp_path / "set/train/._d.png").write_text("what macOS leaves")
     train, test = load_dataset("folder", image_size=8, num_channels=1, path=tmp_path / "set")
     assert (train.files, test.files) == (["a.png", "far/c.png"], ["b.png"])
-    assert "1 files that are hidden or no images" in caplog.text
-    assert "4 links to folders that are read anyway" in caplog.text
+    assert "files that are hidden or no images: 1" in caplog.text
+    assert "links to folders that are read anyway: 4" in caplog.text
 
 
 def test_folder_hold_out(tmp_path):
@@ -516,6 +516,8 @@ def test_folder_unreadable_images(tmp_path):
     (tmp_path / "test/d.png").unlink()
     (tmp_path / "test/f.ppm").write_bytes(b"P6 8 8 4095\n" + bytes(8 * 8 * 6))
     refused(ValueError, "f.ppm", "8 bits", **request)
+    (tmp_path / "test/f.ppm").write_bytes(b"P1 8 8" + b" 1" * 64)
+    load_dataset(**request)
     (tmp_path / "test/f.ppm").unlink()
     (tmp_path / "test/g.png").write_bytes(deep_png())
     with Image.open(tmp_path / "test/g.png") as image:
