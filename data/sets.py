@@ -114,6 +114,10 @@ class TensorSplit:
             raise ValueError(f"{name}: {len(images)} images but labels of shape {tuple(self.labels.shape)}")
         if (labels is None) != (num_classes is None):
             raise ValueError(f"{name}: labels and num_classes={num_classes} go together")
+        if len(images) and not 0 <= self.labels.min() <= self.labels.max() < (num_classes or 1):
+            raise ValueError(
+                f"{name}: labels go from {self.labels.min()} to {self.labels.max()}, not 0 to {num_classes - 1}"
+            )
         self.image_shape = tuple(images.shape[1:])
         self.num_levels = num_levels
         self.num_classes = num_classes
@@ -361,25 +365,19 @@ def load_dataset(
         if (height, width) != (image_size, image_size):
             raise ValueError(_wrong_size(split.name, width, height, image_size))
     classes = "without classes" if train.num_classes is None else f"of {train.num_classes} classes"
-    logger.info("%s %s: %d training and %d test images %s", dataset, path, len(train), len(test), classes)
-    if type(train) is type(test) and isinstance(train, TensorSplit | FileSplit):
-        _check_labels(train, test, complete=name not in published.SETS)
-        if name not in published.SETS and (both := _in_both(train, test)):
+    given = f"{dataset} {path}".strip()
+    logger.info("%s: %d training and %d test images %s", given, len(train), len(test), classes)
+    if name not in published.SETS and type(train) is type(test) and isinstance(train, TensorSplit | FileSplit):
+        present = set(train.labels.tolist())
+        if train.num_classes not in (None, len(present)):
+            first = next(number for number in range(train.num_classes) if number not in present)
+            raise ValueError(
+                f"{train.name}: no image is of class {first}; {len(present)} of {train.num_classes} classes have any, "
+                "but labels are to count from 0 without gaps"
+            )
+        if both := _in_both(train, test):
             logger.warning("%d of %d test images are training images, too: %s …", len(both), len(test), both[0])
     return train, test
-
-
-def _check_labels(train: TensorSplit | FileSplit, test: TensorSplit | FileSplit, *, complete: bool) -> None:
-    """Raise a ValueError unless all labels are classes and, of a ``complete`` set, all classes have training images."""
-    if (count := train.num_classes) is None:
-        return
-    present, labels = set(train.labels.tolist()), torch.cat([train.labels, test.labels])
-    if labels.min() < 0 or labels.max() >= count:
-        raise ValueError(f"{train.name}: labels from {labels.min()} to {labels.max()}; allowed are 0 to {count - 1}")
-    if complete and len(present) < count:
-        first = next(label for label in range(count) if label not in present)
-        more = f" and {count - len(present) - 1} more" if len(present) < count - 1 else ""
-        raise ValueError(f"{train.name}: no image is of class {first}{more}; labels count from 0, without gaps")
 
 
 def _in_both(train: TensorSplit | FileSplit, test: TensorSplit | FileSplit) -> list[object]:
@@ -466,8 +464,8 @@ def _npz(*, path: str | os.PathLike[str], image_size: int, resize: bool, **_) ->
             )
     _check_range(f"data.path={file}", max(int(arrays[f"{half}_images"].max(initial=0)) for half in ("train", "test")))
     for key, array in labels.items():
-        if array.dtype.kind not in "ui":
-            raise ValueError(f"data.path={file}: {key} must be integers from 0, not {array.dtype}")
+        if array.dtype.kind not in "ui" or array.max(initial=0) >= 2**31:
+            raise ValueError(f"data.path={file}: {key} must be integers from 0, not {array.dtype} up to {array.max()}")
     num_classes = max(int(array.max(initial=0)) for array in labels.values()) + 1 if labels else None
     halves = [(arrays[f"{half}_images"], labels.get(f"{half}_labels")) for half in ("train", "test")]
     return _in_memory(file.stem, halves, num_classes=num_classes, image_size=image_size, resize=resize)

@@ -167,3 +167,21 @@ def test_what_comes_out_is_no_larger_than_the_file_allows(content, message, tmp_
 def test_a_missing_file(tmp_path: Path):
     with pytest.raises(FileNotFoundError):
         load_plain_pickle(tmp_path / "data")
+
+
+@pytest.mark.faults
+def test_damaged_bytes(tmp_path):
+    """Each of 3000 pickles with a few bytes changed or cut off is read as data, or refused in one line."""
+    random, path, refused = np.random.default_rng(0), tmp_path / "data", 0
+    whole = pickle.dumps(DATA, 3)
+    for _ in range(3000):
+        content = bytearray(whole)
+        for k in random.integers(0, len(content), random.integers(1, 4)):
+            content[k] = random.integers(256)
+        path.write_bytes(content[: random.integers(1, len(content))] if random.random() < 0.1 else content)
+        try:
+            load_plain_pickle(path)
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(f"{path} is not a pickle of plain data: ") and "\n" not in str(error)
+    assert 1000 < refused < 3000
