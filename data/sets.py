@@ -45,8 +45,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises on bad files."""
 _HALVES = {
     "train": ("train", "training", "trainset", "trainval"),
     "test": ("test", "testing", "testset"),
@@ -225,7 +223,7 @@ class FileSplit:
                     page = Image.new("RGBA", upright.size, "white")
                     upright = Image.alpha_composite(page, upright.convert("RGBA"))
                 upright = upright.convert("L" if channels == 1 else "RGB")
-        except _UNREADABLE as error:
+        except Exception as error:  # Pillow raises unrelated types on damaged files
             raise UnreadableImage(f"{self.name}: cannot read the image {file}: {first_line(error)}") from error
         return _crop_and_resize(upright, self.crop or min(upright.size), size, self.filter)
 
@@ -590,7 +588,7 @@ def _check_header(file: Path, image_size: int | None) -> None:
                 ";16" in str(stored) or (codec[:3] == "ppm" and mode != "1" and stored[1] > 255)
                 for codec, _, _, stored in image.tile
             )
-    except _UNREADABLE as error:
+    except Exception as error:
         raise ValueError(f"data.path: cannot read the image {file}: {first_line(error)}") from error
     if mode[0] in "IF" or deep:  # other modes than these Pillow clips to 255
         raise ValueError(f"data.path: {file} has more than 8 bits per channel ({mode}); convert it to 8 bits")
