@@ -209,7 +209,7 @@ class FileSplit:
                 levels += threads.map(largest, range(start, min(start + 1024, len(self))))
                 progress(len(levels) - start)
         if errors := [level for level in levels if isinstance(level, UnreadableImage)]:
-            more = f"; so are {len(errors) - 1} others" if len(errors) > 1 else ""
+            more = f"; and {len(errors) - 1} more" if len(errors) > 1 else ""
             raise UnreadableImage(f"{errors[0]}{more}")
         _check_range(self.name, max(levels, default=255))
 
