@@ -43,7 +43,7 @@ from checkpoints import (
 from configs.checks import check
 from data.pixels import GRID_IMAGES, ImageFormat, save_image_grid
 from data.sets import evenly_spaced
-from experiment.files import check_folder, differences, write_arrays, write_json, write_text
+from experiment.files import check_folder, differences, parse_json, read_json, write_arrays, write_json, write_text
 from experiment.randomness import SampleGenerators, normal_like, uniform
 from experiment.runtime import Interrupted, InvalidRun, Runtime, checked, code_version
 from models import make_network, make_score_model
@@ -151,6 +151,8 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
         fused=True,
     )
     batches = TrainingBatches(train_data, seed=config.seed, batch_size=training.batch_size)
+    count = min(config.eval.batch_size, len(test_data))
+    test_levels, test_labels = test_data.batch(evenly_spaced(range(count), count, len(test_data)))
 
     def class_labels(labels: Tensor, generator: SampleGenerators | None) -> Tensor | None:
         """What a network that knows classes is told of them (b,): with a generator, now and then, none."""
@@ -179,11 +181,9 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
     def test_loss(step: int) -> dict[str, float]:
         """The score-matching loss of the moving average on (up to eval.batch_size) test images, always with
         the same times and noise."""
-        count = min(config.eval.batch_size, len(test_data))
         generator = SampleGenerators((config.seed, "test loss"), range(count))
-        levels, labels = test_data.batch(evenly_spaced(range(count), count, len(test_data)))
-        x0 = images.to_model(levels, generator).to(device)
-        terms = test_objective(x0, generator, class_labels=class_labels(labels, None))
+        x0 = images.to_model(test_levels, generator).to(device)
+        terms = test_objective(x0, generator, class_labels=class_labels(test_labels, None))
         return {"eval_loss": float(terms["dsm"])}
 
     def sample_grid(step: int) -> None:
@@ -193,6 +193,10 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
         drawn = runtime.gather(drawn)
         if runtime.is_main:
             save_image_grid(workdir / "samples" / f"step_{step:08d}.png", np.concatenate(drawn), images)
+
+    def begin() -> dict | None:
+        _decode_once(train_data, runtime)
+        return _state_to_begin_with(config, model, optimizer)
 
     hooks = [Hook(training.eval_freq, test_loss)]
     if training.snapshot_sampling:
@@ -213,9 +217,9 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
         save_freq=training.snapshot_freq_for_preemption,
         milestone_freq=training.snapshot_freq,
         keep=training.keep_checkpoints,
-        begin=lambda: _state_to_begin_with(config, model, optimizer),
+        begin=begin,
         record=_record(config, images, train_data),
-        check_record=lambda record: _check_data(record, train_data, workdir),
+        check_record=lambda record: _check_data(record, train_data, workdir, runtime),
         hooks=hooks,
         runtime=runtime,
         description=f"train {workdir.name}",
@@ -246,7 +250,17 @@ def _record(config: ConfigDict, images: ImageFormat, train_data: Split) -> dict:
     }
 
 
-def _check_data(record: dict, train_data: Split, workdir: Path) -> None:
+def _decode_once(data: Split, runtime: Runtime) -> None:
+    """Decode all image files before a run begins with them, so that a damaged one does not stop it later. They are then
+    known by the fingerprint that the run keeps."""
+    from data import FileSplit
+
+    if isinstance(data, FileSplit):
+        with runtime.progress(total=len(data), unit="image", desc=f"read {data.name}") as bar:
+            runtime.in_main_process(lambda: data.decode_all(bar.update))
+
+
+def _check_data(record: dict, train_data: Split, workdir: Path, runtime: Runtime) -> None:
     """A run goes on with the data that it began with. Of image files, dates are all that is compared."""
     from data import FileSplit
 
@@ -255,7 +269,7 @@ def _check_data(record: dict, train_data: Split, workdir: Path) -> None:
         return
     if isinstance(train_data, FileSplit):
         logger.warning("the training data are not, or not known to be, those of %s", workdir)
-        return
+        return _decode_once(train_data, runtime)
     raise ValueError(
         f"data.path: other training data than those of --workdir={workdir}; to go on with these take a new workdir and "
         "training.init_from"
@@ -738,18 +752,18 @@ def load(
     if config is None:
         if not _is_own(state, path):
             raise ValueError(f"{path} is a public checkpoint: give load(…, config=…) the config it was trained with")
-        config = _config_from_json(state["record"]["config"])
+        config = _config_from_json(state["record"]["config"], path)
     check(config)
     return _score_from_state(state, path, config, torch.device(device))
 
 
-def _config_from_json(text: str) -> ConfigDict:
+def _config_from_json(text: str, path: Path) -> ConfigDict:
     def with_tuples(value: object) -> object:  # which JSON has not
         if isinstance(value, dict):
             return {name: with_tuples(field) for name, field in value.items()}
         return tuple(value) if isinstance(value, list) else value
 
-    return ConfigDict(with_tuples(json.loads(text)))
+    return ConfigDict(with_tuples(parse_json(text, path)))
 
 
 def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | None, runtime: Runtime) -> TrainedScore:
@@ -839,6 +853,8 @@ def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime =
         _check_workdir(config, workdir, FREE_IN_EVALUATION)
         train_data, test_data = load_data(config, runtime)
         images = _image_format(config, train_data)
+        if not (workdir / "classifier" / "experiment.json").exists():
+            _decode_once(train_data, runtime)
         training = ClassifierTraining(
             workdir,
             build_sde(config),
@@ -983,12 +999,8 @@ def _check_workdir(config: ConfigDict, workdir: Path, free_fields: tuple[str, ..
     path = workdir / "config.json"
     if not path.exists():
         return
-    try:
-        stored = json.loads(path.read_bytes())
-        if not isinstance(stored, dict):
-            raise ValueError("it holds no object")
-    except ValueError as error:  # of which not being JSON, or not text, are kinds
-        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(stored := read_json(path), dict):
+        raise ValueError(f"{path} is damaged: it holds no object")
     if different := differences(stored, json.loads(config.to_json()), free_fields):
         raise ValueError(f"--workdir={workdir} holds another run: {different}")
 

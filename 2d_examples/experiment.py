@@ -17,7 +17,7 @@ from checkpoints import CheckpointError, CheckpointStore, load_state_dict_strict
 from conservativeness import asymmetry
 from evaluation import neighbourhood_metrics
 from exact.distributions import TWO_DIMENSIONAL, NoisedDistribution, entropy
-from experiment.files import claim, read_arrays, write_arrays, write_json
+from experiment.files import claim, read_arrays, read_json, write_arrays, write_json
 from experiment.jobs import Update
 from experiment.randomness import normal_like, seed_from
 from experiment.registry import resolve
@@ -189,7 +189,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, device: str, exact: bo
         trainer(config, workdir, Runtime(device, on_progress=update)).run()
     step = 0 if exact else config.training.n_iters
     try:
-        record = json.loads((workdir / "eval" / "metrics.json").read_bytes())
+        record = read_json(workdir / "eval" / "metrics.json")
         if record["step"] == step and read_arrays(workdir / "eval" / "arrays.npz"):
             return record
     except (OSError, ValueError, KeyError):

@@ -11,7 +11,6 @@ Source: Chao, Sun, Cheng, Lee, "On Investigating the Conservative Property of Sc
 (ICML 2023).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from conservativeness import asymmetry
 from experiment.command_line import available_cores, check_positive, command
 from experiment.figures import COLOURS, LINES, new_figure
-from experiment.files import claim
+from experiment.files import claim, parse_json
 from experiment.jobs import Update, run_all
 from experiment.randomness import seed_from
 from experiment.results import markdown_table, write_results
@@ -100,9 +99,10 @@ def train(workdir: Path, estimator: str, seed: int, n_iters: int, device: str, u
     optimizer = torch.optim.Adam(model.parameters(), lr=RECIPE["learning_rate"], betas=betas, eps=RECIPE["eps"])
     options = {"n_iters": n_iters, "log_freq": LOG_FREQ, "save_freq": SAVE_FREQ, "grad_clip": RECIPE["grad_clip"]}
     fit(model, optimizer, loss, folder, observe=observe, runtime=runtime, **options)
-    curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    log = folder / "metrics.jsonl"
+    curve = [parse_json(row, log) for row in log.read_bytes().splitlines()]
     if not curve or curve[-1]["step"] != n_iters:
-        raise ValueError(f"{folder / 'metrics.jsonl'} has been cut short; delete {folder} to train this run again")
+        raise ValueError(f"{log} has been cut short; delete {folder} to train this run again")
     return curve
 
 

@@ -1,9 +1,9 @@
 """Reading pickles that hold data and nothing else.
 
-A pickle is a program: it calls what it names. Here every name but those that NumPy's arrays are pickled with is
-refused, before anything is called, and of those none is NumPy's own: stand-ins take note of data type, shape and bytes,
-and the array is made from them when they have been found to fit. What can come out is dictionaries, lists, tuples,
-strings, bytes, numbers, booleans, None, and arrays of integers, floating-point numbers or booleans.
+A pickle is a program: it calls what it names. Here it is not run. Its instructions are read one by one, and those are
+understood that build dictionaries, lists, tuples, strings, bytes, numbers, booleans, None, and NumPy's arrays of
+integers, floating-point numbers or booleans. An array is made when its data type, shape and bytes have been found to
+fit. A dictionary, list or tuple may stand in one place only, so that what comes out is no larger than the file allows.
 
 Read are the pickles of NumPy 1 and 2 on Python 3, in protocols 3 and 4, which ImageNet-32x32 is published in.
 """
@@ -12,16 +12,24 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
+import pickletools
 import re
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiment.files import first_line
+
 __all__ = ["load_plain_pickle"]
 
 _NUMERIC = re.compile(r"[biuf][1248]|b1")
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+_TAKEN = {"TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPENDS": 0, "APPEND": 1, "SETITEMS": 0, "SETITEM": 2}
+"""How many values an instruction takes from the stack; 0: all above the mark."""
+_VALUE = re.compile(r"(SHORT_)?BIN(INT[12]?|FLOAT|BYTES8?|UNICODE8?)|LONG[14]")
+_VALUES = {opcode.name for opcode in pickletools.opcodes if _VALUE.fullmatch(opcode.name)}
 
 
 def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
@@ -31,78 +39,121 @@ def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
         ValueError: the file is damaged, or would need anything but data to be read.
         OSError: there is no such file, or it cannot be read.
     """
-    with open(path, "rb") as file:
-        try:
-            return _with_arrays(_Unpickler(file).load())
-        except OSError:
-            raise
-        except Exception as error:  # a damaged pickle fails in whatever it says by accident
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{path} is not a pickle of plain data: {reason}") from error
+    content = Path(path).read_bytes()
+    try:
+        return _data(_build(content))
+    except Exception as error:  # a damaged pickle fails in whatever it says by accident
+        raise ValueError(f"{path} is not a pickle of plain data: {first_line(error)}") from error
 
 
 class _DataType:
-    """Stands in for numpy.dtype."""
+    """Stands for numpy.dtype(code)."""
 
     def __init__(self, code: Any, *_: Any) -> None:
         if not isinstance(code, str) or not _NUMERIC.fullmatch(code):
-            raise pickle.UnpicklingError(f"arrays of {code!r} are not numbers")
+            raise ValueError(f"arrays of {code!r} are not numbers")
         self.code, self.order = code, "|"
 
-    def __setstate__(self, state: Any) -> None:
+    def set_state(self, state: Any) -> None:
         order, subarray, names, fields = state[1:5]
         if order not in ("<", ">", "|", "=") or (subarray, names, fields) != (None, None, None):
-            raise pickle.UnpicklingError("arrays of records are not numbers")
+            raise ValueError("arrays of records are not numbers")
         self.order = order
 
 
 class _Array:
-    """Stands in for an array, which is made of its state."""
+    """Stands for an array, which is made of its state."""
 
     value: np.ndarray | None = None
 
     def __init__(self, *_: Any) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
+    def set_state(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
         if not isinstance(dtype, _DataType) or not isinstance(data, bytes) or not isinstance(shape, tuple):
-            raise pickle.UnpicklingError("an array is not numbers of a shape")
+            raise ValueError("an array is not numbers of a shape")
         if not all(type(n) is int and n >= 0 for n in shape):
-            raise pickle.UnpicklingError(f"an array cannot have the shape {shape}")
+            raise ValueError(f"an array cannot have the shape {shape}")
         numpy_dtype = np.dtype(dtype.order + dtype.code)
         if len(data) != math.prod(shape) * numpy_dtype.itemsize:
-            raise pickle.UnpicklingError(f"an array of shape {shape} and {numpy_dtype} cannot have {len(data)} bytes")
+            raise ValueError(f"an array of shape {shape} and {numpy_dtype} cannot have {len(data)} bytes")
         self.value = np.frombuffer(data, numpy_dtype).reshape(shape, order="F" if fortran else "C")
 
 
-_STAND_INS = {
-    ("numpy", "dtype"): _DataType,
-    ("numpy", "ndarray"): _Array,  # only ever an argument of _reconstruct
-    ("numpy.core.multiarray", "_reconstruct"): _Array,  # NumPy 1
-    ("numpy._core.multiarray", "_reconstruct"): _Array,  # NumPy 2
+_CALLED = {
+    "numpy dtype": _DataType,
+    "numpy ndarray": _Array,  # only ever an argument of _reconstruct
+    "numpy.core.multiarray _reconstruct": _Array,  # NumPy 1
+    "numpy._core.multiarray _reconstruct": _Array,  # NumPy 2
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> partial:
-        if (module, name) not in _STAND_INS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return partial(_STAND_INS[module, name])  # a fresh one each time: what a pickle does to it ends with it
+def _build(content: bytes) -> Any:
+    """What the instructions build, with arrays as their stand-ins."""
+    stack: list[Any] = []
+    below: list[list[Any]] = []  # the stacks below each mark
+    memo: dict[int, Any] = {}
+    for opcode, argument, _ in pickletools.genops(content):
+        name = opcode.name
+        if name in _VALUES:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            stack.append(_EMPTY[name]())
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+            if isinstance(stack[-1], dict | list | tuple):
+                raise ValueError(f"a {type(stack[-1]).__name__} stands in it twice")
+        elif name == "MARK":
+            below.append(stack)
+            stack = []
+        elif name in _TAKEN:
+            if count := _TAKEN[name]:
+                items = stack[-count:]
+                del stack[-count:]
+            else:
+                items, stack = stack, below.pop()
+            if name.startswith("TUPLE"):
+                stack.append(tuple(items))
+            elif name.startswith("APPEND"):
+                stack[-1].extend(items)
+            elif all(isinstance(key, str) for key in items[::2]):
+                stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            else:
+                raise ValueError("a dictionary has other keys than strings")
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            if name == "STACK_GLOBAL":
+                argument = f"{stack.pop(-2)} {stack.pop()}"
+            if argument not in _CALLED:
+                raise ValueError(f"it asks for {argument.replace(' ', '.')}")
+            stack.append(_CALLED[argument])
+        elif name == "REDUCE":
+            called, arguments = stack[-2:]
+            stack[-2:] = [called(*arguments)]
+        elif name == "BUILD":
+            stack[-2].set_state(stack.pop())
+        elif name == "STOP":
+            return stack.pop()
+        elif name not in ("PROTO", "FRAME"):
+            raise ValueError(f"it has the instruction {name}")
 
 
-def _with_arrays(value: Any) -> Any:
+def _data(value: Any) -> Any:
     """The data with arrays in place of their stand-ins.
 
     Raises:
-        pickle.UnpicklingError: something other than data came out.
+        ValueError: something other than data came out.
     """
     if isinstance(value, _Array) and value.value is not None:
         return value.value
     if isinstance(value, dict):
-        return {_with_arrays(k): _with_arrays(v) for k, v in value.items()}
+        return {key: _data(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(_with_arrays, value))
+        return type(value)(map(_data, value))
     if value is None or isinstance(value, bool | int | float | str | bytes):
         return value
-    raise pickle.UnpicklingError(f"it holds a {type(value).__name__}")
+    raise ValueError(f"it holds a {type(value).__name__}")

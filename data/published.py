@@ -113,7 +113,12 @@ def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     wrong = f"{path} is not a batch of ImageNet-32x32"
     if not isinstance(batch, dict) or not {"data", "labels"} <= batch.keys():
         raise ValueError(f"{wrong}: it has no data and labels")
-    data, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
+    # Of a list of strings NumPy would make each as long as the longest.
+    if isinstance(batch["labels"], list) and not all(isinstance(label, int | float) for label in batch["labels"]):
+        raise ValueError(f"{wrong}: labels are not numbers")
+    if not isinstance(batch["data"], np.ndarray):
+        raise ValueError(f"{wrong}: data is a {type(batch['data']).__name__}, not an array")
+    data, labels = batch["data"], np.asarray(batch["labels"])
     if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
         raise ValueError(f"{wrong}: data must be uint8 (N, 3072), not {data.dtype} {data.shape}")
     if labels.dtype.kind not in "ui" or labels.shape != (len(data),):

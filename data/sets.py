@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -39,11 +42,17 @@ __all__ = [
     "load_dataset",
 ]
 
+logger = logging.getLogger(__name__)
+
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises on bad files."""
-_MAX_CLASSES = 100_000
-"""Labels beyond are not labels: networks have an output for every class."""
+_HALVES = {
+    "train": ("train", "training", "trainset", "trainval"),
+    "test": ("test", "testing", "testset"),
+    "val": ("val", "valid", "validation", "dev", "eval", "evaluation", "holdout"),
+}
+"""Words in a folder's name, in whatever case, by which it looks like a half."""
+_DARK = 16
+"""The largest level of images that were meant for fewer than 256 levels; 15 is what 12 bits give in place of 16."""
 
 
 # ----------------------------------------------------------------------------------------------------------- splits
@@ -103,6 +112,10 @@ class TensorSplit:
             raise ValueError(f"{name}: {len(images)} images but labels of shape {tuple(self.labels.shape)}")
         if (labels is None) != (num_classes is None):
             raise ValueError(f"{name}: labels and num_classes={num_classes} go together")
+        if len(images) and not 0 <= self.labels.min() <= self.labels.max() < (num_classes or 1):
+            raise ValueError(
+                f"{name}: labels go from {self.labels.min()} to {self.labels.max()}, not 0 to {num_classes - 1}"
+            )
         self.image_shape = tuple(images.shape[1:])
         self.num_levels = num_levels
         self.num_classes = num_classes
@@ -130,11 +143,12 @@ class FileSplit:
         labels: int64 (N,), or None.
         image_shape: (C, S, S) with C = 1 (grey) or 3 (RGB).
         num_classes: number of classes, None if and only if ``labels`` is.
-        crop: side in pixels of the central square; None: the shorter side of each image.
+        crop: side in pixels of the central square; None: the shorter side of each image. The filter is that of
+            score_sde_pytorch, in the first case bilinear (CelebA), in the second bicubic (LSUN).
 
     Raises:
         FileNotFoundError: a file is missing.
-        UnreadableImage: from ``batch``.
+        UnreadableImage: from ``batch`` and ``decode_all``.
     """
 
     num_levels = 256
@@ -157,12 +171,13 @@ class FileSplit:
         self.image_shape = image_shape
         self.num_classes = num_classes
         self.crop = crop
+        self.filter = Image.Resampling.BICUBIC if crop is None else Image.Resampling.BILINEAR
         try:
             stats = [(file, os.stat(folder / file)) for file in self.files]
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{name}: the image {error.filename} is missing") from error
         listing = sorted((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
-        self.fingerprint = _hash((image_shape, num_classes, crop, listing), self.labels.numpy())
+        self.fingerprint = _hash((image_shape, num_classes, crop, self.filter, listing), self.labels.numpy())
 
     def __len__(self) -> int:
         return len(self.files)
@@ -175,15 +190,42 @@ class FileSplit:
             image[:] = np.asarray(self._decode(self.folder / self.files[i])).reshape(size, size, channels)
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), self.labels[chosen]
 
+    def decode_all(self, progress: Callable[[int], object] = lambda count: None) -> None:
+        """Decode every file, before there is work that one could stop; ``progress`` is told how many more are done.
+
+        Raises:
+            UnreadableImage: one cannot be read, or all are nearly black.
+        """
+
+        def largest(i: int) -> int | UnreadableImage:
+            try:
+                return int(self.batch([i])[0].max())
+            except UnreadableImage as error:
+                return error
+
+        levels = []
+        with ThreadPoolExecutor() as threads:
+            for start in range(0, len(self), 1024):
+                levels += threads.map(largest, range(start, min(start + 1024, len(self))))
+                progress(len(levels) - start)
+        if errors := [level for level in levels if isinstance(level, UnreadableImage)]:
+            more = f"; and {len(errors) - 1} more" if len(errors) > 1 else ""
+            raise UnreadableImage(f"{errors[0]}{more}")
+        _check_range(self.name, max(levels, default=255))
+
     def _decode(self, file: Path) -> Image.Image:
         channels, size, _ = self.image_shape
         try:
             with Image.open(file) as image:
                 # Cameras store the orientation apart from the pixels.
-                upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-        except _UNREADABLE as error:
+                upright = ImageOps.exif_transpose(image)
+                if upright.has_transparency_data:  # which may have any colour; a page shows white there
+                    page = Image.new("RGBA", upright.size, "white")
+                    upright = Image.alpha_composite(page, upright.convert("RGBA"))
+                upright = upright.convert("L" if channels == 1 else "RGB")
+        except Exception as error:  # Pillow raises unrelated types on damaged files
             raise UnreadableImage(f"{self.name}: cannot read the image {file}: {first_line(error)}") from error
-        return _crop_and_resize(upright, self.crop or min(upright.size), size)
+        return _crop_and_resize(upright, self.crop or min(upright.size), size, self.filter)
 
 
 def _hash(description: object, *arrays: np.ndarray) -> str:
@@ -193,14 +235,22 @@ def _hash(description: object, *arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _crop_and_resize(image: Image.Image, crop: int, size: int) -> Image.Image:
+def _check_range(name: str, largest: int) -> None:
+    """Refuse images whose levels are not 0 to 255: they would be black to a model."""
+    if largest <= _DARK:
+        raise UnreadableImage(f"{name}: no pixel is above level {largest} of 255; bring the images to levels 0 to 255")
+
+
+def _crop_and_resize(
+    image: Image.Image, crop: int, size: int, resampling: Image.Resampling = Image.Resampling.BILINEAR
+) -> Image.Image:
     """The central square of side ``crop``, brought to side ``size``.
 
-    Pillow's bilinear filter widens with the reduction, so it does not alias; it is the filter of score_sde_pytorch
-    (``tf.image.resize`` with ``antialias=True``), except that ours rounds to 8 bits, which dequantisation needs.
+    Pillow's filters widen with the reduction, so they do not alias; they are those of ``tf.image.resize`` with
+    ``antialias=True``, except that ours round to 8 bits, which dequantisation needs.
     """
     left, top = (image.width - crop) // 2, (image.height - crop) // 2
-    return image.crop((left, top, left + crop, top + crop)).resize((size, size), Image.Resampling.BILINEAR)
+    return image.crop((left, top, left + crop, top + crop)).resize((size, size), resampling)
 
 
 # ------------------------------------------------------------------------------------------------------------ order
@@ -312,7 +362,34 @@ def load_dataset(
             raise ValueError(f"data.num_channels={num_channels}, but {split.name} has {channels}-channel images")
         if (height, width) != (image_size, image_size):
             raise ValueError(_wrong_size(split.name, width, height, image_size))
+    classes = "without classes" if train.num_classes is None else f"of {train.num_classes} classes"
+    given = f"{dataset} {path}".strip()
+    logger.info("%s: %d training and %d test images %s", given, len(train), len(test), classes)
+    if name not in published.SETS and type(train) is type(test) and isinstance(train, TensorSplit | FileSplit):
+        present = set(train.labels.tolist())
+        if train.num_classes not in (None, len(present)):
+            first = next(number for number in range(train.num_classes) if number not in present)
+            raise ValueError(
+                f"{train.name}: no image is of class {first}; {len(present)} of {train.num_classes} classes have any, "
+                "but labels are to count from 0 without gaps"
+            )
+        if both := _in_both(train, test):
+            logger.warning("%d of %d test images are training images, too: %s …", len(both), len(test), both[0])
     return train, test
+
+
+def _in_both(train: TensorSplit | FileSplit, test: TensorSplit | FileSplit) -> list[object]:
+    """Which test images are training images, too, byte by byte: their files, or their numbers in memory."""
+    if isinstance(train, TensorSplit):
+        known = {hash(image.tobytes()) for image in train.images.numpy()}
+        return [i for i, image in enumerate(test.images.numpy()) if hash(image.tobytes()) in known]
+
+    halves = [[split.folder / file for file in split.files] for split in (train, test)]
+    for key in (lambda file: file.stat().st_size, lambda file: _hash("", np.fromfile(file, np.uint8))):
+        keys = [{file: key(file) for file in half} for half in halves]
+        common = set(keys[0].values()) & set(keys[1].values())
+        halves = [[file for file in half if half[file] in common] for half in keys]
+    return halves[1]
 
 
 def _wrong_size(name: object, width: int, height: int, image_size: int) -> str:
@@ -364,13 +441,14 @@ def _digits(*, image_size: int, resize: bool, **_) -> tuple[Split, ...]:
 
 def _npz(*, path: str | os.PathLike[str], image_size: int, resize: bool, **_) -> tuple[Split, ...]:
     """A NumPy archive with ``train_images`` and ``test_images``, uint8 (N, H, W) or (N, H, W, C), and optionally
-    ``train_labels`` and ``test_labels``, integers (N,) counted from 0."""
+    ``train_labels`` and ``test_labels``, integers (N,) or (N, 1) counted from 0."""
     file = _given("path", path, "npz", "a file with train_images, test_images and, if any, train_labels, test_labels")
     try:
         arrays = read_arrays(file)
     except ValueError as error:
         raise ValueError(f"data.path: {first_line(error)}") from error
     labels = {key: arrays[key] for key in ("train_labels", "test_labels") if key in arrays}
+    labels = {key: array[:, 0] if array.shape[1:] == (1,) else array for key, array in labels.items()}
     # Labels for one half only are a mistake, not a set without labels.
     wanted = ["train_images", "test_images", *(["train_labels", "test_labels"] if labels else [])]
     if missing := [key for key in wanted if key not in arrays]:
@@ -382,12 +460,10 @@ def _npz(*, path: str | os.PathLike[str], image_size: int, resize: bool, **_) ->
                 f"data.path={file}: {key} must be uint8 (levels 0 to 255) of shape (N, H, W) or (N, H, W, C), not "
                 f"{images.dtype} of shape {images.shape}"
             )
+    _check_range(f"data.path={file}", max(int(arrays[f"{half}_images"].max(initial=0)) for half in ("train", "test")))
     for key, array in labels.items():
-        if array.dtype.kind not in "ui" or array.min(initial=0) < 0 or array.max(initial=0) >= _MAX_CLASSES:
-            raise ValueError(
-                f"data.path={file}: {key} must be integers from 0, below {_MAX_CLASSES}, not {array.dtype} from "
-                f"{array.min(initial=0)} to {array.max(initial=0)}"
-            )
+        if array.dtype.kind not in "ui" or array.max(initial=0) >= 2**31:
+            raise ValueError(f"data.path={file}: {key} must be integers from 0, not {array.dtype} up to {array.max()}")
     num_classes = max(int(array.max(initial=0)) for array in labels.values()) + 1 if labels else None
     halves = [(arrays[f"{half}_images"], labels.get(f"{half}_labels")) for half in ("train", "test")]
     return _in_memory(file.stem, halves, num_classes=num_classes, image_size=image_size, resize=resize)
@@ -398,25 +474,26 @@ def _folder(
 ) -> tuple[Split, ...]:
     """A folder of images, at any depth, hidden files excepted.
 
-    With subfolders ``train`` and ``test`` those are the halves. Otherwise an image is held out for testing when a
-    hash of its relative name falls in one tenth of all values: the choice is the same on every machine, and images
-    added later move none of the others between the halves. If every image lies in a subfolder of its half, and there
-    are at least two of these, the names of the subfolders in alphabetical order are the classes.
+    With a subfolder for training and one for testing those are the halves. Otherwise an image is held out for testing
+    when a hash of its relative name falls in one tenth of all values: the choice is the same on every machine, and
+    images added later move none of the others between the halves. If every image lies in a subfolder of its half, and
+    there are at least two of these, the names of the subfolders in alphabetical order are the classes.
     """
     folder = _given("path", path, "folder", "a folder of images")
     if not folder.is_dir():
         raise ValueError(f"data.path={folder} is not a folder")
-    present = [half for half in ("train", "test") if (folder / half).is_dir()]
-    if len(present) == 1:
-        raise ValueError(
-            f"data.path={folder} has {present[0]}/ without its counterpart; a folder has both train/ and test/, or "
-            "neither to hold out 10 % by name"
-        )
-    roots = {half: folder / half if present else folder for half in ("train", "test")}
+    present = _find_halves(folder)
+    roots = {half: folder / name for half, name in present.items()} or dict.fromkeys(("train", "test"), folder)
+    left_out: Counter[str] = Counter()
     if present:
-        files = {half: _image_files(roots[half]) for half in roots}
+        files = {half: _image_files(root, left_out) for half, root in roots.items()}
     else:
-        everything = _image_files(folder)
+        everything = _image_files(folder, left_out)
+        if within := next((f for f in everything if any(map(_half, Path(f).parts[:-1]))), None):
+            raise ValueError(
+                f"data.path={folder}: {Path(within).parent}/ looks like a half, which it can be at the top only; give "
+                "the folder that has train/ and test/, or rename it"
+            )
         held_out = {file for file in everything if seed_from("hold-out", file) % 10 == 0}
         files = {"train": [f for f in everything if f not in held_out], "test": sorted(held_out)}
         if everything and not all(files.values()):
@@ -433,6 +510,10 @@ def _folder(
     in_subfolders = all("/" in file for half in files.values() for file in half)
     classes = sorted({file.split("/")[0] for half in files.values() for file in half}) if in_subfolders else []
     number = {name: k for k, name in enumerate(classes)} if len(classes) > 1 else None
+    halves = f"halves {' and '.join(present.values())}" if present else "a tenth held out by name"
+    without = [f"{name} (neither half)" for name in _visible(folder) if present and name not in present.values()]
+    without += [f"{what}: {count}" for what, count in left_out.items() if count]
+    logger.info("folder %s: %s; left out: %s", folder, halves, "; ".join(without) or "nothing")
     return tuple(
         FileSplit(
             f"{folder.resolve().name}-{half}",
@@ -446,29 +527,70 @@ def _folder(
     )
 
 
-def _image_files(folder: Path) -> list[str]:
-    """Names of all images below a folder, relative to it, with forward slashes, sorted."""
+def _visible(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+
+
+def _half(name: str) -> str | None:
+    """Which half a folder looks like by a word of its name: ``Training``, ``testA``, ``images_val``."""
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
+    return next((half for half, known in _HALVES.items() if any(word in known for word in words)), None)
+
+
+def _find_halves(folder: Path) -> dict[str, str]:
+    """The names of the subfolders for training and for testing, or nothing."""
+    found: dict[str, list[str]] = {half: [] for half in _HALVES}
+    for name in _visible(folder):
+        if (folder / name).is_dir() and (half := _half(name)):
+            found[half].append(name)
+    train, test, val = ([n for n in names if n.lower() == half] or names for half, names in found.items())
+    halves = [train, test or val]
+    if not any(halves):
+        return {}
+    if any(len(names) != 1 for names in halves):
+        raise ValueError(
+            f"data.path={folder}: {', '.join(train + halves[1])} looks like a half; there must be one subfolder for "
+            "training and one for testing, best called train/ and test/, or none to hold out 10 % by name"
+        )
+    return {"train": train[0], "test": halves[1][0]}
+
+
+def _image_files(folder: Path, left_out: Counter[str]) -> list[str]:
+    """Names of all images below a folder, relative to it, with forward slashes, sorted; ``left_out`` counts others."""
 
     def refuse(error: OSError) -> None:
         raise error  # os.walk would pass over a folder that it may not read
 
+    root = folder.resolve()
+    seen = {root, *root.parents}
     found = []
     for parent, subfolders, files in os.walk(folder, onerror=refuse, followlinks=True):
         # Hidden files are not pictures: macOS leaves a "._name.jpg" for each file on foreign disks.
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        images = (name for name in files if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES))
-        found += [(Path(parent).relative_to(folder) / name).as_posix() for name in images]
+        visible = {name: Path(parent, name).resolve() for name in sorted(subfolders) if not name.startswith(".")}
+        subfolders[:] = [name for name, place in visible.items() if not (place in seen or seen.add(place))]
+        left_out["links to folders that are read anyway"] += len(visible) - len(subfolders)
+        for name in files:
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                found.append((Path(parent).relative_to(folder) / name).as_posix())
+            else:
+                left_out["files that are hidden or no images"] += 1
     return sorted(found)
 
 
 def _check_header(file: Path, image_size: int | None) -> None:
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise ValueError(f"data.path: {file} is no regular file")
     try:
         with Image.open(file) as image:
             width, height, mode = image.width, image.height, image.mode
-    except _UNREADABLE as error:
+            # Of colour of 16 bits Pillow reads the first 8. What is stored is, in PPM, (mode, largest level).
+            deep = any(
+                ";16" in str(stored) or (codec[:3] == "ppm" and mode != "1" and stored[1] > 255)
+                for codec, _, _, stored in image.tile
+            )
+    except Exception as error:
         raise ValueError(f"data.path: cannot read the image {file}: {first_line(error)}") from error
-    if mode[0] in "IF":
-        # Pillow would clip such pixels to 255 rather than rescale them.
+    if mode[0] in "IF" or deep:  # other modes than these Pillow clips to 255
         raise ValueError(f"data.path: {file} has more than 8 bits per channel ({mode}); convert it to 8 bits")
     if image_size is not None and (width, height) != (image_size, image_size):
         raise ValueError(_wrong_size(file, width, height, image_size))

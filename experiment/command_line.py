@@ -19,6 +19,7 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
+import absl.logging
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -70,9 +71,10 @@ def run_main(main: Callable[[list[str]], None], words: bool = False) -> None:
     """
 
     def guarded(argv: list[str]) -> None:
-        # --verbosity=1 also shows where an error happened.
-        level = logging.DEBUG if flags.FLAGS.verbosity > 0 else logging.INFO
-        logging.basicConfig(level=level, format="%(message)s")
+        # --verbosity=1 also shows where an error happened. Of several processes the first reports.
+        level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+        logging.getLogger().setLevel(logging.DEBUG if flags.FLAGS.verbosity > 0 else level)
+        absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
         logging.getLogger("matplotlib").setLevel(logging.WARNING)
         try:
             main(argv)

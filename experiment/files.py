@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+import stat
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,19 +54,88 @@ def write_arrays(path: Path, **arrays: object) -> None:
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
+_EXPANSION = 1032
+"""How many times its size deflated data can be at most."""
+_JSON_DEPTH = 100
+"""Levels of nesting; ours have five."""
+
+
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an ``.npz``; nothing is unpickled.
+    """All arrays of an ``.npz``; nothing is unpickled, and no memory taken for more than the file can hold.
 
     Raises:
         ValueError: the file is missing or damaged, or holds something else.
     """
+    with _reading(path) as stream, zipfile.ZipFile(stream) as archive:
+        members = archive.infolist()
+        _check_size(sum(member.file_size for member in members), _EXPANSION * os.fstat(stream.fileno()).st_size)
+        if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in members):
+            raise ValueError("it is compressed in another way than NumPy does")
+        arrays = {}
+        for member in members:
+            with archive.open(member) as array:
+                arrays[member.filename.removesuffix(".npy")] = _read_array(array, member.file_size)
+        return arrays
+
+
+def read_array(path: Path) -> np.ndarray:
+    """The array of an ``.npy``, read and refused like those of ``read_arrays``."""
+    with _reading(path) as stream:
+        return _read_array(stream, os.fstat(stream.fileno()).st_size)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[BinaryIO]:
+    """The file, opened; whatever is raised meanwhile becomes a ValueError that names it."""
     try:
-        # Opened here because numpy leaves a damaged file open.
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            # A member that is no array comes out as bytes.
-            return {name: np.asarray(archive[name]) for name in archive.files}
-    except Exception as error:  # numpy, zipfile and zlib raise half a dozen unrelated types on damaged files
-        raise ValueError(f"{path} is missing or damaged: {error}") from error
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is no regular file")  # a pipe would be waited for
+        with open(path, "rb") as stream:
+            yield stream
+    except Exception as error:  # numpy, zipfile and zlib raise a dozen unrelated types on damaged files
+        raise ValueError(f"{path} is missing or damaged: {first_line(error)}") from error
+
+
+def _read_array(stream: BinaryIO, size: int) -> np.ndarray:
+    """The array in a stream of ``size`` bytes in the format of ``.npy``."""
+    version = np.lib.format.read_magic(stream)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(stream)
+    if dtype.hasobject:
+        raise ValueError("it holds objects, which are pickled (allow_pickle): only arrays of numbers are read")
+    _check_size(stream.tell() + math.prod(shape) * dtype.itemsize, size)
+    stream.seek(0)
+    array = np.lib.format.read_array(stream, allow_pickle=False)
+    if stream.read(1):  # which at the end of a zip's member also compares its checksum
+        raise ValueError("more is in it than its header says")
+    return array
+
+
+def _check_size(claimed: int, most: int) -> None:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if claimed > min(most, memory):
+        reason = f"the file can hold {most}" if claimed > most else f"this machine has {memory}"
+        raise ValueError(f"it claims {claimed} bytes, but {reason}")
+
+
+def read_json(path: Path) -> object:
+    """The value in a ``.json``; a ValueError that names the file if it is damaged."""
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(text: bytes | str, path: Path) -> object:
+    """The same of ``text``, which was read from the file ``path``."""
+    try:
+        value = json.loads(text)
+        level = [value]
+        for _ in range(_JSON_DEPTH):
+            nested = [item for item in level if isinstance(item, dict | list)]
+            level = [inner for item in nested for inner in (item.values() if isinstance(item, dict) else item)]
+            if not level:
+                return value
+        raise ValueError("it is nested too deeply")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {first_line(error)}") from None
 
 
 def first_line(error: Exception) -> str:
@@ -125,8 +198,8 @@ def claim(
     if (folder / "config.json").exists():
         raise ValueError(f"--workdir={workdir}: holds a run of main.py (config.json); choose another folder")
     if marker.exists():
+        record = read_json(marker)
         try:
-            record = json.loads(marker.read_bytes())
             owner, stored = record["experiment"], dict(record["settings"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{marker} is damaged: {error!r}") from None

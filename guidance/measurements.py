@@ -13,7 +13,6 @@ from __future__ import annotations
 import abc
 import math
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiment.files import read_array
 from experiment.registry import resolve
 
 _RANK_TOLERANCE = 1e-4
@@ -262,11 +262,11 @@ def _read_mask(mask: str, height: int, width: int) -> Tensor:
     allowed = f"{', '.join(_HALVES)}, top,left,height,width, or the file of an image"
     if not Path(mask).suffix:
         raise ValueError(f"sampling.mask={mask!r}: allowed are {allowed}")
+    if not Path(mask).is_file():
+        raise FileNotFoundError(f"sampling.mask={mask!r}: no such file; allowed are {allowed}")
     try:
         with Image.open(mask) as image:
             pixels = np.asarray(image.convert("L"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"sampling.mask={mask!r}: no such file; allowed are {allowed}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"sampling.mask={mask!r}: not an image that can be read: {error}") from None
     if pixels.shape != (height, width):
@@ -281,12 +281,10 @@ def _read_matrix(path: str) -> Tensor:
     if not path:
         raise ValueError("sampling.operator is not set: give a .npy file with a matrix (m, channels·height·width)")
     try:
-        array = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"sampling.operator={path!r}: no such file") from None
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise ValueError(f"sampling.operator={path!r}: not a .npy file that can be read: {error}") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        array = read_array(Path(path))
+    except ValueError as error:
+        raise ValueError(f"sampling.operator: {error}") from None
+    if array.dtype.kind not in "fiu":
         raise ValueError(f"sampling.operator={path!r}: holds no matrix of numbers")
     return torch.from_numpy(array.astype(np.float64))
 

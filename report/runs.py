@@ -6,7 +6,6 @@ Files of a run W: ``config.json``, ``eval/metrics.json`` (both required), ``metr
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiment.files import read_arrays
+from experiment.files import parse_json, read_arrays
 
 
 class Column(NamedTuple):
@@ -143,11 +142,8 @@ def load_run(path: Path) -> Run:
 
 def _json_rows(file: Path) -> list[dict[str, Any]]:
     """The JSON object of a .json file, or those of the lines of a .jsonl file."""
-    try:
-        text = file.read_bytes().decode()
-        rows = [json.loads(part) for part in (text.splitlines() if file.suffix == ".jsonl" else [text])]
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
+    text = file.read_bytes()
+    rows = [parse_json(part, file) for part in (text.splitlines() if file.suffix == ".jsonl" else [text])]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{file} is damaged: JSON objects are needed")
     return rows

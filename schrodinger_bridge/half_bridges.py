@@ -14,7 +14,6 @@ keeps only the trajectories that its part of the batches comes from, and the num
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from checkpoints import CheckpointError
 from configs.dsb.common import check
 from data import TensorSplit
-from experiment.files import claim, flatten, write_json
+from experiment.files import claim, flatten, read_json, write_json
 from experiment.randomness import seed_from
 from experiment.registry import resolve
 from experiment.runtime import Runtime
@@ -139,7 +138,7 @@ class BridgeRun:
         """
         self.runtime.in_main_process(lambda: claim(self.workdir, "schrodinger_bridge", self._settings()))
         path = self.workdir / "history.json"
-        self.history = json.loads(path.read_bytes()) if path.exists() else []
+        self.history = read_json(path) if path.exists() else []
         self.runtime.check_agreement("what has been measured", len(self.history), self.workdir)
         finished, num_ipf = max(0, len(self.history) - 1), self.config.bridge.num_ipf
         if finished > 2 * num_ipf:

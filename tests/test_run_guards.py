@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_files import save
 from locks import lock_held_elsewhere
 from test_run_lib import CPU, tiny_config
 
 import run_lib
 from checkpoints import read_checkpoint
+from data import FileSplit
 from experiment import files
 
 
@@ -53,9 +55,9 @@ def test_samples_under_other_settings_go_to_another_folder(tmp_path):
 
 def save_images(path: Path, brightness: int, count: int = 40) -> None:
     rng = np.random.default_rng(0)
-    images = rng.integers(brightness, brightness + 50, (count, 8, 8), dtype=np.uint8)
+    train, test = rng.integers(brightness, brightness + 50, (2, count, 8, 8), dtype=np.uint8)
     labels = np.arange(count)
-    np.savez(path, train_images=images, test_images=images, train_labels=labels, test_labels=labels)
+    np.savez(path, train_images=train, test_images=test, train_labels=labels, test_labels=labels)
 
 
 def test_training_goes_on_with_the_same_data_only(tmp_path, caplog):
@@ -75,6 +77,34 @@ def test_training_goes_on_with_the_same_data_only(tmp_path, caplog):
     other.eval.update(enable_bpd=False, enable_asymmetry=False, enable_sampling=False)
     run_lib.evaluate(other, tmp_path / "w", CPU)
     assert "other data than those that" in caplog.text
+
+
+def test_a_damaged_image_is_found_before_training(tmp_path, monkeypatch):
+    """Files are decoded once, before a run begins with them, and again only if they change."""
+    for k in range(20):
+        half = tmp_path / "set" / ("train" if k < 16 else "test")
+        save(half / f"{k:02d}.png", np.random.default_rng(k).integers(0, 256, (8, 8), dtype=np.uint8))
+    damaged = tmp_path / "set/train/09.png"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-40])
+    decoded, decode_all = [], FileSplit.decode_all
+    monkeypatch.setattr(FileSplit, "decode_all", lambda split, told: decoded.append(split) or decode_all(split, told))
+
+    def train(steps: int) -> None:
+        data = dict(data__dataset="folder", data__path=str(tmp_path / "set"), training__batch_size=2)
+        run_lib.train(tiny_config(**data, training__n_iters=steps), tmp_path / "w", CPU)
+
+    with pytest.raises(run_lib.InvalidRun, match=r"set-train: cannot read the image .*09\.png"):
+        train(2)
+    assert not (tmp_path / "w" / "config.json").exists()
+    damaged.write_bytes(whole)
+    train(1)
+    assert len(decoded) == 2
+    train(2)
+    assert len(decoded) == 2
+    damaged.write_bytes(whole[:-40])
+    with pytest.raises(run_lib.InvalidRun, match=r"cannot read the image .*09\.png"):
+        train(3)
 
 
 def test_too_few_training_images_for_fid_are_refused_before_sampling(tmp_path):

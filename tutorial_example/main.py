@@ -7,14 +7,13 @@ Source of the choice of ideas: Trombetta, "Introduction to Score-based models" (
 """
 
 import importlib
-import json
 import sys
 from functools import partial
 from pathlib import Path
 
 from experiment.command_line import available_cores, check_positive, command
 from experiment.figures import save_figure
-from experiment.files import claim, write_json
+from experiment.files import claim, read_json, write_json
 from experiment.jobs import Update, run_all
 from experiment.results import markdown_table, number, write_results
 
@@ -41,7 +40,7 @@ FIGURES = {
 def finished(folder: Path, name: str) -> dict | None:
     """What an earlier call has computed."""
     try:
-        return json.loads((folder / "runs" / name / "result.json").read_bytes())
+        return read_json(folder / "runs" / name / "result.json")
     except (OSError, ValueError):  # not there, or damaged
         return None
 

@@ -18,7 +18,6 @@ processes or steps are asked for; table and figure are of those that were.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,7 @@ from evaluation import Features, fid_with_error
 from exact.gaussian_law import diagonalise, sampler_law, wasserstein
 from experiment.command_line import available_cores, check_positive, command
 from experiment.figures import new_figure
-from experiment.files import claim, read_arrays, write_json
+from experiment.files import claim, read_arrays, read_json, write_json
 from experiment.jobs import Update, run_all
 from experiment.results import markdown_table, number, write_results
 from experiment.runtime import Runtime
@@ -144,7 +143,7 @@ def sample(
             fid, error = fid_with_error(real.pool, generated.pool)
             row = {"sampler": sampler, "K": steps, "num_samples": count, "nfe": float(drawn["nfe"])}
             write_json(path, row | {"fid": fid, "fid_se": error})
-        rows.append(json.loads(path.read_bytes()))
+        rows.append(read_json(path))
     return rows
 
 

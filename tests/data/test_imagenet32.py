@@ -79,6 +79,8 @@ def test_missing_batches_are_named(published):
         ({"labels": [0, 1, 2]}, r"labels go from 0 to 2, not 1 to 1000"),
         ({"labels": [1.5, 1.0, 2.0]}, r"labels float64 \(3,\)"),
         ({"labels": None}, "labels"),
+        ({"labels": ["1", "2", "3"]}, r"labels (are not numbers|<U1)"),
+        ({"data": [b"pixels"] * 3}, r"data (is a list, not an array|must be uint8)"),
     ],
     ids=str,
 )

@@ -137,6 +137,51 @@ def test_arrays_that_do_not_fit(shape, tmp_path):
         load_plain_pickle(tmp_path / "data")
 
 
+def doubled(empty: bytes, join: bytes) -> bytes:
+    """Sixty containers, each of which holds the one before twice: 2^60 in the end."""
+    return empty + b"q\x00" + b"".join(join.replace(b"?", b"h%c" % k) + b"q%c" % (k + 1) for k in range(60)) + b"."
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (doubled(b"]", b"](??e"), "a list stands in it twice"),
+        (doubled(b")", b"??\x86"), "a tuple stands in it twice"),
+        (doubled(b"}", b"}X\x01\x00\x00\x00a?sX\x01\x00\x00\x00b?s"), "a dict stands in it twice"),
+        (b"]q\x00h\x00a.", "a list stands in it twice"),
+        (b"]2\x86.", "instruction DUP"),
+        (b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b"abc.", "1099511627776"),
+        (b"}K\x01K\x01s.", "other keys than strings"),  # of which many can be made to collide
+        (b"]" * 20_000 + b"a" * 19_999 + b".", "recursion"),
+        (b"cnumpy\ndtype\nq\x00(h\x00)}NtbK\x01\x85R.", "set_state"),  # a partial function of itself
+    ],
+)
+def test_what_comes_out_is_no_larger_than_the_file_allows(content, message, tmp_path):
+    (tmp_path / "data").write_bytes(content)
+    with pytest.raises(ValueError, match=f"data is not a pickle of plain data: .*{message}"):
+        load_plain_pickle(tmp_path / "data")
+    (tmp_path / "data").write_bytes(b"]r\xff\xff\xff\x7f.")  # a memo of 2^31 entries, of which one is used
+    assert load_plain_pickle(tmp_path / "data") == []
+
+
 def test_a_missing_file(tmp_path: Path):
     with pytest.raises(FileNotFoundError):
         load_plain_pickle(tmp_path / "data")
+
+
+@pytest.mark.faults
+def test_damaged_bytes(tmp_path):
+    """Each of 3000 pickles with a few bytes changed or cut off is read as data, or refused in one line."""
+    random, path, refused = np.random.default_rng(0), tmp_path / "data", 0
+    whole = pickle.dumps(DATA, 3)
+    for _ in range(3000):
+        content = bytearray(whole)
+        for k in random.integers(0, len(content), random.integers(1, 4)):
+            content[k] = random.integers(256)
+        path.write_bytes(content[: random.integers(1, len(content))] if random.random() < 0.1 else content)
+        try:
+            load_plain_pickle(path)
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(f"{path} is not a pickle of plain data: ") and "\n" not in str(error)
+    assert 1000 < refused < 3000

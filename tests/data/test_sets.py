@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import ml_collections
@@ -20,7 +23,7 @@ from image_files import refused, save
 from PIL import Image
 from traps import Trap
 
-from data import TensorSplit, load_dataset, sets
+from data import TensorSplit, UnreadableImage, load_dataset, sets
 
 # ------------------------------------------------------------------------------------------------------------ digits
 
@@ -126,14 +129,14 @@ def test_tensors_that_are_no_images_are_refused():
 
 
 def arrays(channels: int | None = None, size: int = 6) -> dict[str, np.ndarray]:
-    """Genuinely random images: 12 for training, 5 for testing, classes 0 … 3."""
+    """Genuinely random images: 12 for training, 5 for testing, classes 0 … 2."""
     random = np.random.default_rng(0)
     shape = (size, size) if channels is None else (size, size, channels)
     return {
         "train_images": random.integers(0, 256, (12, *shape), dtype=np.uint8),
         "train_labels": np.arange(12, dtype=np.uint8) % 3,
         "test_images": random.integers(0, 256, (5, *shape), dtype=np.uint8),
-        "test_labels": np.array([0, 1, 2, 3, 0], dtype=np.int32),
+        "test_labels": np.array([0, 1, 2, 0, 1], dtype=np.int32),
     }
 
 
@@ -151,7 +154,7 @@ def test_npz_round_trip(tmp_path, channels, labelled, save):
         )
         assert labels.dtype == torch.int64
         assert labels.tolist() == (data[f"{half}_labels"].tolist() if labelled else [0] * len(split))
-        assert split.num_classes == (4 if labelled else None)  # the classes of both halves together
+        assert split.num_classes == (3 if labelled else None)
         assert split.num_levels == 256 and split.name == f"mine-{half}"
 
 
@@ -204,16 +207,58 @@ def corrupted(**changes) -> dict[str, np.ndarray]:
         ({"train_images": np.zeros((12, 36), np.uint8)}, ["train_images", "(12, 36)"]),
         ({"train_images": np.zeros((0, 6, 6), np.uint8), "train_labels": np.zeros(0, int)}, ["a-train", "no images"]),
         ({"train_labels": np.zeros(11, int)}, ["a-train", "12 images", "(11,)"]),
-        ({"train_labels": np.zeros((12, 1), int)}, ["a-train", "(12, 1)"]),
+        ({"train_labels": np.zeros((12, 2), int)}, ["a-train", "(12, 2)"]),
         ({"train_labels": np.zeros(12)}, ["train_labels", "float64", "integers"]),
-        ({"train_labels": np.arange(-1, 11)}, ["train_labels", "integers from 0", "-1 to 10"]),
-        ({"train_labels": np.full(12, 100_000)}, ["train_labels", "100000", "below 100000"]),
-        ({"train_labels": np.full(12, 2**63, np.uint64)}, ["train_labels", "9223372036854775808"]),
+        ({"train_labels": np.arange(-1, 11)}, ["a-train", "labels go from -1 to 10, not 0 to 10"]),
+        ({"train_labels": np.full(12, 100_000)}, ["a-train", "no image is of class 0; 1 of 100001 classes have any"]),
+        ({"train_labels": np.full(12, 2**63, np.uint64)}, ["data.path", "train_labels", "9223372036854775808"]),
     ],
 )
 def test_npz_contents_that_do_not_fit(tmp_path, changes, fragments):
     np.savez(tmp_path / "a.npz", **corrupted(**changes))
     refused(ValueError, *fragments, dataset="npz", image_size=6, num_channels=1, path=tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict(train_labels=1 + np.arange(12) % 3),
+            r"a-train: no image is of class 0; 3 of 4 classes .* from 0 without gaps",
+        ),
+        (dict(train_labels=np.arange(12) % 3 * 2), r"a-train: no image is of class 1; 3 of 5 "),
+        (dict(test_labels=np.full(5, 70_000)), r"a-train: no image is of class 3; 3 of 70001 "),
+        (dict(train_images=arrays()["train_images"] % 2, test_images=arrays()["test_images"] % 2), r"level 1 of 255"),
+        (dict(train_images=arrays()["train_images"] // 16, test_images=arrays()["test_images"] // 16), r"level 15 of"),
+    ],
+)
+def test_npz_without_images_of_a_class_or_of_few_levels(changes, message, tmp_path):
+    np.savez(tmp_path / "a.npz", **corrupted(**changes))
+    with pytest.raises(ValueError, match=message):
+        load_dataset("npz", image_size=6, num_channels=1, path=tmp_path / "a.npz")
+
+
+def test_labels_in_a_column_and_images_in_both_halves(tmp_path, caplog):
+    """Labels of shape (N, 1) are those of shape (N,). What each half holds is said, and what they share."""
+    caplog.set_level(logging.INFO)
+    data = arrays()
+    data["test_images"][3] = data["train_images"][7]
+    np.savez(tmp_path / "a.npz", **data | {key: data[key][:, None] for key in ("train_labels", "test_labels")})
+    train, _ = load_dataset("npz", image_size=6, num_channels=1, path=tmp_path / "a.npz")
+    assert train.labels.tolist() == data["train_labels"].tolist()
+    assert f"npz {tmp_path}/a.npz: 12 training and 5 test images of 3 classes" in caplog.text
+    assert "1 of 5 test images are training images, too: 3 …" in caplog.text
+
+
+def test_labels_that_are_no_classes_are_refused(monkeypatch):
+    def load(**_):
+        labels = torch.tensor([0, 1, 255])  # as in a damaged file of MNIST
+        return [TensorSplit("mine", pictures().images, labels, num_classes=10) for _ in range(2)]
+
+    monkeypatch.setattr(sets, "of_a_test", load, raising=False)
+    refused(
+        ValueError, "labels go from 0 to 255, not 0 to 9", dataset="data.sets:of_a_test", image_size=4, num_channels=1
+    )
 
 
 def test_npz_never_unpickles(tmp_path):
@@ -270,7 +315,7 @@ def test_npz_files_that_are_damaged_or_absent(tmp_path):
         encrypted[start + 6] |= 1
     (tmp_path / "encrypted.npz").write_bytes(encrypted)
     wants(ValueError, "encrypted.npz", "encrypted")
-    wants(ValueError, "", "Is a directory")
+    wants(ValueError, "", "no regular file")
 
 
 # ------------------------------------------------------------------------------------------------------------ folder
@@ -285,6 +330,7 @@ def test_folder_with_halves_and_classes(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     save(tmp_path / "train/owl/b.png", pixels[0])
     save(tmp_path / "train/cat/deep/er/A.BMP", pixels[1])
+    save(tmp_path / "train/dog/a.png", pixels[2])
     save(tmp_path / "test/dog/c.webp", pixels[2], lossless=True)
     save(tmp_path / "test/owl/d.png", pixels[3])
     (tmp_path / "train/owl/notes.txt").write_text("not an image")
@@ -295,7 +341,7 @@ def test_folder_with_halves_and_classes(tmp_path):
     train, test = load_dataset("folder", image_size=8, num_channels=3, path=tmp_path)
     assert (train.name, test.name) == (f"{tmp_path.name}-train", f"{tmp_path.name}-test")
     assert train.image_shape == (3, 8, 8) and train.num_levels == 256 and train.num_classes == test.num_classes == 3
-    images, labels = train.batch([1, 0])  # sorted by name: cat/deep/er/A.BMP, owl/b.png
+    images, labels = train.batch([2, 0])  # sorted by name: cat/deep/er/A.BMP, dog/a.png, owl/b.png
     assert labels.tolist() == [2, 0] and images.dtype == torch.uint8
     assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), pixels[[0, 1]])
     images, labels = test.batch(torch.arange(2))
@@ -311,6 +357,80 @@ def test_folder_without_classes(tmp_path, names):
         save(tmp_path / name, grey(7))
     for half in load_dataset("folder", image_size=8, num_channels=1, path=tmp_path):
         assert half.num_classes is None and half.batch(range(len(half)))[1].tolist() == [0] * len(half)
+
+
+@pytest.mark.parametrize(
+    ("names", "halves"),
+    [
+        ("train test", "train test"),
+        ("Train Test", "Train Test"),
+        ("TRAINING TESTING", "TRAINING TESTING"),
+        ("training validation", "training validation"),
+        ("training testing", "training testing"),
+        ("train val test", "train test"),
+        ("train valid", "train valid"),
+        ("trainA testA", "trainA testA"),
+        ("cars_train cars_test", "cars_train cars_test"),
+        ("train2017 val2017 annotations", "train2017 val2017"),
+        ("train train_masks test other", "train test"),
+        ("trainA trainB testA testB", None),
+        ("training cats", None),
+        ("Test cats", None),
+        ("train Train test", None),
+        ("cats/train cats/test dogs/train", None),
+        ("data/training data/testing", None),
+        ("trains testaments valleys", ""),
+    ],
+)
+def test_folder_halves_under_other_names(names, halves, tmp_path, caplog):
+    """Understood or refused, but never trained on as two classes; what is left out is said."""
+    caplog.set_level(logging.INFO)
+    for name in names.split():
+        for k in range(3 if halves != "" else 30):  # of which a tenth is to be held out
+            save(tmp_path / name / f"{k}.png", grey(200))
+    request = {"dataset": "folder", "image_size": 8, "num_channels": 1, "path": tmp_path}
+    if halves is None:
+        refused(ValueError, f"data.path={tmp_path}", "looks like", "train/ and test/", **request)
+        return
+    train, test = load_dataset(**request)
+    if not halves:
+        assert train.num_classes == 3 and train.folder == test.folder == tmp_path
+        return
+    assert [split.folder.name for split in (train, test)] == halves.split() and (len(train), len(test)) == (3, 3)
+    assert "3 training and 3 test images without classes" in caplog.text
+    for name in set(names.split()) - set(halves.split()):
+        assert f"{name} (neither half)" in caplog.text
+    assert ("left out: nothing" in caplog.text) == (len(names.split()) == 2)
+
+
+def test_folder_files_in_both_halves(tmp_path, monkeypatch, caplog):
+    """Found by their bytes; only files of equal size are read."""
+    for k in range(5):
+        save(tmp_path / f"train/{k}.bmp", grey(10 * k, 8 + k, 8))
+    save(tmp_path / "test/a.bmp", grey(20, 10, 8))
+    save(tmp_path / "test/b.bmp", grey(21, 11, 8))
+    save(tmp_path / "test/c.bmp", grey(21, 11, 12))
+    read, fromfile = [], np.fromfile
+    monkeypatch.setattr(sets.np, "fromfile", lambda file, *rest: read.append(file.name) or fromfile(file, *rest))
+    load_dataset("folder", image_size=8, num_channels=1, path=tmp_path, resize=True)
+    assert f"1 of 3 test images are training images, too: {tmp_path}/test/a.bmp" in caplog.text
+    assert sorted(read) == ["2.bmp", "3.bmp", "a.bmp", "b.bmp"]
+
+
+def test_folder_links(tmp_path, caplog):
+    """A link to a folder that is read anyway multiplies nothing; a link to another one is followed."""
+    caplog.set_level(logging.INFO)
+    save(tmp_path / "elsewhere/c.png", grey(3))
+    save(tmp_path / "set/train/a.png", grey(1))
+    save(tmp_path / "set/test/b.png", grey(2))
+    for name, target in (("up", ".."), ("here", "."), ("far", "../../elsewhere"), ("top", "../../..")):
+        (tmp_path / "set/train" / name).symlink_to(target)
+    (tmp_path / "elsewhere/round").symlink_to("../set/train")
+    (tmp_path / "set/train/._d.png").write_text("what macOS leaves")
+    train, test = load_dataset("folder", image_size=8, num_channels=1, path=tmp_path / "set")
+    assert (train.files, test.files) == (["a.png", "far/c.png"], ["b.png"])
+    assert "files that are hidden or no images: 1" in caplog.text
+    assert "links to folders that are read anyway: 4" in caplog.text
 
 
 def test_folder_hold_out(tmp_path):
@@ -399,6 +519,22 @@ def test_folder_unreadable_images(tmp_path):
     save(tmp_path / "test/d.png", np.full((8, 8), 1000, dtype=np.uint16))
     refused(ValueError, "d.png", "8 bits", **request)
     (tmp_path / "test/d.png").unlink()
+    (tmp_path / "test/f.ppm").write_bytes(b"P6 8 8 4095\n" + bytes(8 * 8 * 6))
+    refused(ValueError, "f.ppm", "8 bits", **request)
+    (tmp_path / "test/f.ppm").write_bytes(b"P1 8 8" + b" 1" * 64)
+    load_dataset(**request)
+    (tmp_path / "test/f.ppm").unlink()
+    (tmp_path / "test/g.png").write_bytes(deep_png())
+    with Image.open(tmp_path / "test/g.png") as image:
+        assert image.mode == "RGB"  # which is what Pillow makes of 16 bits
+    refused(ValueError, "g.png", "8 bits", **request)
+    (tmp_path / "test/g.png").unlink()
+    os.mkfifo(tmp_path / "test/h.png")
+    refused(ValueError, "h.png", "no regular file", **request)
+    (tmp_path / "test/h.png").unlink()
+    (tmp_path / "test/i.png").symlink_to("gone.png")
+    refused(ValueError, "i.png", "No such file", **request)
+    (tmp_path / "test/i.png").unlink()
     # The header of this one is whole, so that only decoding can tell.
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)).save(buffer, "png")
@@ -407,6 +543,48 @@ def test_folder_unreadable_images(tmp_path):
     assert test.batch([0])[0].shape == (1, 1, 8, 8)
     with pytest.raises(ValueError, match=r"cannot read the image .*e\.png"):
         test.batch([0, 1])
+    with pytest.raises(UnreadableImage, match=r"cannot read the image .*e\.png: [^;]*$"):
+        test.decode_all()
+    (tmp_path / "test/f.png").write_bytes(buffer.getvalue()[:-40])
+    seen = []
+    with pytest.raises(UnreadableImage, match=r"cannot read the image .*e\.png: .*; and 1 more"):
+        load_dataset(**request)[1].decode_all(seen.append)
+    assert seen == [3]
+
+
+def deep_png() -> bytes:
+    """8×8 pixels in colour of 16 bits, which Pillow cannot write."""
+
+    def chunk(content: bytes) -> bytes:
+        return struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + struct.pack(">H", 4095) * 24) * 8)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(map(chunk, (b"IHDR" + header, b"IDAT" + pixels, b"IEND")))
+
+
+def test_folder_pixels_that_show_through_or_are_dark(tmp_path):
+    """Transparent pixels are white, whatever their colour, or between. 0 and 1 are not grey levels."""
+    ghost = np.zeros((8, 8, 4), dtype=np.uint8)
+    ghost[..., 0] = 200
+    ghost[4:, :, 3] = 255
+    ghost[6:, :, 3] = 51
+    save(tmp_path / "train/a.png", ghost)
+    grey_ghost = Image.fromarray(ghost).convert("LA")
+    grey_ghost.save(tmp_path / "train/b.png")
+    palette = Image.fromarray(np.indices((8, 8)).sum(0).astype(np.uint8) % 2, "P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.save(tmp_path / "train/c.gif", transparency=0)
+    save(tmp_path / "test/d.png", np.eye(8, dtype=np.uint8))
+    train, test = load_dataset("folder", image_size=8, num_channels=3, path=tmp_path)
+    (colour, grey_image, indexed), _ = train.batch([0, 1, 2])
+    assert colour[:, :4].eq(255).all() and colour[:, 4:6, 0].T.tolist() == [[200, 0, 0]] * 2
+    assert colour[:, 7, 0].tolist() == [round(0.2 * c + 0.8 * 255) for c in (200, 0, 0)]
+    assert grey_image[:, :4].eq(255).all() and grey_image[:, 4:6].eq(round(0.299 * 200)).all()
+    assert indexed[:, 0, 0].tolist() == [255] * 3 and indexed[:, 0, 1].tolist() == [40, 50, 60]
+    train.decode_all()
+    with pytest.raises(ValueError, match="no pixel is above level 1 of 255"):
+        test.decode_all()
 
 
 def test_folder_layouts_that_are_refused(tmp_path):

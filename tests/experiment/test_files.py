@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import pickle
+import struct
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from locks import lock_held_elsewhere
 
 from experiment import files
-from experiment.files import claim, differences, flatten
+from experiment.files import claim, differences, flatten, read_array, read_arrays, read_json, write_arrays
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -89,3 +95,102 @@ def test_differences_in_words():
     assert differences({"a": {"b": 1}}, {"a": {"b": 2}, "c": 3}) == "a.b was 1, is 2; c was None, is 3"
     assert differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 9}, "c": 2}, ("a.",)) == ""
     assert differences(dict.fromkeys("abcde", 0), dict.fromkeys("abcde", 1)).endswith("and 2 more")
+
+
+# ------------------------------------------------------------------------------------------------ what others wrote
+
+
+def npy(shape: object, data: bytes = bytes(64), dtype: str = "'<f4'") -> bytes:
+    return written(f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}", data)
+
+
+def written(header: str, data: bytes = bytes(64)) -> bytes:
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header) + 1) + header.encode() + b"\n" + data
+
+
+HOSTILE = {
+    "100 GB": (npy((25 * 2**30,)), "it claims 107374182"),
+    "2^70 rows": (npy((2**70,)), "it claims 4722366482869645213"),
+    "2^70 rows of nothing": (npy((2**70, 0), b""), "too large"),
+    "negative": (npy((-1, -16)), "unknown dimension"),
+    "too long": (npy((16,), bytes(65)), "more is in it"),
+    "too short": (npy((16,), bytes(63)), "it claims"),
+    "objects": (npy((1,), pickle.dumps([1]), "'|O'"), "allow_pickle"),
+    "records": (npy((1,), dtype="[('a', '<f4', (500000000,))]"), "it claims 2000000"),
+    "open brackets": (written("(" * 9000), "EOF"),
+    "nested": (written("[" * 4000 + "]" * 4000), "header"),
+    "signs": (written("-" * 9000 + "1"), r"Memory|recursion|header"),
+    "a sum": (written("1" + "+1" * 4000), "recursion|header"),
+    "nothing": (b"", "EOF"),
+    "text": (b"hello", "magic"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_arrays_claim_no_more_than_there_is(content, message, tmp_path):
+    """In an archive or alone: one line that names the file."""
+    (tmp_path / "a.npy").write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("a.npy", content)
+    for read, name in ((read_array, "a.npy"), (read_arrays, "a.npz")):
+        with pytest.raises(ValueError, match=rf"^.*{name} is missing or damaged: .*({message})") as caught:
+            read(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_archives_claim_no_more_than_there_is(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+
+    def refused(message: str, path: Path = path) -> None:
+        with pytest.raises(ValueError, match=rf"is missing or damaged: .*{message}"):
+            read_arrays(path)
+
+    write_arrays(path, zeros=np.zeros(2**20), one=np.float32(1))
+    assert path.stat().st_size < 10_000 and read_arrays(path)["zeros"].shape == (2**20,)
+    whole = path.read_bytes()
+    start = whole.index(b"PK\x01\x02")  # the directory, which says how long each member is
+    path.write_bytes(whole[: start + 24] + struct.pack("<I", 2**31) + whole[start + 28 :])
+    refused(r"it claims 21474837\d\d bytes, but the file can hold")
+    path.write_bytes(whole)
+    monkeypatch.setattr(os, "sysconf", lambda name: 2**10)
+    refused("it claims 83888.* bytes, but this machine has 1048576")
+    monkeypatch.undo()
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(16))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a.npy", buffer.getvalue())
+    refused("compressed in another way than NumPy does")
+    refused("No such file", tmp_path / "gone.npz")
+    os.mkfifo(tmp_path / "pipe.npz")
+    refused("no regular file", tmp_path / "pipe.npz")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 150 + "1" + "}" * 150, "9" * 10_000, "{", "\xff"])
+def test_json_that_is_damaged(text, tmp_path):
+    (tmp_path / "a.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(ValueError, match=r"a\.json is damaged: \S"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["a.npz", "a.npy", "a.json"])
+def test_damaged_bytes(name, tmp_path):
+    """Each of 3000 files with a few bytes changed or cut off is read, or refused in one line that names it."""
+    random, path, refused = np.random.default_rng(0), tmp_path / name, 0
+    if name == "a.npz":
+        write_arrays(path, x=random.normal(size=(5, 3)), y=np.arange(4))
+    else:
+        path.write_bytes(npy((16,)) if name == "a.npy" else json.dumps({"a": [1, {"b": "c"}]}).encode())
+    read = {"a.npz": read_arrays, "a.npy": read_array, "a.json": read_json}[name]
+    whole = path.read_bytes()
+    for _ in range(3000):
+        content = bytearray(whole)
+        for k in random.integers(0, len(content), random.integers(1, 4)):
+            content[k] = random.integers(256)
+        path.write_bytes(content[: random.integers(1, len(content))] if random.random() < 0.1 else content)
+        try:
+            read(path)
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+    assert 300 < refused < 3000

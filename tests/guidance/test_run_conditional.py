@@ -469,7 +469,7 @@ def test_the_noise_of_a_measurement_is_the_same_for_all_samples_of_an_image(unco
         (dict(sampling__condition="colorize"), "at least 2 channels"),
         (dict(sampling__condition="super_resolution", sampling__factor=3), "factor=3: need a divisor"),
         (dict(sampling__condition="linear"), r"sampling\.operator is not set"),
-        (dict(sampling__condition="linear", sampling__operator="gone.npy"), r"operator='gone\.npy': no such file"),
+        (dict(sampling__condition="linear", sampling__operator="gone.npy"), r"operator: gone\.npy is missing"),
         (dict(sampling__condition="inpaint", sampling__num_images=361), "num_images=361: the test set has only 360"),
         (dict(sampling__condition="class", sampling__class_label=10), r"class_label=10: allowed are 0 to 9"),
     ],
