@@ -6,6 +6,7 @@ from configs.defaults import FIELDS
 from configs.fields import check_fields
 
 EXACT_MAX_DIMENSION = 256
+LANGEVIN_MIN_DIMENSION = 16
 CLASSES = ("class", "class_free")
 
 
@@ -29,6 +30,11 @@ def check(config: ConfigDict) -> None:
             given.asym_probes == 0 and dimension > EXACT_MAX_DIMENSION,
             f"eval.asym_probes=0: the exact Jacobian is for at most {EXACT_MAX_DIMENSION} dimensions, these images "
             f"have {dimension}",
+        ),
+        (
+            (sampling.method, sampling.corrector) == ("pc", "langevin") and dimension < LANGEVIN_MIN_DIMENSION,
+            f"sampling.corrector='langevin': its step size needs at least {LANGEVIN_MIN_DIMENSION} dimensions, these "
+            f"images have {dimension}; use ald, or none",
         ),
         (tfhub and given.backend != "tfgan", f"eval.tfhub_inception={tfhub}: needs --config.eval.backend=tfgan"),
         *(

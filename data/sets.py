@@ -103,6 +103,10 @@ class TensorSplit:
             raise ValueError(f"{name}: {len(images)} images but labels of shape {tuple(self.labels.shape)}")
         if (labels is None) != (num_classes is None):
             raise ValueError(f"{name}: labels and num_classes={num_classes} go together")
+        if len(images) and not 0 <= self.labels.min() <= self.labels.max() < (num_classes or 1):
+            raise ValueError(
+                f"{name}: labels go from {self.labels.min()} to {self.labels.max()}, not 0 to {num_classes - 1}"
+            )
         self.image_shape = tuple(images.shape[1:])
         self.num_levels = num_levels
         self.num_classes = num_classes

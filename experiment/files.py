@@ -92,13 +92,13 @@ def take_lock(path: Path) -> FileLock:
     return lock
 
 
-def check_folder(workdir: str | Path) -> None:
-    """Raise a ValueError unless ``workdir`` is a folder, or could be made."""
+def check_folder(workdir: str | Path, flag: str = "--workdir") -> None:
+    """Raise a ValueError unless what ``flag`` names is a folder, or could be made."""
     folder = Path(workdir)
     if not str(workdir).strip():
-        raise ValueError("--workdir is empty: give a folder")
+        raise ValueError(f"{flag} is empty: give a folder")
     if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
-        raise ValueError(f"--workdir={workdir}: is, or lies below, a file, not a folder")
+        raise ValueError(f"{flag}={workdir}: is, or lies below, a file, not a folder")
 
 
 def claim(
