@@ -24,8 +24,8 @@ from functools import partial
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from configs.fields import flatten
 from configs.public import PUBLIC, refusal
-from experiment.files import flatten
 
 _ARGUMENTS: list[str] = []
 """What the overrides of the config are taken from, once the flags are parsed."""
@@ -105,8 +105,9 @@ def run_main(main: Callable[[list[str]], None], words: bool = False) -> None:
         except Exception as error:
             if interrupted:  # modules in C turn it into errors of their own
                 sys.exit("stopped; the same command resumes")
-            if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
-                sys.exit(f"error: not enough memory, smaller batches need less: {' '.join(str(error).split())}")
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            if re.search("MemoryError|allocate|out of memory|bad_alloc", text):
+                sys.exit(f"error: not enough memory for what is computed at once: {text}")
             if (number := getattr(error, "signal_number", None)) is None:
                 raise
             print(error, file=sys.stderr)

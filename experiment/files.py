@@ -11,6 +11,8 @@ from typing import BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 
+from configs.fields import flatten
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a binary file that then takes the place of ``path``.
@@ -140,14 +142,6 @@ def claim(
         return folder
     write_text(marker, json.dumps({"experiment": experiment, "settings": settings or {}}, indent=1) + "\n")
     return folder
-
-
-def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested settings as one level of dotted names."""
-    flat: dict[str, object] = {}
-    for name, value in tree.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
 
 
 def differences(stored: Mapping[str, object], given: Mapping[str, object], free_fields: tuple[str, ...] = ()) -> str:

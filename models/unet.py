@@ -233,7 +233,7 @@ class UNet(nn.Module):
         if missing := set(attn_resolutions) - set(resolutions):
             raise ValueError(
                 f"model.attn_resolutions={tuple(attn_resolutions)}: there is no resolution {min(missing)}; with "
-                f"data.image_size={image_size} they are {', '.join(map(str, resolutions))}"
+                f"data.image_size={image_size} and {levels} levels (model.ch_mult) they are {resolutions}"
             )
         if num_classes and not conditional:
             raise ValueError(f"model.num_classes={num_classes}: class labels need model.conditional=True")

@@ -95,7 +95,7 @@ def test_no_field_takes_another_type_nan_or_an_infinity(table):
         ({"optim.grad_clip": 0.0}, "optim.grad_clip=0.0: allowed are numbers from 1e-12 to 1e12, or -1 for no limit"),
         ({"optim.grad_clip": -2.0}, "optim.grad_clip=-2.0: allowed are"),
         ({"model.fir_kernel": (1,)}, "model.fir_kernel=(1,): allowed are positive integers up to 8192, 2 or more"),
-        ({"data.image_size": 2}, "sampling.corrector='langevin': its step size needs at least 16 dimensions, these"),
+        ({"data.image_size": 2}, "sampling.corrector='langevin': its step size needs at least 16 dimensions, images"),
         ({"model.dropout": 1.0}, "model.dropout=1.0: allowed are numbers in [0, 1)"),
         ({"seed": 2**63}, "seed=9223372036854775808: allowed are integers of 64 bits"),
         ({"optim.optimizer": "SGD"}, "optim.optimizer='SGD': allowed is Adam"),
@@ -114,7 +114,7 @@ def test_no_field_takes_another_type_nan_or_an_infinity(table):
         ({"eval.metrics": ("fid",)}, "eval.metrics=('fid',): allowed are tuples of module:attribute"),
         # Combinations.
         ({"training.label_dropout": 0.1}, "training.label_dropout=0.1: needs model.num_classes > 0"),
-        ({"eval.asym_probes": 0}, "eval.asym_probes=0: the exact Jacobian is for at most 256 dimensions, these images"),
+        ({"eval.asym_probes": 0}, "eval.asym_probes=0: the exact Jacobian is for at most 256 dimensions, images of"),
         ({"eval.tfhub_inception": "x"}, "eval.tfhub_inception=x: needs --config.eval.backend=tfgan"),
         (
             {"eval": dict(tfhub_inception="x", backend="tfgan", inception_sha256="y")},
@@ -134,7 +134,7 @@ def test_no_field_takes_another_type_nan_or_an_infinity(table):
             "sampling.class_label=1: only for sampling.condition class or class_free",
         ),
         ({"sampling.condition": "class_free"}, "'class_free': needs a network that knows classes, model.num_classes"),
-        ({"model.num_classes": 10}, "a network trained with training.label_dropout=0 has no unconditional score"),
+        ({"model.num_classes": 10}, "a network of model.num_classes=10 trained with training.label_dropout=0"),
         (
             {"sampling": dict(condition="my.operators:Blur", method="ode")},
             "sampling.solver='rk45': a projection follows every step, so needs 'heun'",

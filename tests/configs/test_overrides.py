@@ -14,10 +14,9 @@ from from_config import create_score_model, get_likelihood, get_objective, get_s
 from configs import FIELDS, check
 from configs.digits import get_config
 from configs.dsb import common as bridges
-from configs.fields import Field, apply, make_config
+from configs.fields import Field, apply, flatten, make_config
 from configs.public import PUBLIC
 from experiment import runtime
-from experiment.files import flatten
 from guidance.classifier import NoiseConditionalClassifier
 
 points = importlib.import_module("2d_examples.configs")
