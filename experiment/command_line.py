@@ -142,7 +142,7 @@ def parse_flags(argv: list[str], words: bool = False) -> list[str]:
     if words:
         flags.FLAGS.set_gnu_getopt(True)  # flags may come after words
     try:
-        argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+        argv = [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)]
         public = _take_public_overrides(argv) if "config" in flags.FLAGS else {}
         _ARGUMENTS[:] = argv
         rest = flags.FLAGS(argv)
@@ -159,7 +159,7 @@ def parse_flags(argv: list[str], words: bool = False) -> list[str]:
 
 def _take_public_overrides(argv: list[str]) -> dict[str, str]:
     """Remove from the arguments the overrides of fields that only the public configs have, and return them; exit with
-    one line for fields that there are nowhere, or if there is no config."""
+    one line if there is no config, or nowhere such a field."""
     given = [(i, a.partition("=")[2] if "=" in a else "".join(argv[i + 1 : i + 2])) for i, a in enumerate(argv)]
     configs = [_read_config(value) for i, value in given if re.match("--?config(=|$)", argv[i])]
     known, public = flatten(configs[-1].to_dict()) if configs else {}, {}
@@ -167,10 +167,12 @@ def _take_public_overrides(argv: list[str]) -> dict[str, str]:
         override = re.match(r"--?(?:no)?config\.([^=]*)", argv[i])
         if not override or (name := override[1]) in known:
             continue
+        if not configs:
+            sys.exit(f"error: --config.{name}: needs --config=FILE")
         if name not in PUBLIC:
             near = "".join(f"; did you mean {field}?" for field in difflib.get_close_matches(name, known, 1))
             sys.exit(f"error: --config.{name}: the config has no field {name!r}{near}")
-        public[name] = value
+        public.setdefault(name, value)  # the last one given
         del argv[i : i + (1 if "=" in argv[i] else 2)]
     return public
 

@@ -276,7 +276,8 @@ def within_memory(field: str, copies: int) -> Iterator[None]:
         nonlocal size
         size += 0 if weight is None else copies * weight.nbytes
         if size > memory:
-            raise ValueError(f"{field}: the network needs over {size / 1e9:,.0f} GB; the memory is {memory / 1e9:,.0f}")
+            needed = f"the network needs over {size / 1e9:,.0f} GB of memory"
+            raise ValueError(f"{field}: {needed}, the machine has {memory / 1e9:,.0f} GB")
 
     hook = torch.nn.modules.module.register_module_parameter_registration_hook(count)
     try:

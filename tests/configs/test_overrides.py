@@ -171,12 +171,20 @@ def test_public_fields_are_accepted_or_refused_with_what_takes_their_place(start
     assert PUBLIC.keys() == SCORE_SDE.keys() | QCSBM.keys() | PLANE.keys()
 
 
+def test_overrides_may_come_from_a_file(tmp_path):
+    (tmp_path / "flags").write_text("\n".join([*START[1:], "--config.seed=3", "--config.optim.amsgrad=False"]))
+    assert run_program(["main.py", f"--flagfile={tmp_path / 'flags'}"], only_parse=True)["config"].seed == 3
+    assert answer(["-m", "2d_examples.main", "--config.optim.amsgrad=False", "--workdir=w", "--mode=table"]) == (
+        "error: --config.optim.amsgrad: needs --config=FILE"
+    )
+
+
 def test_a_network_larger_than_the_memory_is_refused(monkeypatch):
     config = apply(get_config("u"), SMALL)
     with runtime.within_memory("model.nf=8", 5):
         weights = sum(p.nbytes for p in create_score_model(config, get_sde(config)).parameters())
     monkeypatch.setattr(runtime, "memory_size", lambda: 5 * weights - 1)
-    refused = pytest.raises(ValueError, match=r"^model\.nf=8: the network needs over 0 GB; the memory is 0$")
+    refused = pytest.raises(ValueError, match=r"^model\.nf=8: the network needs over 0 GB of memory, the machine")
     with refused, runtime.within_memory("model.nf=8", 5):
         create_score_model(config, get_sde(config))
     torch.nn.Linear(10**4, 10**4)  # the next network is not counted
