@@ -1,6 +1,6 @@
 """Allowed values of a field. No comparison holds for NaN, so that it is in no range.
 
-All ranges end somewhere: a number of 20 digits is a mistake, that would cost memory or time without end.
+All ranges end somewhere: a number of 20 digits is a mistake that would cost memory or time without end.
 """
 
 import re

@@ -414,7 +414,7 @@ def test_settings_of_the_optimiser_are_those_of_the_config(tmp_path):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (dict(optim__lr=0.0), r"optim\.lr=0\.0: allowed are positive numbers"),
+        (dict(optim__lr=0.0), r"optim\.lr=0\.0: allowed are numbers from 1e-12"),
         (dict(training__qc_stride=3), r"training\.qc_stride=3: must divide the 8 samples"),
         (dict(data__dataset="x:y"), r"data\.dataset='x:y'"),
         (dict(data__image_size=16), r"image_size=16"),
