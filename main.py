@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import experiment  # noqa: F401 -- before all else
+
+# isort: split
 import json
 import os
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
-from experiment.command_line import run_main
+from experiment.command_line import define_config, run_main
 
 FLAGS = flags.FLAGS
 
-config_flags.DEFINE_config_file("config", None, "The experiment; override fields with --config.x.y=VALUE.")
+define_config()
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
 MODES = ["train", "eval", "sample", "stats", "train_classifier"]
 flags.DEFINE_enum("mode", None, MODES, "What to do; stats is for the data's features that FID needs.")
@@ -23,7 +25,7 @@ flags.DEFINE_bool("compile", False, "Have training and samplers run a compiled n
 flags.DEFINE_integer("accumulation_steps", 1, "Split each process's share of a batch into so many passes.")
 flags.DEFINE_string("checkpoint", None, "File to evaluate or sample from; default: the newest in the workdir.")
 flags.DEFINE_string("cache_dir", "", "Where eval and stats keep features of the data, which several runs can share.")
-flags.mark_flags_as_required(["config", "workdir", "mode"])
+flags.mark_flags_as_required(["workdir", "mode"])
 
 
 def main(argv: list[str]) -> None:

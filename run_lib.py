@@ -45,7 +45,7 @@ from data.pixels import GRID_IMAGES, ImageFormat, save_image_grid
 from data.sets import evenly_spaced
 from experiment.files import check_folder, differences, parse_json, read_json, write_arrays, write_json, write_text
 from experiment.randomness import SampleGenerators, normal_like, uniform
-from experiment.runtime import Interrupted, InvalidRun, Runtime, checked, code_version
+from experiment.runtime import Interrupted, InvalidRun, Runtime, checked, code_version, within_memory
 from models import make_network, make_score_model
 from models.score import ConservativeScore, ScoreModel
 from sde_lib import SDE, expand, make_sde
@@ -131,7 +131,8 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
     train_data, test_data = load_data(config, runtime)
     images = _image_format(config, train_data)
     sde = build_sde(config)
-    model = build_score_model(config, sde, images).to(device)
+    # Weights, their average, gradients and Adam's two moments.
+    model = build_score_model(config, sde, images, copies=5).to(device)
     if training.activation_checkpointing:
         recompute_activations(model.network)
     ema = EMA(model, config.model.ema_rate)
@@ -898,18 +899,19 @@ def _image_format(config: ConfigDict, data: Split) -> ImageFormat:
     return ImageFormat.of(data, centered=config.data.centered, dequantized=config.data.uniform_dequantization)
 
 
-def build_score_model(config: ConfigDict, sde: SDE, images: ImageFormat) -> ScoreModel:
-    """A new score model; its initial weights are keyed by the seed."""
-    torch.manual_seed(config.seed)
-    model, continuous = config.model, config.training.continuous
+def build_score_model(config: ConfigDict, sde: SDE, images: ImageFormat, copies: int = 2) -> ScoreModel:
+    """A new score model; its initial weights are keyed by the seed. ``copies``: how many there must be memory for."""
+    model, num_scales = config.model, None if config.training.continuous else config.model.num_scales
     channels, size, _ = images.image_shape
     shape = dict(image_size=size, num_channels=channels, centered=images.centered)
-    network = make_network(model.name, model, **shape, num_levels=None if continuous else model.num_scales)
+    torch.manual_seed(config.seed)
+    with within_memory(f"model.nf={model.nf}", copies):
+        network = make_network(model.name, model, **shape, num_levels=num_scales)
     return make_score_model(
         sde,
         network,
         parameterization=model.parameterization,
-        num_scales=None if continuous else model.num_scales,
+        num_scales=num_scales,
         scale_by_sigma=model.scale_by_sigma,
     )
 

@@ -36,7 +36,7 @@ FIELDS = {
             "sampling": dict(solver="rk45", rtol=1e-3, atol=1e-5, noise_removal=False),
         },
     ),
-    "seed": Field(0, "seed of all randomness", at_least(0)),
+    "seed": Field(0, "seed of all randomness", at_least(0, most=2**63 - 1)),
     "data.dataset": Field("gaussian_8", "the density", choices(*DATASETS)),
     "data.num_train": Field(50_000, "training points", at_least(1)),
     "data.num_test": Field(5_000, "test points, and samples", at_least(4)),

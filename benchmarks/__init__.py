@@ -1,1 +1,3 @@
 """Variants timed in turn in one process: ``python -m benchmarks.NAME`` prints a table of ratios."""
+
+import experiment  # noqa: F401 -- before all else

@@ -6,6 +6,7 @@ from configs.defaults import FIELDS
 from configs.fields import check_fields
 
 EXACT_MAX_DIMENSION = 256
+LANGEVIN_MIN_DIMENSION = 16
 CLASSES = ("class", "class_free")
 
 
@@ -27,8 +28,13 @@ def check(config: ConfigDict) -> None:
         (dropout and not num_classes, f"training.label_dropout={dropout}: needs model.num_classes > 0"),
         (
             given.asym_probes == 0 and dimension > EXACT_MAX_DIMENSION,
-            f"eval.asym_probes=0: the exact Jacobian is for at most {EXACT_MAX_DIMENSION} dimensions, these images "
-            f"have {dimension}",
+            f"eval.asym_probes=0: the exact Jacobian is for at most {EXACT_MAX_DIMENSION} dimensions, images of "
+            f"data.image_size={config.data.image_size} have {dimension}",
+        ),
+        (
+            (sampling.method, sampling.corrector) == ("pc", "langevin") and dimension < LANGEVIN_MIN_DIMENSION,
+            f"sampling.corrector='langevin': its step size needs at least {LANGEVIN_MIN_DIMENSION} dimensions, images "
+            f"of data.image_size={config.data.image_size} have {dimension}; use ald, or none",
         ),
         (tfhub and given.backend != "tfgan", f"eval.tfhub_inception={tfhub}: needs --config.eval.backend=tfgan"),
         *(
@@ -57,8 +63,9 @@ def check(config: ConfigDict) -> None:
         ),
         (
             num_classes and not dropout and (condition != "class_free" or weight != 1),
-            f"sampling.condition={condition!r}, sampling.guidance_weight={weight}: a network trained with "
-            "training.label_dropout=0 has no unconditional score; it can do 'class_free' with weight 1",
+            f"sampling.condition={condition!r}, sampling.guidance_weight={weight}: a network of model.num_classes="
+            f"{num_classes} trained with training.label_dropout=0 has no unconditional score; it can do 'class_free' "
+            "with weight 1",
         ),
         (
             projected and sampling.method == "ode" and sampling.solver != "heun",

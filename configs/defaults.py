@@ -4,8 +4,6 @@ Names are score_sde_pytorch's wherever the concept exists there. Config files ov
 refused. Times are in steps of the optimiser.
 """
 
-from math import inf
-
 from ml_collections import ConfigDict
 
 from configs.fields import Field, Overrides, make_config
@@ -21,8 +19,10 @@ VP_SCHEDULES = ("linear", "constant", "power", "exponential", "cosine")
 MEASUREMENTS = ("inpaint", "colorize", "super_resolution", "ct", "linear")
 
 _SEEDS = Range("integers of 64 bits", lambda value: -(2**63) <= value < 2**63)
-_GRAD_CLIPS = Range("positive numbers, or -1 for no limit", lambda value: 0 < abs(value) < inf)
-_REFERENCES = Range("at least 4, or 0 for all", lambda value: value == 0 or value >= 4, verb="")
+_STEPS, _STEPS_OR_0 = at_least(1, most=10**9), at_least(0, most=10**9)
+_CLASSES = at_least(0, most=100_000)
+_GRAD_CLIPS = Range(f"{positive.text}, or -1 for no limit", lambda value: value == -1 or positive.contains(value))
+_REFERENCES = Range("0 for all, or 4 to 1,000,000", lambda value: value == 0 or 4 <= value <= 10**6)
 _SCHEDULES = choices("", *dict.fromkeys(VE_SCHEDULES + VP_SCHEDULES), or_path=True)
 _SOLVERS = choices(*ODE_SOLVERS, "dpmpp_2m", "dpmpp_2m_sde", or_path=True)
 
@@ -34,7 +34,7 @@ FIELDS: dict[str, Field] = {
     "data.path": Field("", "the file of npz, or the folder of folder"),
     "data.root": Field("downloads", "folder of published data sets"),
     "data.download": Field(False, "fetch those of torchvision if they are not there"),
-    "data.image_size": Field(32, "height and width in pixels", at_least(1)),
+    "data.image_size": Field(32, "height and width in pixels", at_least(1, most=2**13)),
     "data.num_channels": Field(3, "1 for grey, 3 for colour", choices(1, 3)),
     "data.resize": Field(False, "crop and resize images of another size, instead of refusing them"),
     "data.centered": Field(False, "images in [-1, 1] instead of [0, 1]"),
@@ -43,7 +43,7 @@ FIELDS: dict[str, Field] = {
     "training.sde": Field("vesde", "the forward process", choices("subvpsde", "vesde", "vpsde", or_path=True)),
     "training.continuous": Field(True, "continuous time, instead of model.num_scales noise levels"),
     "training.batch_size": Field(128, "images of a step, over all processes", at_least(1)),
-    "training.n_iters": Field(1300001, "steps in all", at_least(1)),
+    "training.n_iters": Field(1300001, "steps in all", _STEPS),
     "training.likelihood_weighting": Field(False, "weight g² instead of σ² in the loss"),
     "training.reduce_mean": Field(False, "mean over dimensions in the loss, instead of the sum or half of it"),
     "training.label_dropout": Field(0.0, "how often a class is withheld from a network with classes", fraction),
@@ -55,10 +55,10 @@ FIELDS: dict[str, Field] = {
     "training.qc_stride": Field(1, "and on every so many samples of the batch", at_least(1)),
     "training.qc_probe_chunk": Field(1, "probes whose graphs are held in memory at once", at_least(1)),
     "training.activation_checkpointing": Field(False, "keep only the inputs of blocks, and compute the rest twice"),
-    "training.log_freq": Field(50, "steps between rows of the log", at_least(1)),
-    "training.eval_freq": Field(1000, "steps between test losses", at_least(1)),
-    "training.snapshot_freq": Field(50000, "keep checkpoints at multiples of this for ever; 0: none", at_least(0)),
-    "training.snapshot_freq_for_preemption": Field(10000, "steps between checkpoints", at_least(1)),
+    "training.log_freq": Field(50, "steps between rows of the log", _STEPS),
+    "training.eval_freq": Field(1000, "steps between test losses", _STEPS),
+    "training.snapshot_freq": Field(50000, "keep checkpoints at multiples of this for ever; 0: none", _STEPS_OR_0),
+    "training.snapshot_freq_for_preemption": Field(10000, "steps between checkpoints", _STEPS),
     "training.keep_checkpoints": Field(2, "how many of the newest checkpoints to keep", at_least(1)),
     "training.snapshot_sampling": Field(True, "draw a grid of samples at every snapshot"),
     "optim.optimizer": Field("Adam", "the optimiser", choices("Adam")),
@@ -66,7 +66,7 @@ FIELDS: dict[str, Field] = {
     "optim.beta1": Field(0.9, "decay of the mean of the gradients", fraction),
     "optim.eps": Field(1e-8, "added to the root of the mean square of the gradients", positive),
     "optim.weight_decay": Field(0.0, "factor of the weights that is added to their gradients", not_negative),
-    "optim.warmup": Field(5000, "steps over which the learning rate rises", at_least(0)),
+    "optim.warmup": Field(5000, "steps over which the learning rate rises", _STEPS_OR_0),
     "optim.grad_clip": Field(1.0, "largest norm of the gradient", _GRAD_CLIPS),
     "model.name": Field("ncsnpp", "the network; ncsnpp is also DDPM++", choices(*NETWORKS, or_path=True)),
     "model.parameterization": Field("unconstrained", "of the score", choices("unconstrained", "conservative")),
@@ -78,9 +78,9 @@ FIELDS: dict[str, Field] = {
     "model.rho": Field(2.0, "exponent of polynomial and power", positive),
     "model.num_scales": Field(1000, "noise levels of a discrete model; steps of the samplers", at_least(1)),
     "model.ema_rate": Field(0.999, "decay of the moving average of the weights", fraction),
-    "model.nf": Field(128, "base number of channels", at_least(1)),
+    "model.nf": Field(128, "base number of channels", at_least(1, most=2**13)),
     "model.ch_mult": Field((1, 2, 2, 2), "channels of each level, in multiples of nf", positive_integers(least=1)),
-    "model.num_res_blocks": Field(4, "residual blocks per level", at_least(1)),
+    "model.num_res_blocks": Field(4, "residual blocks per level", at_least(1, most=100)),
     "model.attn_resolutions": Field((16,), "resolutions that get self-attention", positive_integers(least=0)),
     "model.dropout": Field(0.1, "probability, in every residual block", fraction),
     "model.nonlinearity": Field("swish", "activation", choices("elu", "relu", "lrelu", "swish", or_path=True)),
@@ -91,13 +91,13 @@ FIELDS: dict[str, Field] = {
     "model.resblock_type": Field("biggan", "kind of residual block", choices("ddpm", "biggan")),
     "model.resamp_with_conv": Field(True, "learned convolution in resampling of the ddpm kind"),
     "model.fir": Field(True, "blur when resampling"),
-    "model.fir_kernel": Field((1, 3, 3, 1), "taps of the blur", positive_integers(least=1)),
+    "model.fir_kernel": Field((1, 3, 3, 1), "taps of the blur", positive_integers(least=2)),
     "model.skip_rescale": Field(True, "divide sums of branches by √2"),
     "model.progressive": Field("none", "output pyramid", choices("none", "output_skip", "residual")),
     "model.progressive_input": Field("residual", "input pyramid", choices("none", "input_skip", "residual")),
     "model.progressive_combine": Field("sum", "how input_skip is merged", choices("sum", "cat")),
     "model.init_scale": Field(0.0, "initial scale of the last layer of every branch", not_negative),
-    "model.num_classes": Field(0, "of the data set, for a network that is given the class; 0: it is not", at_least(0)),
+    "model.num_classes": Field(0, "of the data set, for a network that is given the class; 0: it is not", _CLASSES),
     "sampling.method": Field("pc", "kind of sampler", choices("pc", "ode", "few_step", or_path=True)),
     "sampling.num_steps": Field(0, "steps; 0: model.num_scales", at_least(0)),
     "sampling.noise_removal": Field(True, "remove the noise that is left, by Tweedie's formula"),
@@ -121,22 +121,22 @@ FIELDS: dict[str, Field] = {
         "unknown to inpaint: left, right, top, bottom, center; top,left,height,width; an image, white where unknown",
     ),
     "sampling.factor": Field(2, "of super_resolution", at_least(2)),
-    "sampling.num_views": Field(23, "of ct", at_least(1)),
+    "sampling.num_views": Field(23, "of ct", at_least(1, most=1000)),
     "sampling.operator": Field("", "of linear: a .npy file with a matrix"),
     "sampling.measurement_noise": Field(0.0, "standard deviation, in units of the network's images", not_negative),
     "sampling.num_images": Field(8, "images that are measured", at_least(1)),
     "sampling.samples_per_image": Field(4, "samples for each of them", at_least(1)),
     # The classifier of noised images for sampling.condition=class: --mode=train_classifier.
-    "classifier.nf": Field(64, "base number of channels", at_least(1)),
+    "classifier.nf": Field(64, "base number of channels", at_least(1, most=2**13)),
     "classifier.ch_mult": Field((1, 2, 2, 2), "channels of each level, in multiples of nf", positive_integers(least=1)),
-    "classifier.num_res_blocks": Field(2, "residual blocks per level", at_least(1)),
+    "classifier.num_res_blocks": Field(2, "residual blocks per level", at_least(1, most=100)),
     "classifier.dropout": Field(0.1, "probability, in every residual block", fraction),
     "classifier.batch_size": Field(128, "images of a step", at_least(1)),
-    "classifier.n_iters": Field(50000, "steps in all", at_least(1)),
+    "classifier.n_iters": Field(50000, "steps in all", _STEPS),
     "classifier.lr": Field(3e-4, "learning rate", positive),
     "classifier.weight_decay": Field(0.05, "of AdamW", not_negative),
-    "classifier.log_freq": Field(100, "steps between rows of the log", at_least(1)),
-    "classifier.save_freq": Field(2000, "steps between checkpoints", at_least(1)),
+    "classifier.log_freq": Field(100, "steps between rows of the log", _STEPS),
+    "classifier.save_freq": Field(2000, "steps between checkpoints", _STEPS),
     "likelihood.divergence": Field("rademacher", "its probes, or exact", choices("rademacher", "gaussian", "exact")),
     "likelihood.probes": Field(1, "of rademacher and gaussian; their variance falls as 1/probes", at_least(1)),
     "likelihood.time": Field("log_ratio", "integrate over log_ratio (noise to signal) or t", choices("t", "log_ratio")),
@@ -162,7 +162,7 @@ FIELDS: dict[str, Field] = {
     "eval.tfhub_inception": Field("", "with tfgan: the folder of TF-Hub's Inception, to take the features from"),
     "eval.metrics": Field((), "further metrics of samples, module:attribute each", import_paths),
     "eval.nll_images": Field(0, "test images for bits/dim, evenly spaced; 0: all", at_least(0)),
-    "eval.asym_levels": Field(100, "noise levels t = i/levels", at_least(1)),
+    "eval.asym_levels": Field(100, "noise levels t = i/levels", at_least(1, most=10**4)),
     "eval.asym_first_level": Field(1, "their first i: 1 to levels, or as QCSBM's code 0 to levels − 1", choices(0, 1)),
     "eval.asym_images": Field(0, "test images per level; 0: all", at_least(0)),
     "eval.asym_probes": Field(16, "random directions; 0: the exact Jacobian", at_least(0)),

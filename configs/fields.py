@@ -5,7 +5,7 @@ models; the bridges and the 2-D examples take fields from it and add others. Ove
 field, {'model.nf': 64}, or by section, {'model': {'nf': 64}}.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -29,7 +29,7 @@ Overrides = Mapping[str, object]
 
 def with_defaults(table: Table, defaults: Overrides) -> dict[str, Field]:
     """Some fields of a table, with other defaults."""
-    return {name: table[name]._replace(default=default) for name, default in _flat(defaults)}
+    return {name: table[name]._replace(default=default) for name, default in flatten(defaults).items()}
 
 
 def options(table: Table) -> list[tuple[str, object, str, str]]:
@@ -51,7 +51,7 @@ def make_config(table: Table, *overrides: Overrides) -> ConfigDict:
 
 def apply(config: ConfigDict, *overrides: Overrides) -> ConfigDict:
     """Set fields that the config has; None deletes one that a network does not read."""
-    for name, value in (item for override in overrides for item in _flat(override)):
+    for name, value in (item for override in overrides for item in flatten(override).items()):
         part, key = _place(config, name)
         if key not in part:
             raise KeyError(f"{name}: no such field")
@@ -90,9 +90,12 @@ def check_fields(config: ConfigDict, table: Table, kind: str) -> None:
             raise ValueError(f"{name}={value!r}: {allowed.verb}{allowed.text}")
 
 
-def _flat(overrides: Overrides) -> Iterator[tuple[str, object]]:
-    for name, value in overrides.items():
-        yield from ((f"{name}.{key}", v) for key, v in value.items()) if isinstance(value, Mapping) else [(name, value)]
+def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested settings as one level of dotted names."""
+    flat: dict[str, object] = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
 
 
 def _place(config: ConfigDict, name: str) -> tuple[ConfigDict, str]:

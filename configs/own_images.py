@@ -6,7 +6,8 @@ python main.py --config=configs/own_images.py:rgb32_qc --config.data.path=FILE.n
 
 U's test loss (dsm) was 126.7 after 1500 steps on 5085 images of CIFAR-10, 17.3 on 17 435 of MNIST. qc_weight is chosen
 as in docs/choosing_qc_weight.md: over steps 1251 to 1300, 5e-4 costs 0.1 and 0.2 % of dsm, 2e-3 costs 1.3 and 1.5 %.
-Images of another size: --config.data.image_size=S with S divisible by 4, the network being of three resolutions.
+Images of another size S, divisible by 4, the network being of three resolutions: --config.data.image_size=S and, with
+S/4, --config.model.attn_resolutions.
 """
 
 from configs.presets import preset

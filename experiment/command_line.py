@@ -9,11 +9,13 @@ default and the description in its docstring, and calls it:
 
 from __future__ import annotations
 
+import difflib
 import inspect
-import itertools
 import logging
 import os
 import re
+import runpy
+import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -21,7 +23,13 @@ from functools import partial
 
 import absl.logging
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
+
+from configs.fields import flatten
+from configs.public import PUBLIC, refusal
+
+_ARGUMENTS: list[str] = []
+"""What the overrides of the config are taken from, once the flags are parsed."""
 
 flags.disclaim_key_flags()  # they belong to the program that defines them, whose --help lists them
 
@@ -40,9 +48,7 @@ def command(run: Callable[..., object]) -> None:
         default, text = parameter.default, descriptions.get(name, "")
         required = default is inspect.Parameter.empty
         if name == "config":
-            config_flags.DEFINE_config_file(name, None, text or "The experiment; override fields: --config.x.y=VALUE.")
-            if required:
-                flags.mark_flag_as_required(name)
+            define_config(text, required)
         elif required:
             flags.DEFINE_string(name, None, text, required=True)
         elif isinstance(default, tuple):
@@ -63,6 +69,14 @@ def command(run: Callable[..., object]) -> None:
     run_main(main, words=len(named) < len(signature.parameters))
 
 
+def define_config(text: str = "", required: bool = True) -> None:
+    """Define the flag --config, and those of the fields of the config that it names."""
+    text = text or "The experiment; override fields with --config.x.y=VALUE."
+    config_flags.DEFINE_config_file("config", None, text, sys_argv=_ARGUMENTS)
+    if required:
+        flags.mark_flag_as_required("config")
+
+
 def run_main(main: Callable[[list[str]], None], words: bool = False) -> None:
     """Parse the flags that are defined and call ``main``. Bad input, files that cannot be used, and interruptions end
     the program with one line on standard error.
@@ -70,7 +84,14 @@ def run_main(main: Callable[[list[str]], None], words: bool = False) -> None:
     ``words``: whether the program takes arguments that are no flags.
     """
 
+    interrupted = []
+
+    def interrupt(number: int, frame: object) -> None:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
     def guarded(argv: list[str]) -> None:
+        signal.signal(signal.SIGINT, interrupt)
         # --verbosity=1 also shows where an error happened. Of several processes the first reports.
         level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
         logging.getLogger().setLevel(logging.DEBUG if flags.FLAGS.verbosity > 0 else level)
@@ -84,6 +105,11 @@ def run_main(main: Callable[[list[str]], None], words: bool = False) -> None:
         except KeyboardInterrupt:
             sys.exit("stopped; the same command resumes")
         except Exception as error:
+            if interrupted:  # modules in C turn it into errors of their own
+                sys.exit("stopped; the same command resumes")
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            if re.search("MemoryError|allocate|out of memory|bad_alloc", text):
+                sys.exit(f"error: not enough memory for what is computed at once: {text}")
             if (number := getattr(error, "signal_number", None)) is None:
                 raise
             print(error, file=sys.stderr)
@@ -115,26 +141,58 @@ def _value(flag: str, default: object) -> object:
 def parse_flags(argv: list[str], words: bool = False) -> list[str]:
     """Parse, or exit with one line that names the flag, or the argument that is none: absl and ml_collections answer
     some mistakes with a traceback, and leave other arguments to the program."""
-    given = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
-    given += [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
-    for config_file in (value.split(":")[0] for value in given):
-        if not os.path.isfile(config_file):
-            sys.exit(f"error: --config={config_file}: no such file")
     if words:
         flags.FLAGS.set_gnu_getopt(True)  # flags may come after words
     try:
+        argv = [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)]
+        public = _take_public_overrides(argv) if "config" in flags.FLAGS else {}
+        _ARGUMENTS[:] = argv
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         sys.exit(f"error: {lines[-1].removeprefix('ValueError: ') if 'Traceback' in str(error) else lines[0]}")
-    except (AttributeError, KeyError) as error:
-        overrides = ", ".join(a.split("=")[0] for a in argv if a.startswith("--config."))
-        # ml_collections puts a suggestion after the name, quoted once more for every exception it passed through.
-        reason = " ".join(str(error.args[0]).replace("\\n", " ").replace("\\'", "").strip("\"'").split())
-        sys.exit(f"error: {overrides}: the config has no field {reason}")
+    for name, value in public.items():
+        if refused := refusal(name, value, flatten(flags.FLAGS.config.to_dict())):
+            sys.exit(f"error: {refused}")
     if len(rest) > 1 and not words:
         sys.exit(f"error: unexpected argument {rest[1]!r}: every argument is a flag, --name=value")
     return rest
+
+
+def _take_public_overrides(argv: list[str]) -> dict[str, str]:
+    """Remove from the arguments the overrides of fields that only the public configs have, and return them; exit with
+    one line if there is no config, or nowhere such a field."""
+    given = [(i, a.partition("=")[2] if "=" in a else "".join(argv[i + 1 : i + 2])) for i, a in enumerate(argv)]
+    configs = [_read_config(value) for i, value in given if re.match("--?config(=|$)", argv[i])]
+    known, public = flatten(configs[-1].to_dict()) if configs else {}, {}
+    for i, value in reversed(given):
+        override = re.match(r"--?(?:no)?config\.([^=]*)", argv[i])
+        if not override or (name := override[1]) in known:
+            continue
+        if not configs:
+            sys.exit(f"error: --config.{name}: needs --config=FILE")
+        if name not in PUBLIC:
+            near = "".join(f"; did you mean {field}?" for field in difflib.get_close_matches(name, known, 1))
+            sys.exit(f"error: --config.{name}: the config has no field {name!r}{near}")
+        public.setdefault(name, value)  # the last one given
+        del argv[i : i + (1 if "=" in argv[i] else 2)]
+    return public
+
+
+def _read_config(value: str) -> ConfigDict:
+    """The config that ``--config=FILE[:ARGUMENT]`` names, without overrides, or exit with one line."""
+    path, *arguments = value.split(":", 1)
+    if not os.path.isfile(path):
+        sys.exit(f"error: --config={path}: no such file")
+    try:
+        config = runpy.run_path(path)["get_config"](*arguments)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except Exception as error:  # whatever a file can do
+        sys.exit(f"error: --config={path}: is no config: {type(error).__name__}: {' '.join(str(error).split())}")
+    if not isinstance(config, ConfigDict):
+        sys.exit(f"error: --config={path}: is no config: its get_config returns no ConfigDict")
+    return config
 
 
 def check_positive(**given: int) -> None:

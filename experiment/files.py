@@ -15,6 +15,8 @@ from typing import BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 
+from configs.fields import flatten
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a binary file that then takes the place of ``path``.
@@ -165,13 +167,13 @@ def take_lock(path: Path) -> FileLock:
     return lock
 
 
-def check_folder(workdir: str | Path) -> None:
-    """Raise a ValueError unless ``workdir`` is a folder, or could be made."""
+def check_folder(workdir: str | Path, flag: str = "--workdir") -> None:
+    """Raise a ValueError unless what ``flag`` names is a folder, or could be made."""
     folder = Path(workdir)
     if not str(workdir).strip():
-        raise ValueError("--workdir is empty: give a folder")
+        raise ValueError(f"{flag} is empty: give a folder")
     if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
-        raise ValueError(f"--workdir={workdir}: is, or lies below, a file, not a folder")
+        raise ValueError(f"{flag}={workdir}: is, or lies below, a file, not a folder")
 
 
 def claim(
@@ -213,14 +215,6 @@ def claim(
         return folder
     write_text(marker, json.dumps({"experiment": experiment, "settings": settings or {}}, indent=1) + "\n")
     return folder
-
-
-def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested settings as one level of dotted names."""
-    flat: dict[str, object] = {}
-    for name, value in tree.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
 
 
 def differences(stored: Mapping[str, object], given: Mapping[str, object], free_fields: tuple[str, ...] = ()) -> str:

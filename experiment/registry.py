@@ -26,6 +26,9 @@ def resolve(name: str, known: Mapping[str, Entry], field: str) -> Entry:
     if not colon:
         raise ValueError(f"{field}={name!r}: allowed are {', '.join(known)}, or module:attribute")
     try:
-        return getattr(importlib.import_module(module_name), attribute)
+        found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{field}={name!r}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{field}={name!r}: is no class or function")
+    return found

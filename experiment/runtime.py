@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import hashlib
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from accelerate.utils import (
 )
 from tqdm import tqdm
 
-from experiment.files import read_arrays, take_lock, write_arrays
+from experiment.files import check_folder, read_arrays, take_lock, write_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,9 @@ class Runtime:
             raise InvalidRun(f"--precision={self.precision}: allowed are {', '.join(_PRECISIONS)}")
         if self.accumulation_steps < 1:
             raise InvalidRun(f"--accumulation_steps={self.accumulation_steps}: at least 1")
+        if self.cache_dir:
+            with checked():
+                check_folder(self.cache_dir, "--cache_dir")
 
     @cached_property
     def accelerator(self) -> Accelerator:
@@ -260,6 +264,35 @@ def code_version() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+@contextlib.contextmanager
+def within_memory(field: str, copies: int) -> Iterator[None]:
+    """Let a network be built, unless so many copies of its weights need more memory than this machine has: then a
+    ValueError names ``field``."""
+    memory, size = memory_size(), 0
+
+    def count(module: torch.nn.Module, name: str, weight: torch.Tensor | None) -> None:
+        nonlocal size
+        size += 0 if weight is None else copies * weight.nbytes
+        if size > memory:
+            needed = f"the network needs over {size / 1e9:,.0f} GB of memory"
+            raise ValueError(f"{field}: {needed}, the machine has {memory / 1e9:,.0f} GB")
+
+    hook = torch.nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        yield
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        raise ValueError(f"{field}: the network needs more memory than there is: {error}") from error
+    finally:
+        hook.remove()
+
+
+def memory_size() -> int:
+    """Of this machine, in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def keep_freed_memory() -> None:

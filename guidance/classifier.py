@@ -24,7 +24,7 @@ from data import Split, TrainingBatches, evenly_spaced
 from data.pixels import ImageFormat, random_flip
 from experiment.files import claim
 from experiment.randomness import Generator, SampleGenerators, normal_like, seed_from, uniform
-from experiment.runtime import Runtime
+from experiment.runtime import Runtime, within_memory
 from losses import TRAINING_EPS
 from models.layers import BigGANBlock, Downsample, FourierEmbedding, conv3x3, dense, group_norm
 from sde_lib import SDE, expand
@@ -202,7 +202,8 @@ def load_classifier(
 
 
 def _build(sde: SDE, images: ImageFormat, settings: Mapping, seed: int) -> NoiseConditionalClassifier:
-    with torch.random.fork_rng(devices=[]):
+    # Four copies: weights, gradients, and two moments.
+    with torch.random.fork_rng(devices=[]), within_memory(f"classifier.nf={settings['nf']}", copies=4):
         torch.manual_seed(seed_from(seed, "classifier weights"))
         return NoiseConditionalClassifier(
             sde,

@@ -231,6 +231,12 @@ class UNet(nn.Module):
                 f"data.image_size={image_size} with {levels} levels (model.ch_mult={tuple(ch_mult)}): "
                 f"the size must be divisible by {2 ** max(levels - 1, 0)}"
             )
+        resolutions = [image_size // 2**level for level in range(levels)]
+        if missing := set(attn_resolutions) - set(resolutions):
+            raise ValueError(
+                f"model.attn_resolutions={tuple(attn_resolutions)}: there is no resolution {min(missing)}; with "
+                f"data.image_size={image_size} and {levels} levels (model.ch_mult) they are {resolutions}"
+            )
         if num_classes and not conditional:
             raise ValueError(f"model.num_classes={num_classes}: class labels need model.conditional=True")
         if embedding_type == "fourier" and num_levels is not None:
@@ -269,7 +275,7 @@ class UNet(nn.Module):
         )
 
         def attention_at(level: int, channels: int) -> nn.Module:
-            return attention(channels) if image_size // 2**level in attn_resolutions else nn.Identity()
+            return attention(channels) if resolutions[level] in attn_resolutions else nn.Identity()
 
         def resample_features(channels: int, *, up: bool) -> nn.Module:
             if biggan:

@@ -1,1 +1,3 @@
 """From finished runs to tables, figures and one page."""
+
+import experiment  # noqa: F401 -- before all else

@@ -29,6 +29,7 @@ CPU = run_lib.Runtime(device="cpu")
 TINY = {
     "model.nf": 8,
     "model.ch_mult": (1,),
+    "model.attn_resolutions": (),
     "model.dropout": 0.2,
     "training.batch_size": 8,
     "training.n_iters": 12,
@@ -406,7 +407,7 @@ def test_networks_without_the_fields_of_the_unet_train_resume_and_sample(name, t
         config = importlib.import_module(f"configs.{name}").get_config()
         config.data.update(dataset="digits", image_size=8, num_channels=1)
         if "ch_mult" in config.model:
-            config.model.update(num_res_blocks=1, attn_resolutions=(4,))
+            config.model.update(num_res_blocks=1)
         fields = TINY | {"model.num_scales": 30, "sampling.n_steps_each": 2, "eval.num_samples": 2} | overrides
         known = {field: value for field, value in fields.items() if field.split(".")[1] in config[field.split(".")[0]]}
         config.update_from_flattened_dict(known)
@@ -432,7 +433,7 @@ def test_settings_of_the_optimiser_are_those_of_the_config(tmp_path):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (dict(optim__lr=0.0), r"optim\.lr=0\.0: allowed are positive numbers"),
+        (dict(optim__lr=0.0), r"optim\.lr=0\.0: allowed are numbers from 1e-12"),
         (dict(training__qc_stride=3), r"training\.qc_stride=3: must divide the 8 samples"),
         (dict(data__dataset="x:y"), r"data\.dataset='x:y'"),
         (dict(data__image_size=16), r"image_size=16"),

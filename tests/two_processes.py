@@ -31,6 +31,7 @@ CPU = run_lib.Runtime(device="auto")
 SETTINGS = {
     "model.nf": 8,
     "model.ch_mult": (1,),
+    "model.attn_resolutions": (),
     "model.init_scale": 1.0,
     "model.dropout": 0.2,
     "optim.warmup": 0,
@@ -77,6 +78,7 @@ BRIDGE = {
     "bridge.num_steps": 4,
     "model.nf": 8,
     "model.ch_mult": (1,),
+    "model.attn_resolutions": (),
     "model.init_scale": 1.0,
     "optim.eps": 1e-4,
     "training.n_iters": 6,

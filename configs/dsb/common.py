@@ -11,12 +11,12 @@ _SETS = (*POINT_SETS, "correlated_gaussian", *defaults.IMAGE_SETS)
 
 # Of all bridges; the defaults are those of the plane.
 COMMON = {
-    "seed": Field(0, "seed of all randomness", at_least(0)),
+    "seed": Field(0, "seed of all randomness", at_least(0, most=2**63 - 1)),
     "bridge.algorithm": Field("ipf", "iterative proportional or iterative Markovian fitting", choices("ipf", "imf")),
     "bridge.num_ipf": Field(20, "iterations, of two half-bridges each", at_least(1)),
     "bridge.num_steps": Field(20, "steps of a chain", at_least(2)),
-    "bridge.gamma_min": Field(0.01, "step size at the ends", at_least(1e-12)),
-    "bridge.gamma_max": Field(0.01, "step size in the middle, up to which they rise linearly", at_least(1e-12)),
+    "bridge.gamma_min": Field(0.01, "step size at the ends", positive),
+    "bridge.gamma_max": Field(0.01, "step size in the middle, up to which they rise linearly", positive),
     "bridge.reference": Field("ornstein_uhlenbeck", "to stay close to", choices("ornstein_uhlenbeck", "brownian")),
     "bridge.coupling": Field("reference", "of the first half-bridge", choices("reference", "independent")),
     "bridge.matching": Field("drift", "what the network gives", choices("drift", "mean")),

@@ -89,10 +89,13 @@ def test_no_field_takes_another_type_nan_or_an_infinity(table):
     [
         ({"training.n_iters": 0}, "training.n_iters=0: at least 1"),
         ({"eval.asym_probes": -1}, "eval.asym_probes=-1: at least 0"),
-        ({"eval.num_reference": 3}, "eval.num_reference=3: at least 4, or 0 for all"),
-        ({"optim.lr": 0.0}, "optim.lr=0.0: allowed are positive numbers"),
-        ({"optim.weight_decay": -1.0}, "optim.weight_decay=-1.0: allowed are numbers from 0 on"),
-        ({"optim.grad_clip": 0.0}, "optim.grad_clip=0.0: allowed are positive numbers, or -1 for no limit"),
+        ({"eval.num_reference": 3}, "eval.num_reference=3: allowed are 0 for all, or 4 to 1,000,000"),
+        ({"optim.lr": 0.0}, "optim.lr=0.0: allowed are numbers from 1e-12 to 1e12"),
+        ({"optim.weight_decay": -1.0}, "optim.weight_decay=-1.0: allowed are 0, and numbers from 1e-12 to 1e12"),
+        ({"optim.grad_clip": 0.0}, "optim.grad_clip=0.0: allowed are numbers from 1e-12 to 1e12, or -1 for no limit"),
+        ({"optim.grad_clip": -2.0}, "optim.grad_clip=-2.0: allowed are"),
+        ({"model.fir_kernel": (1,)}, "model.fir_kernel=(1,): allowed are positive integers up to 8192, 2 or more"),
+        ({"data.image_size": 2}, "sampling.corrector='langevin': its step size needs at least 16 dimensions, images"),
         ({"model.dropout": 1.0}, "model.dropout=1.0: allowed are numbers in [0, 1)"),
         ({"seed": 2**63}, "seed=9223372036854775808: allowed are integers of 64 bits"),
         ({"optim.optimizer": "SGD"}, "optim.optimizer='SGD': allowed is Adam"),
@@ -107,11 +110,11 @@ def test_no_field_takes_another_type_nan_or_an_infinity(table):
         ({"sampling.conditioning": "a:b"}, "sampling.conditioning='a:b': allowed are projection, dps, pigdm"),
         ({"model.ch_mult": ()}, "model.ch_mult=(): allowed are positive integers"),
         ({"classifier.ch_mult": (1, True)}, "classifier.ch_mult=(1, True): allowed are positive integers"),
-        ({"model.attn_resolutions": (0,)}, "model.attn_resolutions=(0,): allowed are positive integers, or ()"),
+        ({"model.attn_resolutions": (0,)}, "model.attn_resolutions=(0,): allowed are positive integers up to 8192, or"),
         ({"eval.metrics": ("fid",)}, "eval.metrics=('fid',): allowed are tuples of module:attribute"),
         # Combinations.
         ({"training.label_dropout": 0.1}, "training.label_dropout=0.1: needs model.num_classes > 0"),
-        ({"eval.asym_probes": 0}, "eval.asym_probes=0: the exact Jacobian is for at most 256 dimensions, these images"),
+        ({"eval.asym_probes": 0}, "eval.asym_probes=0: the exact Jacobian is for at most 256 dimensions, images of"),
         ({"eval.tfhub_inception": "x"}, "eval.tfhub_inception=x: needs --config.eval.backend=tfgan"),
         (
             {"eval": dict(tfhub_inception="x", backend="tfgan", inception_sha256="y")},
@@ -131,7 +134,7 @@ def test_no_field_takes_another_type_nan_or_an_infinity(table):
             "sampling.class_label=1: only for sampling.condition class or class_free",
         ),
         ({"sampling.condition": "class_free"}, "'class_free': needs a network that knows classes, model.num_classes"),
-        ({"model.num_classes": 10}, "a network trained with training.label_dropout=0 has no unconditional score"),
+        ({"model.num_classes": 10}, "a network of model.num_classes=10 trained with training.label_dropout=0"),
         (
             {"sampling": dict(condition="my.operators:Blur", method="ode")},
             "sampling.solver='rk45': a projection follows every step, so needs 'heun'",
@@ -177,7 +180,7 @@ def test_what_image_models_accept(overrides):
     [
         ({"bridge.algorithm": "sinkhorn"}, "bridge.algorithm='sinkhorn': allowed are ipf, imf"),
         ({"bridge.coupling": "independent"}, "bridge.coupling='independent': IPF starts from the coupling"),
-        ({"bridge.gamma_min": 1e-300}, "bridge.gamma_min=1e-300: at least 1e-12"),
+        ({"bridge.gamma_min": 1e-300}, "bridge.gamma_min=1e-300: allowed are numbers from 1e-12 to 1e12"),
         ({"training.cache_size": 33}, "training.cache_size=33: must be a multiple of training.batch_size=512"),
         ({"evaluation.num_samples": 1}, "evaluation.num_samples=1: at least 2"),
         ({"bridge.matching": "x"}, "bridge.matching='x': allowed are drift, mean"),
@@ -193,7 +196,7 @@ def test_what_bridges_refuse(overrides, message):
 def test_what_bridges_of_images_refuse():
     config = importlib.import_module("configs.dsb.digits").get_config("3-8")
     config.final.class_label = -2
-    assert refusal(bridges.check, config) == "final.class_label=-2: at least -1"
+    assert refusal(bridges.check, config) == "final.class_label=-2: at least -1, at most 1,000,000"
     config.model.dropout = 0.1
     assert refusal(bridges.check, config) == "model.dropout=0.1: allowed is 0.0"
 

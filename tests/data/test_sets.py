@@ -123,6 +123,8 @@ def test_tensors_that_are_no_images_are_refused():
             TensorSplit("mine", wrong, None)
     with pytest.raises(ValueError, match=r"mine: 3 images but labels of shape \(3, 1\)"):
         TensorSplit("mine", images, torch.zeros(3, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="mine: labels go from 0 to 255, not 0 to 9"):  # as of a damaged file of MNIST
+        TensorSplit("mine", images, torch.tensor([0, 255, 3]), num_classes=10)
 
 
 # --------------------------------------------------------------------------------------------------------------- npz

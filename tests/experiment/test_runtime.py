@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from documents import ROOT
 
-from experiment.runtime import Runtime
+from experiment.runtime import InvalidRun, Runtime
 
 PROGRAM = """
 import resource
@@ -53,3 +53,10 @@ def test_evaluation_covers_the_whole_set_once(size, batch_size, num_processes):
     for share, length in zip(shares, lengths, strict=True):
         assert len(share) == -(-length // batch_size)  # none empty, none small but the last
         assert all(len(batch) == batch_size for batch in share[:-1])
+
+
+def test_a_cache_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(InvalidRun, match=f"--cache_dir={path}: is, or lies below, a file"):
+            Runtime("cpu", cache_dir=str(path))

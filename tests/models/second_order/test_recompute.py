@@ -80,8 +80,8 @@ def test_a_network_without_blocks_is_refused():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_memory_falls(model, small_unet):
-    x0, options = torch.rand(4, 1, 16, 16), dict(network=dict(image_size=16, nf=16, num_res_blocks=3))
-    peaks = []
+    x0, peaks = torch.rand(4, 1, 16, 16), []
+    options = dict(network=dict(image_size=16, attn_resolutions=(), nf=16, num_res_blocks=3))
     for recompute in (False, True):
         objective = objective_of(small_unet, model, recompute=recompute, dtype=torch.float32, **options)
         peaks.append(peak_memory(lambda o=objective: gradients_and_loss(o, x0), torch.device("cpu")))
