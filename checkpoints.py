@@ -116,8 +116,6 @@ class CheckpointStore:
     def save(self, state: dict, step: int) -> Path:
         """Write the state of ``step`` and delete what is no longer kept."""
         path = self.path(step)
-        for abandoned in self.directory.glob(".step_*.pt.*"):  # by a process killed while it wrote
-            abandoned.unlink()
         write_checkpoint(path, state)
         for old in self.steps()[: -self.keep]:
             if not (self.milestone_every and old % self.milestone_every == 0):
