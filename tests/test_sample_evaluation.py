@@ -19,6 +19,7 @@ from user_classes import Moments
 import run_lib
 from configs.digits import get_config
 from evaluation import Backend, Features, inception_score, sample_quality
+from experiment.files import read_arrays
 from features import quality, tfgan
 from report import main
 
@@ -99,7 +100,7 @@ def test_interrupted_extraction_resumes(trained, tmp_path, moments, monkeypatch)
     moments.breaks_at = None
     assert evaluated(trained, tmp_path / "broken", tmp_path / "cache") == whole
     assert moments.seen == 100 + 20
-    assert not list((tmp_path / "broken" / "eval" / "parts").iterdir())
+    assert not list((tmp_path / "broken" / "eval" / "stages" / "parts").iterdir())
 
 
 def test_statistics_are_computed_once_for_every_run(trained, tmp_path, moments):
@@ -228,10 +229,10 @@ def check_metrics(folder: Path, num_samples: int, **described) -> dict:
     # Two steps of predictor and corrector and one denoising.
     expected = {"num_samples": num_samples, "num_reference": 8, "checkpoint_step": 2, "nfe_sampling": 5.0, **described}
     assert expected.items() <= metrics.items()
-    with np.load(folder / "eval" / "sample_features.npz", allow_pickle=False) as file:
-        pool, logits = file["pool_3"], file["logits"]
-    assert len(pool) == num_samples
-    assert metrics["inception_score"] == pytest.approx(inception_score(logits, 1)[0], rel=1e-3)
+    stored = [read_arrays(path) for path in (folder / "eval" / "stages").glob("sample_features-*.npz")]
+    assert all(len(arrays["pool_3"]) == num_samples for arrays in stored)
+    scores = [inception_score(arrays["logits"], 1)[0] for arrays in stored]
+    assert any(metrics["inception_score"] == pytest.approx(score, rel=1e-3) for score in scores)
     return metrics
 
 
