@@ -74,6 +74,8 @@ def run_main(main: Callable[[list[str]], None], words: bool = False) -> None:
         level = logging.DEBUG if flags.FLAGS.verbosity > 0 else logging.INFO
         logging.basicConfig(level=level, format="%(message)s")
         logging.getLogger("matplotlib").setLevel(logging.WARNING)
+        if "workdir" in flags.FLAGS and not flags.FLAGS.workdir.strip():  # it would be the current folder
+            sys.exit("error: --workdir is empty: give a folder")
         try:
             main(argv)
         except (ValueError, FloatingPointError, OSError, BrokenProcessPool) as error:
