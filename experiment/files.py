@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import socket
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -94,8 +95,16 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_arrays(path: Path, **arrays: object) -> None:
-    """A compressed ``.npz``, with a checksum of all that is in it."""
-    write_atomically(path, lambda file: np.savez_compressed(file, **arrays, checksum=_checksum(arrays)))
+    """A compressed ``.npz``, with a checksum of all that is in it, first of all, so that no other can get lost without
+    it."""
+
+    def write(file: BinaryIO) -> None:  # np.savez leaves a file open that it could not write
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, values in {"checksum": _checksum(arrays), **arrays}.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asarray(values), allow_pickle=False)
+
+    write_atomically(path, write)
 
 
 def _checksum(arrays: Mapping[str, object]) -> str:

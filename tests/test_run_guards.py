@@ -13,7 +13,7 @@ from test_run_lib import CPU, tiny_config
 
 import run_lib
 from checkpoints import read_checkpoint
-from experiment import files
+from experiment import files, runtime
 
 
 def test_the_same_work_in_one_workdir_at_once_is_refused(tmp_path, monkeypatch):
@@ -35,6 +35,24 @@ def test_the_same_work_in_one_workdir_at_once_is_refused(tmp_path, monkeypatch):
         after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
         before[tmp_path / f".{lock}.lock"] = after[tmp_path / f".{lock}.lock"]
         assert after == before
+
+
+def test_training_reads_its_state_when_it_has_the_lock(tmp_path, monkeypatch):
+    """A second training that is started while the first is at work finds it finished, and does nothing."""
+    config, take, before = tiny_config(training__n_iters=2), runtime.take_lock, {}
+
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def take_after_another(path: Path, wait: bool = False):
+        monkeypatch.setattr(runtime, "take_lock", take)
+        run_lib.train(config, tmp_path, CPU)
+        before.update(contents())
+        return take(path, wait)
+
+    monkeypatch.setattr(runtime, "take_lock", take_after_another)
+    run_lib.train(config, tmp_path, CPU)
+    assert tmp_path / "metrics.jsonl" in before and contents() == before
 
 
 def test_samples_under_other_settings_go_to_another_folder(tmp_path):
