@@ -205,9 +205,8 @@ def trainer(
 
     def sample_grid(step: int) -> None:
         score = TrainedScore(config, ema.model, images, step, runtime=runtime, workdir=workdir)
-        shares = runtime.batches(GRID_IMAGES, GRID_IMAGES)
-        drawn = [score.draw(share, sampler, progress=runtime.shows_progress)[0] for share in shares]
-        drawn = runtime.gather(drawn)
+        share = runtime.share(GRID_IMAGES)
+        drawn = runtime.gather([score.draw(share, sampler, progress=runtime.shows_progress)[0]] if share else [])
         if runtime.is_main:
             save_image_grid(workdir / "samples" / f"step_{step:08d}.png", np.concatenate(drawn), images)
 
@@ -327,6 +326,9 @@ def evaluate(
         identity = {**score.identity(), "data": [train_data.fingerprint, test_data.fingerprint]}
         path = folder / "metrics" / f"step_{score.step:08d}-{_digest(identity)[:8]}.json"
         metrics: dict = dict.fromkeys(name for names in METRICS.values() for name in names)
+        metrics["sampler"] = str(sampler)
+        if condition := config.sampling.condition:
+            metrics["sampler"] += f"; {condition}, weight {config.sampling.guidance_weight:g}"
         metrics |= _kept_metrics(path, enabled)
         metrics |= {"checkpoint_step": score.step, "test_images": len(test_data)}
         files: dict[str, dict] = {}
@@ -338,9 +340,6 @@ def evaluate(
             metrics |= measured
         if enabled.enable_sampling:
             arrays = _draw_samples(score, sampler)
-            metrics["sampler"] = str(sampler)
-            if condition := config.sampling.condition:
-                metrics["sampler"] += f"; {condition}, weight {config.sampling.guidance_weight:g}"
             metrics |= {"nfe_sampling": float(arrays["nfe"].mean()), "num_samples": len(arrays["images"])}
             if config.sampling.method == "pc":
                 metrics["sampling_steps"] = sampler.num_steps

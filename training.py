@@ -384,7 +384,7 @@ class MetricsLog:
             self.file = open(self.path, "a+b")  # noqa: SIM115
             self.file.truncate(min(size, self.file.seek(0, os.SEEK_END)))
         with writing(self.board_path):
-            self.board = RecordWriter(open(self.board_path, "wb"))  # noqa: SIM115
+            self.board = RecordWriter(open(self.board_path, "wb", buffering=0))  # noqa: SIM115
         first, start = step + 1 if size else 0, SessionLog(status=SessionLog.START)
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         self._add(Event(wall_time=time.time(), step=first, session_log=start))
@@ -392,7 +392,6 @@ class MetricsLog:
     def _add(self, event: object) -> None:
         with writing(self.board_path):
             self.board.write(event.SerializeToString())
-            self.board.flush()
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -415,10 +414,9 @@ class MetricsLog:
         return self
 
     def __exit__(self, *exception) -> None:
-        with writing(self.path):
+        self.board.close()
+        with writing(self.path):  # what could not be written is tried once more
             self.file.close()
-        with writing(self.board_path):
-            self.board.close()
 
 
 class _SharedMaximum:

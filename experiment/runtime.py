@@ -183,12 +183,6 @@ class Runtime:
         index, count = self.accelerator.process_index, self.accelerator.num_processes
         return range(size * index // count, size * (index + 1) // count)
 
-    def batches(self, size: int, batch_size: int) -> list[range]:
-        """This process's share of a whole set, in batches of which the last may be smaller. Processes may differ by one
-        batch: gather results after the pass, not within."""
-        share = self.share(size)
-        return [range(i, min(i + batch_size, share.stop)) for i in share[::batch_size]]
-
     def compute(
         self,
         path: Path,
@@ -249,8 +243,9 @@ class Runtime:
 def _batches(
     folder: Path, key: str, share: range, batch_size: int, compute: Callable[[range], dict[str, np.ndarray]]
 ) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
-    """A share in order: the batches that ``folder`` keeps, whatever their size, and between them new ones, which are
-    added to them. A file FIRST-LAST.npz says in its key what it is, so that files cannot be mixed up."""
+    """A share in order: the batches that ``folder`` keeps, whatever their size, and between them new ones of at most
+    ``batch_size`` items, which are added to them. A file FIRST-LAST.npz says in its key what it is, so that files
+    cannot be mixed up. Processes may differ by a batch: gather results after the pass, not within."""
     numbers = [re.fullmatch(r"(\d+)-(\d+)\.npz", path.name) for path in folder.glob("*.npz")]
     finished = [range(int(match[1]), int(match[2]) + 1) for match in numbers if match]
     first = share.start

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from locks import lock_held_elsewhere
-from test_run_lib import CPU, tiny_config
+from test_run_lib import CPU, ROOT, command, environment, tiny_config
 
 import run_lib
 from checkpoints import read_checkpoint
@@ -134,3 +137,42 @@ def test_checkpoint_of_another_version_or_program_is_refused(tmp_path):
                 work(tiny_config(training__n_iters=4), tmp_path / "w", CPU)
         written = [path for path in (tmp_path / "w").iterdir() if path.suffix != ".lock"]
         assert not (tmp_path / "x").exists() and len(written) == 1
+
+
+@pytest.mark.faults
+def test_commands_at_once_with_one_cache_and_killed_ones_give_one_result(tmp_path):
+    """Statistics and evaluations beside each other; then an evaluation that is killed at ten random moments."""
+    environment_of_users = {**environment(), "PYTHONPATH": str(ROOT / "tests")}
+    overrides = [f"--config.eval.{name}=False" for name in ("enable_bpd", "enable_asymmetry")]
+    overrides += ["--config.eval.batch_size=2", f"--cache_dir={tmp_path / 'cache'}"]
+
+    def start(workdir: str, mode: str) -> subprocess.Popen:
+        options = dict(cwd=ROOT, env=environment_of_users, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command(tmp_path / workdir, mode, *overrides), **options)
+
+    run_lib.train(tiny_config("qc", training__n_iters=2), tmp_path / "a", CPU)
+    for name in "bcd":
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+    modes = {"a": "eval", "b": "eval", "c": "stats", "d": "stats"}
+    running = {name: start(name, mode) for name, mode in modes.items()}
+    answers = {name: process.communicate() for name, process in running.items()}
+    for name, process in running.items():
+        assert process.returncode == 0 and "Traceback" not in answers[name][1], answers[name][1][-2000:]
+    metrics = [json.loads((tmp_path / name / "eval" / "metrics.json").read_text()) for name in "ab"]
+    (statistics,) = (tmp_path / "cache").glob("features-*.npz")
+    assert metrics[0] == metrics[1] and answers["c"][0] == answers["d"][0] == f"{statistics}\n"
+    assert not list((tmp_path / "cache" / "parts").iterdir())
+
+    moments = np.random.default_rng(0)
+    shutil.rmtree(tmp_path / "cache")
+    for _ in range(10):
+        process = start("c", "eval")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=moments.uniform(2, 20))
+        process.kill()
+        process.communicate()
+    process = start("c", "eval")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-2000:]
+    assert json.loads((tmp_path / "c" / "eval" / "metrics.json").read_text()) == metrics[0]
+    assert not [path for path in tmp_path.rglob(".*") if not path.name.endswith(".lock")]

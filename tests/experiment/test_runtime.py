@@ -46,38 +46,35 @@ def test_freed_memory_is_used_again_without_page_faults():
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 360])
-@pytest.mark.parametrize("batch_size", [1, 7, 128, 1000])
 @pytest.mark.parametrize("num_processes", [1, 2, 5])
-def test_evaluation_covers_the_whole_set_once(size, batch_size, num_processes):
+def test_evaluation_covers_the_whole_set_once(size, num_processes):
     shares = []
     for process in range(num_processes):
         runtime = Runtime("cpu")
         runtime.__dict__["accelerator"] = SimpleNamespace(process_index=process, num_processes=num_processes)
-        shares.append(runtime.batches(size, batch_size))
-    order = [i for share in shares for batch in share for i in batch]
-    assert order == list(range(size))
-    lengths = [sum(len(batch) for batch in share) for share in shares]
+        shares.append(runtime.share(size))
+    assert [i for share in shares for i in share] == list(range(size))
+    lengths = [len(share) for share in shares]
     assert max(lengths) - min(lengths) <= 1
-    for share, length in zip(shares, lengths, strict=True):
-        assert len(share) == -(-length // batch_size)  # none empty, none small but the last
-        assert all(len(batch) == batch_size for batch in share[:-1])
 
 
 class Squares:
     """A set of 20 items, computed in batches; which of them have been computed."""
 
     def __init__(self, folder: Path) -> None:
-        self.path, self.parts, self.seen, self.stop = folder / "x-k.npz", folder / "parts" / "x-k", [], None
+        self.path, self.parts, self.stop = folder / "x-k.npz", folder / "parts" / "x-k", None
+        self.seen, self.lengths = [], []
 
     def __call__(self, batch_size: int, stop: int | None = None) -> np.ndarray:
         """``stop``: the item at which the process is interrupted."""
-        self.seen, self.stop = [], stop
+        self.seen, self.lengths, self.stop = [], [], stop
         return Runtime("cpu").compute(self.path, "k", 20, batch_size, self.compute, description="squares")["square"]
 
     def compute(self, items: range) -> dict[str, np.ndarray]:
         if self.stop is not None and self.stop in items:
             raise KeyboardInterrupt
         self.seen += items
+        self.lengths.append(len(items))
         return {"square": np.array(items) ** 2}
 
 
@@ -97,19 +94,18 @@ EXPECTED = np.arange(20) ** 2
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
 def test_finished_batches_serve_whatever_the_batch_size(squares, batch_size):
     assert np.array_equal(squares(batch_size), EXPECTED) and squares.seen == list(range(12, 20))
+    assert squares.lengths == [batch_size] * (8 // batch_size) + [8 % batch_size] * (8 % batch_size > 0)
     assert not squares.parts.exists()
     assert np.array_equal(squares(batch_size), EXPECTED) and squares.seen == []
 
 
 def test_finished_batches_serve_whatever_the_number_of_processes(squares):
     """Of three processes the second has items 6 to 12, two of which are in a batch of the first's."""
-    runtime = Runtime("cpu")
-    found = []
+    runtime, found, squares.stop = Runtime("cpu"), [], None
     for process in range(3):
         runtime.__dict__["accelerator"] = SimpleNamespace(process_index=process, num_processes=3)
         share = runtime.share(20)
         batches = list(runtime_module._batches(squares.parts, "k", share, 5, squares.compute))
-        squares.stop = None
         assert [item for items, _ in batches for item in items] == list(share)
         found += [arrays["square"] for _, arrays in batches]
     assert np.array_equal(np.concatenate(found), EXPECTED)
