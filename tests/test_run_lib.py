@@ -511,6 +511,7 @@ def test_help_is_light():
         (["--config=configs/digits.py", "--config.model.foo=1"], "error: --config.model.foo: the config has no field"),
         (["--config=configs/digits.py", "--config.model.nf=x"], "error: flag --config.model.nf=x: invalid literal"),
         (["--config=configs/digits.py", "--checkpoint=x"], "--checkpoint: only for --mode=eval or sample"),
+        (["--config=configs/digits.py", "--workdir= "], "error: --workdir is empty: give a folder"),
     ],
 )
 def test_bad_flags_answer_in_one_line(arguments, message, tmp_path):
