@@ -29,6 +29,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, distributed, nn
 
 from checkpoints import CHECKPOINT_VERSION, CheckpointError, CheckpointStore, check_version, load_state_dict_strictly
@@ -372,31 +375,24 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, step: int = 0, size: int = 0) -> None:
-        # Not torch's SummaryWriter, whose thread ends in a traceback where the disk is full.
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self.path, board = directory / "metrics.jsonl", directory / "tensorboard"
-        self.board_path = board / f"events.out.tfevents.{time.time_ns():020d}.{socket.gethostname()}.{os.getpid()}"
-        with writing(board):
-            board.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns():020d}.{socket.gethostname()}.{os.getpid()}"
+        self.path, self.board_path = directory / "metrics.jsonl", directory / "tensorboard" / name
+        with writing(self.board_path):
+            self.board_path.parent.mkdir(parents=True, exist_ok=True)
+            # Not torch's SummaryWriter, whose thread ends in a traceback where the disk is full.
+            self.board = RecordWriter(open(self.board_path, "wb", buffering=0))  # noqa: SIM115
         with writing(self.path):
             self.file = open(self.path, "a+b")  # noqa: SIM115
             self.file.truncate(min(size, self.file.seek(0, os.SEEK_END)))
-        with writing(self.board_path):
-            self.board = RecordWriter(open(self.board_path, "wb", buffering=0))  # noqa: SIM115
         first, start = step + 1 if size else 0, SessionLog(status=SessionLog.START)
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         self._add(Event(wall_time=time.time(), step=first, session_log=start))
 
-    def _add(self, event: object) -> None:
+    def _add(self, event: Event) -> None:
         with writing(self.board_path):
             self.board.write(event.SerializeToString())
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         with writing(self.path):
             self.file.write((json.dumps({"step": step, **row}) + "\n").encode())
             self.file.flush()
