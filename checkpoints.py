@@ -196,8 +196,6 @@ class CheckpointStore:
         What could not be read is not counted, but set aside as ``NAME.damaged``.
         """
         path = self.path(step)
-        for abandoned in self.directory.glob(".step_*.pt.*"):  # by a process killed while it wrote
-            abandoned.unlink()
         write_checkpoint(path, state)
         for damaged in filter(Path.exists, self._damaged - {path}):
             damaged.rename(f"{damaged}.damaged")

@@ -8,7 +8,9 @@ A run lives in a working directory W:
     W/tensorboard/           the same, for TensorBoard
     W/samples/               grids of samples made while training; samples that were asked for
     W/classifier/            the classifier of noised images that may guide samples
-    W/eval/                  metrics.json, and the per-image results it was computed from
+    W/eval/                  metrics.json of the newest weights that were evaluated, and what a report draws of them
+    W/eval/metrics/          that of all weights that were evaluated
+    W/eval/stages/           the per-image results of evaluations and samples, by weights and settings
 
 Everything random is keyed by (seed, purpose, step or index), so a run that was interrupted continues to the very same
 result, and the number of processes changes nothing but rounding. Each recipe imports and builds what it uses.
@@ -18,11 +20,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,15 +108,22 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
     with contextlib.ExitStack() as stack:
+
+        def claim() -> None:
+            stack.enter_context(runtime.exclusive(Path(workdir) / ".training.lock"))
+            _check_workdir(config, Path(workdir), FREE_IN_TRAINING)  # it may have changed until now
+
         with checked():
-            loop = trainer(config, workdir, runtime)
-            stack.enter_context(runtime.exclusive(loop.workdir / ".training.lock"))
+            loop = trainer(config, workdir, runtime, claim)
         _write_config(config, loop.workdir, runtime)
         loop.run()
 
 
-def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> Trainer:
-    """The training loop of a config, at the step to go on from; nothing has been written.
+def trainer(
+    config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), claim: Callable[[], object] | None = None
+) -> Trainer:
+    """The training loop of a config, at the step to go on from; nothing has been written. ``claim`` is called before
+    the state in ``workdir`` is read, which nobody else may change from then on.
 
     Raises:
         ValueError, OSError: bad config, data, checkpoint or working directory.
@@ -154,6 +164,14 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
     batches = TrainingBatches(train_data, seed=config.seed, batch_size=training.batch_size)
     count = min(config.eval.batch_size, len(test_data))
     test_levels, test_labels = test_data.batch(evenly_spaced(range(count), count, len(test_data)))
+    _check_stride(config, runtime)
+
+    @functools.cache
+    def begin() -> dict | None:
+        return _state_to_begin_with(config, model, optimizer)
+
+    if not (workdir / "checkpoints").exists():
+        begin()  # what is wrong with it is said before anything is written
 
     def class_labels(labels: Tensor, generator: SampleGenerators | None) -> Tensor | None:
         """What a network that knows classes is told of them (b,): with a generator, now and then, none."""
@@ -189,9 +207,8 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
 
     def sample_grid(step: int) -> None:
         score = TrainedScore(config, ema.model, images, step, runtime=runtime, workdir=workdir)
-        shares = runtime.batches(GRID_IMAGES, GRID_IMAGES)
-        drawn = [score.draw(share, sampler, progress=runtime.shows_progress)[0] for share in shares]
-        drawn = runtime.gather(drawn)
+        share = runtime.share(GRID_IMAGES)
+        drawn = runtime.gather([score.draw(share, sampler, progress=runtime.shows_progress)[0]] if share else [])
         if runtime.is_main:
             save_image_grid(workdir / "samples" / f"step_{step:08d}.png", np.concatenate(drawn), images)
 
@@ -203,7 +220,7 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
     if training.snapshot_sampling:
         sampler = build_sampler(config, sde)
         hooks.append(Hook(training.snapshot_freq or training.n_iters, sample_grid))
-    loop = Trainer(
+    return Trainer(
         model,
         optimizer,
         loss,
@@ -218,6 +235,7 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
         save_freq=training.snapshot_freq_for_preemption,
         milestone_freq=training.snapshot_freq,
         keep=training.keep_checkpoints,
+        claim=claim,
         begin=begin,
         record=_record(config, images, train_data),
         check_record=lambda record: _check_data(record, train_data, workdir, runtime),
@@ -225,8 +243,6 @@ def trainer(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
         runtime=runtime,
         description=f"train {workdir.name}",
     )
-    _check_stride(config, loop.parts[0])
-    return loop
 
 
 def _state_to_begin_with(config: ConfigDict, model: ScoreModel, optimizer: torch.optim.Optimizer) -> dict | None:
@@ -284,10 +300,12 @@ def _check_data(record: dict, train_data: Split, workdir: Path, runtime: Runtime
 def evaluate(
     config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), checkpoint: str | Path | None = None
 ) -> dict:
-    """Evaluate the moving average of a checkpoint; write and return ``W/eval/metrics.json``.
+    """Evaluate the moving average of a checkpoint; return the metrics and write them to ``W/eval/metrics.json``, unless
+    what is there is of newer weights, and to ``W/eval/metrics/``, whose files are by weights. What is not evaluated now
+    stays as an earlier evaluation of the same weights measured it.
 
-    Finished stages are kept with a key that names weights, settings and data, and reused only under that key;
-    within a stage every finished batch is kept until the stage is done.
+    Finished stages are kept under a key that names weights, settings and data; within a stage every finished batch is
+    kept until the stage is done.
 
     Args:
         config, workdir, runtime: the run.
@@ -306,60 +324,101 @@ def evaluate(
                     "--compile: not with eval.enable_sampling=False, for all else that is evaluated differentiates the "
                     "score, which a compiled network is not used for"
                 )
-            score = _trained_score(config, workdir, checkpoint, runtime)
+            _check_request(config, workdir, checkpoint)
             train_data, test_data = load_data(config, runtime)
-            if score.trained_on not in (None, train_data.fingerprint):
-                logger.warning("data.path=%s: other data than those that the model was trained on", config.data.path)
-            sampler = build_sampler(config, score.sde)
+            sampler = build_sampler(config, build_sde(config))
             if enabled.enable_sampling:
                 from features.quality import SampleQuality
 
                 cache_dir = _cache_dir(workdir, runtime)
                 quality = SampleQuality(enabled, train_data, test_data, cache_dir, runtime, seed=config.seed)
             stack.enter_context(runtime.exclusive(workdir / ".evaluation.lock"))
+            score = _trained_score(config, workdir, checkpoint, runtime)
+            if score.trained_on not in (None, train_data.fingerprint):
+                logger.warning("data.path=%s: other data than those that the model was trained on", config.data.path)
         if not (workdir / "config.json").exists():  # a checkpoint from elsewhere
             _write_config(config, workdir, runtime)
-        metrics: dict = dict.fromkeys(METRICS)
-        metrics |= {"checkpoint_step": score.step, "test_images": len(test_data)}
+        folder = workdir / "eval"
+        identity = {**score.identity(), "data": [train_data.fingerprint, test_data.fingerprint]}
+        path = folder / "metrics" / f"step_{score.step:08d}-{_digest(identity)[:8]}.json"
+        metrics: dict = dict.fromkeys(name for names in METRICS.values() for name in names)
         metrics["sampler"] = str(sampler)
         if condition := config.sampling.condition:
             metrics["sampler"] += f"; {condition}, weight {config.sampling.guidance_weight:g}"
+        metrics |= _kept_metrics(path, enabled)
+        metrics |= {"checkpoint_step": score.step, "test_images": len(test_data)}
+        files: dict[str, dict] = {}
         if enabled.enable_bpd:
-            metrics |= _evaluate_nll(score, test_data)
+            measured, files["nll.npz"] = _evaluate_nll(score, test_data)
+            metrics |= measured
         if enabled.enable_asymmetry:
-            metrics |= _evaluate_asymmetry(score, test_data)
+            measured, files["asymmetry.npz"] = _evaluate_asymmetry(score, test_data)
+            metrics |= measured
         if enabled.enable_sampling:
             arrays = _draw_samples(score, sampler)
-            if runtime.is_main:
-                levels = arrays["images"]
-                write_arrays(workdir / "eval" / "samples.npz", images=levels, num_levels=score.images.num_levels)
-                save_image_grid(workdir / "eval" / "samples.png", levels, score.images)
             metrics |= {"nfe_sampling": float(arrays["nfe"].mean()), "num_samples": len(arrays["images"])}
             if config.sampling.method == "pc":
                 metrics["sampling_steps"] = sampler.num_steps
-            identity = score.stage_key("sample_features", len(arrays["images"]), _sampling_identity(score))
+            key = score.stage_key("sample_features", len(arrays["images"]), _sampling_identity(score))
             labels = score.wanted_labels(range(len(arrays["images"]))) if config.sampling.condition else None
-            path = workdir / "eval" / "sample_features.npz"
             metrics |= quality.measure(
-                arrays["images"], path, identity, None if labels is None else labels.cpu().numpy()
+                arrays["images"], folder / "stages", key, None if labels is None else labels.cpu().numpy()
             )
+            files["samples.npz"] = {"images": arrays["images"], "num_levels": score.images.num_levels}
         if runtime.is_main:
-            write_json(workdir / "eval" / "metrics.json", metrics)
+            write_json(path, metrics)
+            _write_newest(folder, metrics, files, score.images)
     return metrics
 
 
-METRICS = (
-    *("nll_bits_per_dim", "nll_bits_per_dim_se", "nfe_likelihood", "nll_images", "likelihood"),
-    *("asym", "asym_se", "nasym", "nasym_se", "asym_images", "asym_levels", "asym_first_level", "asym_probes"),
-    *("sampling_steps", "nfe_sampling", "num_samples", "fid", "kid", "kid_se", "inception_score"),
-    *("inception_score_std", "precision", "recall", "density", "coverage"),
-    *("features", "feature_test_accuracy", "reference", "num_reference", "backend"),
-)
-"""What metrics.json always has; None where it was not measured."""
+METRICS = {
+    "enable_bpd": ("nll_bits_per_dim", "nll_bits_per_dim_se", "nfe_likelihood", "nll_images", "likelihood"),
+    "enable_asymmetry": (
+        *("asym", "asym_se", "nasym", "nasym_se", "asym_images", "asym_levels", "asym_first_level", "asym_probes"),
+    ),
+    "enable_sampling": (
+        *("sampler", "sampling_steps", "nfe_sampling", "num_samples", "fid", "kid", "kid_se", "inception_score"),
+        *("inception_score_std", "precision", "recall", "density", "coverage"),
+        *("features", "feature_test_accuracy", "reference", "num_reference", "backend"),
+    ),
+}
+"""What metrics.json always has, by the field of ``config.eval`` that has it measured; None where it never was."""
 
 
-def _evaluate_nll(score: TrainedScore, data: Split) -> dict:
-    """Bits per dimension of the uniformly dequantised test set, the whole or ``nll_images`` of it.
+def _stored_metrics(path: Path) -> dict:
+    """What a file of metrics has; nothing if it is missing or damaged."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _kept_metrics(path: Path, enabled: ConfigDict) -> dict:
+    """What a file of metrics of the same weights has of what is not measured again now."""
+    fields = {name: field for field, names in METRICS.items() for name in names}
+    stored = _stored_metrics(path).items()
+    return {name: value for name, value in stored if not enabled[fields.get(name, "enable_sampling")]}
+
+
+def _write_newest(folder: Path, metrics: dict, files: dict[str, dict], images: ImageFormat) -> None:
+    """Write what a report reads of a run: metrics.json, and arrays by file; not if those there are of newer weights."""
+    step, newest = metrics["checkpoint_step"], _stored_metrics(folder / "metrics.json").get("checkpoint_step", 0)
+    if newest > step:
+        logger.warning("%s/metrics.json is of step %d, and stays; that of step %d: metrics/", folder, newest, step)
+        return
+    for name, arrays in files.items():
+        write_arrays(folder / name, **arrays)
+    if "samples.npz" in files:
+        save_image_grid(folder / "samples.png", files["samples.npz"]["images"], images)
+    for name, measured in {"nll": "nll_bits_per_dim", "asymmetry": "asym", "samples": "fid"}.items():
+        if metrics[measured] is None:  # then those are of other weights
+            (folder / f"{name}.npz").unlink(missing_ok=True)
+    write_json(folder / "metrics.json", metrics)
+
+
+def _evaluate_nll(score: TrainedScore, data: Split) -> tuple[dict, dict[str, np.ndarray]]:
+    """Bits per dimension of the uniformly dequantised test set, the whole or ``nll_images`` of it: metrics, and by
+    image.
 
     An image has the same noise in both cases, so that a part of the test set is a part of the result.
     """
@@ -379,17 +438,18 @@ def _evaluate_nll(score: TrainedScore, data: Split) -> dict:
     identity = {"data": data.fingerprint, "likelihood": config.likelihood.to_dict()}
     arrays = score.stage("nll", count, identity, compute)
     mean, error = mean_and_error(arrays["nll_bits_per_dim"])
-    return {
+    metrics = {
         "nll_bits_per_dim": mean,
         "nll_bits_per_dim_se": error,
         "nll_images": count,
         "nfe_likelihood": float(arrays["nfe"].mean()),
         "likelihood": str(likelihood),
     }
+    return metrics, arrays
 
 
-def _evaluate_asymmetry(score: TrainedScore, data: Split) -> dict:
-    """Asym and NAsym at T times over test images perturbed with their own noise.
+def _evaluate_asymmetry(score: TrainedScore, data: Split) -> tuple[dict, dict[str, np.ndarray]]:
+    """Asym and NAsym at T times over test images perturbed with their own noise: metrics, and by time.
 
     The times are i/T, i = 1 … T; or i = 0 … T − 1 of [1e-5, 1] instead of [0, 1], where VP's score is finite.
     """
@@ -424,9 +484,7 @@ def _evaluate_asymmetry(score: TrainedScore, data: Split) -> dict:
         metrics[name], metrics[f"{name}_se"] = mean_and_error(values.mean(1))
         curves[name] = values.mean(0)
         curves[f"{name}_se"] = values.std(0, ddof=1) / math.sqrt(count) if count > 1 else np.full(levels, math.nan)
-    if score.runtime.is_main:
-        write_arrays(score.workdir / "eval" / "asymmetry.npz", **curves)
-    return metrics
+    return metrics, curves
 
 
 def _draw_samples(score: TrainedScore, sampler) -> dict[str, np.ndarray]:
@@ -493,23 +551,22 @@ def sample(
     workdir, sampling = Path(workdir), config.sampling
     with contextlib.ExitStack() as stack:
         with checked():
-            score = _trained_score(config, workdir, checkpoint, runtime)
-            sampler = build_sampler(config, score.sde)
-            measured, identity = None, {"num_samples": config.eval.num_samples}
+            _check_request(config, workdir, checkpoint)
+            sampler = build_sampler(config, build_sde(config))
+            name, data, measured, identity = sampler.slug, None, None, {"num_samples": config.eval.num_samples}
+            if sampling.condition:
+                name += f"-{sampling.condition.rpartition(':')[2]}"
             if sampling.condition not in ("", "class", "class_free"):
+                name, data = f"{name}-{sampling.conditioning}", load_data(config, runtime)
+            stack.enter_context(runtime.exclusive(workdir / f".samples-{name}.lock"))
+            score = _trained_score(config, workdir, checkpoint, runtime)
+            if data is not None:
                 from guidance.measured import MeasuredImages
 
-                measured = MeasuredImages(score, sampler, *load_data(config, runtime))
+                measured = MeasuredImages(score, sampler, *data)
                 identity = measured.identity()
-            name = sampler.slug
-            if sampling.condition:
-                name += f"-{sampling.condition.rpartition(':')[2]}" + (f"-{sampling.conditioning}" if measured else "")
-            # Samples without a measurement are those that an evaluation draws, and are kept in the same place.
-            lock = f".samples-{name}.lock" if measured else ".evaluation.lock"
-            stack.enter_context(runtime.exclusive(workdir / lock))
         settings = {**score.identity(), **_sampling_identity(score), **identity}
-        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
-        folder = workdir / "samples" / f"step_{score.step:08d}-{name}-{digest}"
+        folder = workdir / "samples" / f"step_{score.step:08d}-{name}-{_digest(settings)[:8]}"
         if measured is not None:
             measured.sample(folder, _sampling_identity(score))
         else:
@@ -717,14 +774,15 @@ class TrainedScore:
         }
 
     def stage_key(self, name: str, size: int, settings: dict) -> str:
-        identity = {"version": EVALUATION_VERSION, "stage": name, "size": size, **self.identity(), **settings}
-        return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+        return _digest({"version": EVALUATION_VERSION, "stage": name, "size": size, **self.identity(), **settings})
 
     def stage(self, name: str, size: int, settings: dict, compute) -> dict[str, np.ndarray]:
-        """Arrays with one row per item, kept in W/eval/NAME.npz; ``settings`` decide the result beside the weights."""
+        """Arrays with one row per item, kept in W/eval/stages/NAME-KEY.npz; ``settings`` decide the result beside the
+        weights."""
+        key = self.stage_key(name, size, settings)
         return self.runtime.compute(
-            self.workdir / "eval" / f"{name}.npz",
-            self.stage_key(name, size, settings),
+            self.workdir / "eval" / "stages" / f"{name}-{key[:16]}.npz",
+            key,
             size,
             self.config.eval.batch_size,
             compute,
@@ -769,8 +827,7 @@ def _config_from_json(text: str, path: Path) -> ConfigDict:
 
 def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | None, runtime: Runtime) -> TrainedScore:
     """The score of a checkpoint, for evaluation and sampling; with the classifier that guides it, if one does."""
-    check(config)
-    _check_workdir(config, workdir, FREE_IN_EVALUATION)
+    _check_request(config, workdir, checkpoint)
     state, path = _read(checkpoint or workdir, "--checkpoint=" if checkpoint else "--workdir=", step=None)
     score = _score_from_state(state, path, config, runtime.torch_device)
     score.runtime, score.workdir = runtime, workdir
@@ -788,6 +845,15 @@ def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | N
         )
         score.classifier = classifier.to(score.device)
     return score
+
+
+def _check_request(config: ConfigDict, workdir: Path, checkpoint: str | Path | None) -> None:
+    """Refuse what is known to be wrong before anything of a run but its config is read."""
+    check(config)
+    _check_workdir(config, workdir, FREE_IN_EVALUATION)
+    source, flag = Path(checkpoint or workdir), "--checkpoint=" if checkpoint else "--workdir="
+    if not (source.is_file() or (source / "checkpoints").is_dir()):
+        raise CheckpointError(f"{flag}{source}: no checkpoint there; train first")
 
 
 def _read(path: str | Path, flag: str, step: int | None) -> tuple[dict | list, Path]:
@@ -957,10 +1023,10 @@ def _check_classes(config: ConfigDict, images: ImageFormat | Split) -> None:
             )
 
 
-def _check_stride(config: ConfigDict, positions: range) -> None:
-    stride = config.training.qc_stride
-    if len(positions) % stride:
-        raise ValueError(f"training.qc_stride={stride}: must divide the {len(positions)} samples of one pass")
+def _check_stride(config: ConfigDict, runtime: Runtime) -> None:
+    stride, passes = config.training.qc_stride, runtime.accelerator.num_processes * runtime.accumulation_steps
+    if (samples := config.training.batch_size // passes) % stride:
+        raise ValueError(f"training.qc_stride={stride}: must divide the {samples} samples of one pass")
 
 
 def check_compile(config: ConfigDict, device: torch.device, *, training: bool = False) -> None:
@@ -1038,6 +1104,10 @@ def _convert(state: dict | list, path: Path, model: ScoreModel, optimizer: torch
             "model.parameterization must be unconstrained"
         )
     return convert_public_checkpoint(state, path, model, optimizer)
+
+
+def _digest(identity: dict) -> str:
+    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _write_config(config: ConfigDict, workdir: Path, runtime: Runtime) -> None:

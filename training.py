@@ -21,15 +21,17 @@ import json
 import math
 import os
 import signal
-import sys
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, distributed, nn
 
 from checkpoints import (
@@ -39,6 +41,7 @@ from checkpoints import (
     check_optimizer_state,
     load_state_dict_strictly,
 )
+from experiment.files import writing
 from experiment.runtime import COLLECTIVE_TIMEOUT, Interrupted, Runtime
 from models import EMA
 
@@ -75,6 +78,7 @@ class Trainer:
         save_freq: steps between checkpoints.
         milestone_freq: checkpoints at multiples of this are kept for ever; 0 keeps none.
         keep: how many of the newest checkpoints are kept.
+        claim: called before the state in W is read, which nobody else may change from then on.
         begin: gives a state to start from where there is no checkpoint: ``step``, ``model``, ``ema``, ``optimizer`` and
             ``source``, which errors name it by.
         record: what every checkpoint says about the run besides; plain values.
@@ -109,6 +113,7 @@ class Trainer:
         save_freq: int = 500,
         milestone_freq: int = 0,
         keep: int = 1,
+        claim: Callable[[], object] | None = None,
         begin: Callable[[], Mapping | None] | None = None,
         record: Mapping[str, object] | None = None,
         check_record: Callable[[Mapping], None] | None = None,
@@ -129,6 +134,8 @@ class Trainer:
         self.step, self.log_size, self.hooks_done = 0, 0, True
         self.sums: dict[str, list] = {}  # of each logged quantity since the last row: total, count
         self.optimizer = optimizer
+        if claim is not None:
+            claim()
         self._restore(begin, check_record)
         self.runtime.check_agreement("the step to go on from", self.step, workdir)
         self.objective, self.optimizer = self.accelerator.prepare(objective or model, optimizer)
@@ -372,32 +379,44 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, step: int = 0, size: int = 0) -> None:
-        # TensorBoard imports TensorFlow where it is installed (seconds, and pages of warnings), unless it finds this.
-        sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
-        from torch.utils.tensorboard import SummaryWriter
+        name = f"events.out.tfevents.{time.time_ns():020d}.{socket.gethostname()}.{os.getpid()}"
+        self.path, self.board_path = directory / "metrics.jsonl", directory / "tensorboard" / name
+        with writing(self.board_path):
+            self.board_path.parent.mkdir(parents=True, exist_ok=True)
+            # Not torch's SummaryWriter, whose thread ends in a traceback where the disk is full.
+            self.board = RecordWriter(open(self.board_path, "wb", buffering=0))  # noqa: SIM115
+        with writing(self.path):
+            self.file = open(self.path, "a+b")  # noqa: SIM115
+            self.file.truncate(min(size, self.file.seek(0, os.SEEK_END)))
+        first, start = step + 1 if size else 0, SessionLog(status=SessionLog.START)
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._add(Event(wall_time=time.time(), step=first, session_log=start))
 
-        directory.mkdir(parents=True, exist_ok=True)
-        self.file = open(directory / "metrics.jsonl", "a+b")  # noqa: SIM115
-        self.file.truncate(min(size, self.file.seek(0, os.SEEK_END)))
-        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if size else 0)
+    def _add(self, event: Event) -> None:
+        with writing(self.board_path):
+            self.board.write(event.SerializeToString())
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        self.file.write((json.dumps({"step": step, **row}) + "\n").encode())
-        self.file.flush()
-        for name, value in row.items():
-            self.board.add_scalar(name, value, step)
+        with writing(self.path):
+            self.file.write((json.dumps({"step": step, **row}) + "\n").encode())
+            self.file.flush()
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def sync(self) -> int:
         """Bring every row to the disk; the size of the file, which a checkpoint remembers."""
-        os.fsync(self.file.fileno())
-        return self.file.seek(0, os.SEEK_END)
+        with writing(self.path):
+            os.stat(self.path)  # it has not been removed
+            os.fsync(self.file.fileno())
+            return self.file.seek(0, os.SEEK_END)
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.file.close()
         self.board.close()
+        with writing(self.path):  # what could not be written is tried once more
+            self.file.close()
 
 
 class _SharedMaximum:

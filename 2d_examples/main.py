@@ -61,8 +61,9 @@ def run(
     if mode == "train":
         claim_run(config, folder, device)
         return trainer(config, folder, runtime).run()
-    model, step = trained_model(config, folder)
+    trained_model(config, folder)  # if there is none nothing is written, and what is used is read in a claimed folder
     claim_run(config, folder, device)
+    model, step = trained_model(config, folder)
     record = evaluate(config, folder, model.to(device), step=step, device=device)
     return "\n".join(f"{name:20} {value:.6g}" for name, value in record.items())
 

@@ -97,6 +97,8 @@ def run_main(main: Callable[[list[str]], None], words: bool = False) -> None:
         logging.getLogger().setLevel(logging.DEBUG if flags.FLAGS.verbosity > 0 else level)
         absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
         logging.getLogger("matplotlib").setLevel(logging.WARNING)
+        if "workdir" in flags.FLAGS and not flags.FLAGS.workdir.strip():  # it would be the current folder
+            sys.exit("error: --workdir is empty: give a folder")
         try:
             main(argv)
         except (ValueError, FloatingPointError, OSError, BrokenProcessPool) as error:

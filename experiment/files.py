@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
+import hashlib
 import json
+import logging
 import math
 import os
+import socket
 import stat
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -17,29 +22,71 @@ from filelock import FileLock, Timeout
 
 from configs.fields import flatten
 
+logger = logging.getLogger(__name__)
+
+_HOST = socket.gethostname()
+_REMEDIES = {
+    errno.ENOSPC: "free some space; the same command then goes on",
+    errno.EDQUOT: "free some of your quota; the same command then goes on",
+    errno.EFBIG: "allow larger files (ulimit -f); the same command then goes on",
+    errno.ENOENT: "it has been removed meanwhile: bring its folder back, or begin anew",
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable, or choose another folder"),
+}
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Errors of the system within become an OSError of one line, which names ``path`` and says what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save says only that it failed
+        if not isinstance(cause, OSError):
+            raise
+        remedy = _REMEDIES.get(cause.errno, "the same command goes on once it can be written")
+        raise OSError(f"cannot write {path}: {cause.strerror or cause}; {remedy}") from error
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a binary file that then takes the place of ``path``.
 
     Readers see the old file or the whole new one, also when several processes write it, when this one is killed, or
     after a power cut. Missing folders are made.
+
+    Raises:
+        OSError: see ``writing``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    # The rename itself must reach the disk as well.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path.parent)
+        temporary = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}")
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        # The rename itself must reach the disk as well.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@functools.cache  # once is enough: what this process begins it also removes
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what processes of this host that were killed had begun to write in a folder."""
+    for path in folder.glob(f".*.{_HOST}.*"):
+        if path.suffix[1:].isdigit():
+            try:
+                os.kill(int(path.suffix[1:]), 0)  # 0 is no signal: only asks
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)
+            except OSError:
+                pass  # it lives, and is another user's
 
 
 def write_text(path: Path, text: str) -> None:
@@ -52,8 +99,25 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_arrays(path: Path, **arrays: object) -> None:
-    """A compressed ``.npz``."""
-    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+    """A compressed ``.npz``, with a checksum of all that is in it, first of all, so that no other can get lost without
+    it."""
+
+    def write(file: BinaryIO) -> None:  # np.savez leaves a file open that it could not write
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, values in {"checksum": _checksum(arrays), **arrays}.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asarray(values), allow_pickle=False)
+
+    write_atomically(path, write)
+
+
+def _checksum(arrays: Mapping[str, object]) -> str:
+    """32 hexadecimal digits that change with any name, type, shape or number."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, values in sorted(arrays.items()):
+        values = np.asarray(values)
+        digest.update(f"{name} {values.dtype.str} {values.shape} ".encode() + values.tobytes())
+    return digest.hexdigest()
 
 
 _EXPANSION = 1032
@@ -63,7 +127,8 @@ _JSON_DEPTH = 100
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an ``.npz``; nothing is unpickled, and no memory taken for more than the file can hold.
+    """All arrays of an ``.npz``; nothing is unpickled, and no memory taken for more than the file can hold. What
+    ``write_arrays`` wrote is compared with its checksum: damage may be in what zipfile does not look at.
 
     Raises:
         ValueError: the file is missing or damaged, or holds something else.
@@ -77,6 +142,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         for member in members:
             with archive.open(member) as array:
                 arrays[member.filename.removesuffix(".npy")] = _read_array(array, member.file_size)
+        checksum = arrays.pop("checksum", None)
+        if checksum is not None and str(checksum) != _checksum(arrays):
+            raise ValueError("its content is not what its checksum says")
         return arrays
 
 
@@ -152,18 +220,24 @@ _held: dict[Path, FileLock] = {}
 """Locks of folders that this process has claimed, which it keeps until it ends."""
 
 
-def take_lock(path: Path) -> FileLock:
+def take_lock(path: Path, wait: bool = False) -> FileLock:
     """The lock ``path``, a file, which no other process can take until it is released or this process ends.
 
     Raises:
-        ValueError: another process has it.
+        ValueError: another process has it, and this one is not to ``wait``.
+        OSError: see ``writing``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=_WAIT_SECONDS)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"--workdir: {path.parent} is in use by another process; wait for it, or stop it") from None
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=_WAIT_SECONDS)
+        except Timeout:
+            if not wait:
+                message = f"--workdir: {path.parent} is in use by another process; wait for it, or stop it"
+                raise ValueError(message) from None
+            logger.info("another process is at work on the same; waiting for it to release %s", path)
+            lock.acquire()
     return lock
 
 
@@ -211,6 +285,8 @@ def claim(
             raise ValueError(f"--workdir={workdir} holds results of other settings: {different}")
     if exclusive and folder.resolve() not in _held:
         _held[folder.resolve()] = take_lock(folder / ".lock")
+        # What it holds may have changed until now.
+        return claim(workdir, experiment, settings, free_fields=free_fields)
     if marker.exists():
         return folder
     write_text(marker, json.dumps({"experiment": experiment, "settings": settings or {}}, indent=1) + "\n")

@@ -41,8 +41,8 @@ def run_all(
         ValueError: fewer than one job.
         KeyboardInterrupt: Ctrl-C.
         concurrent.futures.process.BrokenProcessPool: a process was killed from outside, for its memory perhaps.
-        Exception: what a task raised, with the task's name before its message (a RuntimeError if its type takes no
-            message). All other tasks are ended first.
+        Exception: what a task raised, with the task's name before its message (an OSError or a RuntimeError if its type
+            takes no message). All other tasks are ended first.
     """
     if jobs < 1:
         raise ValueError(f"jobs={jobs}: at least 1")
@@ -92,7 +92,7 @@ def _named(name: str, task: Callable[[Update], Result], update: Update) -> Resul
         message = f"{name}: {error}"
         error.args = (message,)
         if str(error) != message:  # of a type that makes its text from something else
-            raise RuntimeError(message) from error
+            raise (OSError if isinstance(error, OSError) else RuntimeError)(message) from error
         raise
 
 

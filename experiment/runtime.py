@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -167,12 +167,12 @@ class Runtime:
             )
 
     def in_main_process(self, action: Callable[[], object]) -> None:
-        """Run ``action`` in the main process; its ValueError is raised in all of them."""
+        """Run ``action`` in the main process; its ValueError or OSError is raised in all of them, as a ValueError."""
         error = None
         if self.is_main:
             try:
                 action()
-            except ValueError as reason:
+            except (ValueError, OSError) as reason:
                 error = str(reason)
         if error := next((e for e in gather_object([error]) if e), None):
             raise ValueError(error)
@@ -181,13 +181,11 @@ class Runtime:
         """The items of all processes, one after the other."""
         return gather_object(items)
 
-    def batches(self, size: int, batch_size: int) -> list[range]:
-        """Items of a whole set for this process, in order: a contiguous share, cut into batches of which the last may
-        be smaller. The shares of all processes, one after the other, are 0, …, size − 1; they differ by one item at
-        most, so processes may differ by one batch: gather results after the pass, not within."""
+    def share(self, size: int) -> range:
+        """Items of a whole set for this process. The shares of all processes, one after the other, are 0, …, size − 1;
+        they differ by one item at most."""
         index, count = self.accelerator.process_index, self.accelerator.num_processes
-        start, stop = size * index // count, size * (index + 1) // count
-        return [range(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size)]
+        return range(size * index // count, size * (index + 1) // count)
 
     def compute(
         self,
@@ -199,7 +197,8 @@ class Runtime:
         *,
         description: str,
     ) -> dict[str, np.ndarray]:
-        """Arrays with one row per item, computed in batches over all processes; every finished batch is kept.
+        """Arrays with one row per item, computed in batches over all processes; every finished batch is kept. While
+        another command computes the same, this one waits, and then takes its result.
 
         Args:
             path: the ``.npz`` that keeps the result; the batches on the way are kept in ``parts/`` next to it.
@@ -207,37 +206,37 @@ class Runtime:
             size: number of items; batch_size: of this process.
             compute: maps the numbers of b items to arrays of b rows.
         """
-        batches = self.batches(size, batch_size)
-        result = _keyed_arrays(path, key)
-        with self.progress(total=sum(map(len, batches)), unit="item", desc=description) as bar:
+        share, parts = self.share(size), path.parent / "parts" / path.stem
+
+        def kept() -> dict[str, np.ndarray] | None:
+            result = _keyed_arrays(path, key)
             # All processes must take the same branch even if one cannot read the file.
-            if all(gather_object([result is not None])):
-                bar.update(bar.total)
-                return result
-            parts = path.parent / "parts" / f"{path.stem}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
-            computed = []
-            for items in batches:
-                part = parts / f"{items[0]}-{items[-1]}.npz"
-                arrays = _keyed_arrays(part, key)
-                if arrays is None:
-                    arrays = compute(items)
-                    write_arrays(part, key=key, **arrays)
-                bar.update(len(items))
-                computed.append(arrays)
-        computed = gather_object(computed)
-        result = {name: np.concatenate([part[name] for part in computed]) for name in computed[0]}
-        if self.is_main:
-            write_arrays(path, key=key, **result)
-            shutil.rmtree(parts)
-        self.accelerator.wait_for_everyone()
+            return result if all(gather_object([result is not None])) else None
+
+        with self.progress(total=len(share), unit="item", desc=description) as bar:
+            if (result := kept()) is None:
+                with self.exclusive(path.with_name(f".{path.name}.lock"), wait=True):
+                    if (result := kept()) is None:
+                        computed = []
+                        for items, arrays in _batches(parts, key, share, batch_size, compute):
+                            bar.update(len(items))
+                            computed.append(arrays)
+                        computed = gather_object(computed)
+                        result = {name: np.concatenate([part[name] for part in computed]) for name in computed[0]}
+                        if self.is_main:
+                            write_arrays(path, key=key, **result)
+                            shutil.rmtree(parts)
+                        self.accelerator.wait_for_everyone()
+                        return result
+            bar.update(bar.total)
         return result
 
     @contextlib.contextmanager
-    def exclusive(self, path: Path) -> Iterator[None]:
+    def exclusive(self, path: Path, *, wait: bool = False) -> Iterator[None]:
         """Hold the lock ``path``, a file: no other command does the same work in this folder meanwhile. If one does
-        already, a ValueError is raised in all processes."""
+        already, a ValueError is raised in all processes, or they ``wait`` for its end."""
         locks: list = []
-        self.in_main_process(lambda: locks.append(take_lock(path)))
+        self.in_main_process(lambda: locks.append(take_lock(path, wait)))
         try:
             yield
         finally:
@@ -245,14 +244,44 @@ class Runtime:
                 lock.release()
 
 
+def _batches(
+    folder: Path, key: str, share: range, batch_size: int, compute: Callable[[range], dict[str, np.ndarray]]
+) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
+    """A share in order: the batches that ``folder`` keeps, whatever their size, and between them new ones of at most
+    ``batch_size`` items, which are added to them. A file FIRST-LAST.npz says in its key what it is, so that files
+    cannot be mixed up. Processes may differ by a batch: gather results after the pass, not within."""
+    numbers = [re.fullmatch(r"(\d+)-(\d+)\.npz", path.name) for path in folder.glob("*.npz")]
+    finished = [range(int(match[1]), int(match[2]) + 1) for match in numbers if match]
+    first = share.start
+    while first < share.stop:
+        items = next((items for items in finished if first in items), None)
+        if items is not None:
+            name = f"{items.start}-{items[-1]}"
+            if (arrays := _keyed_arrays(folder / f"{name}.npz", f"{key} {name}")) is None:
+                finished.remove(items)
+                continue
+            wanted = range(first, min(items.stop, share.stop))
+            arrays = {name: rows[first - items.start : wanted.stop - items.start] for name, rows in arrays.items()}
+        else:
+            following = [items.start for items in finished if items.start > first]
+            wanted = range(first, min(first + batch_size, share.stop, *following))
+            name = f"{first}-{wanted[-1]}"
+            arrays = compute(wanted)
+            write_arrays(folder / f"{name}.npz", key=f"{key} {name}", **arrays)
+        yield wanted, arrays
+        first = wanted.stop
+
+
 def _keyed_arrays(path: Path, key: str) -> dict[str, np.ndarray] | None:
-    """The arrays of a file, or None if it is missing, damaged, or stored under another key."""
+    """The arrays of a file, or None if it is missing, damaged, or stored under another key than its name says."""
     if not path.exists():
         return None
     try:
         arrays = read_arrays(path)
-        return arrays if str(arrays.pop("key")) == key else None
-    except (ValueError, KeyError) as error:
+        if str(arrays.pop("key", "")) != key:
+            raise ValueError("it holds something else")
+        return arrays
+    except ValueError as error:
         logger.warning("%s is damaged and is computed again: %s", path, error)
         return None
 

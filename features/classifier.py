@@ -6,7 +6,6 @@ set with each other; they cannot be compared with published Inception FIDs.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -18,7 +17,6 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import Tensor, nn
 
 from checkpoints import weights_digest
@@ -137,9 +135,7 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed_from(seed, "classifier weights"))
         network = _Classifier(train.image_shape, train.num_classes).to(runtime.torch_device)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock") if runtime.is_main else contextlib.nullcontext(), reproducible_convolutions():
-        runtime.accelerator.wait_for_everyone()
+    with runtime.exclusive(folder / ".lock", wait=True), reproducible_convolutions():
         _fit(network, train, folder, seed=seed, runtime=runtime)
     return ClassifierFeatures(
         network.requires_grad_(False),

@@ -1,7 +1,7 @@
 """FID and its relatives of samples against the training set: which features, which reference, which backend.
 
-W/eval/sample_features.npz     features of the samples
-CACHE/features-….npz           those of the training images, shared by all models of a set
+W/eval/stages/sample_features-KEY.npz   features of the samples
+CACHE/features-SET-KEY.npz              those of the training images, shared by all models of a set
 
 In these files features (N, F) are called ``pool_3`` and logits (N, K) ``logits``, whatever the extractor, as
 score_sde_pytorch calls them.
@@ -131,18 +131,19 @@ class SampleQuality:
 
         return path, self._features(path, key, count, images).pool
 
-    def measure(self, samples: np.ndarray, path: Path, key: str, labels: np.ndarray | None = None) -> dict:
+    def measure(self, samples: np.ndarray, folder: Path, key: str, labels: np.ndarray | None = None) -> dict:
         """All metrics of samples, uint8 levels (N, H, W, C).
 
         Args:
             samples: the images.
-            path: the file that keeps their features.
+            folder: where their features are kept.
             key: what decides the samples.
             labels: the classes (N,) that were asked for, of conditional samples.
         """
         images, extractor = torch.from_numpy(samples).permute(0, 3, 1, 2), self.extractor
         reference, real = self.reference()
         key = key_digest(f"{key} {extractor.key}")
+        path = folder / f"sample_features-{key}.npz"
         generated = self._features(path, key, len(images), lambda items: images[list(items)])
         metrics: dict = {
             "features": extractor.name,

@@ -76,8 +76,8 @@ class MeasuredImages:
     def sample(self, folder: Path, settings: dict) -> None:
         """Draw the samples and write ``folder``; ``settings`` decide them, beside weights and measurement."""
         score, each = self.score, self.sampling.samples_per_image
-        name = f"samples-{folder.name}"
-        arrays = score.stage(name, len(self.images) * each, {**settings, **self.identity()}, self._compute)
+        identity = {**settings, **self.identity()}
+        arrays = score.stage("measured_samples", len(self.images) * each, identity, self._compute)
         per_image = {name: values.reshape(len(self.images), each, *values.shape[1:]) for name, values in arrays.items()}
         if not score.runtime.is_main:
             return

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +13,12 @@ import pytest
 import torch
 from image_files import save
 from locks import lock_held_elsewhere
-from test_run_lib import CPU, tiny_config
+from test_run_lib import CPU, ROOT, command, environment, tiny_config
 
 import run_lib
 from checkpoints import read_checkpoint
 from data import FileSplit
-from experiment import files
+from experiment import files, runtime
 
 
 def test_the_same_work_in_one_workdir_at_once_is_refused(tmp_path, monkeypatch):
@@ -25,7 +28,7 @@ def test_the_same_work_in_one_workdir_at_once_is_refused(tmp_path, monkeypatch):
     for work, lock, condition in (
         (run_lib.train, "training", ""),
         (run_lib.evaluate, "evaluation", ""),
-        (run_lib.sample, "evaluation", ""),
+        (run_lib.sample, "samples-pc-reverse_diffusion-langevin-3", ""),
         (run_lib.sample, "samples-pc-reverse_diffusion-langevin-3-inpaint-projection", "inpaint"),
     ):
         config.sampling.condition = condition
@@ -37,6 +40,24 @@ def test_the_same_work_in_one_workdir_at_once_is_refused(tmp_path, monkeypatch):
         after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
         before[tmp_path / f".{lock}.lock"] = after[tmp_path / f".{lock}.lock"]
         assert after == before
+
+
+def test_training_reads_its_state_when_it_has_the_lock(tmp_path, monkeypatch):
+    """A second training that is started while the first is at work finds it finished, and does nothing."""
+    config, take, before = tiny_config(training__n_iters=2), runtime.take_lock, {}
+
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def take_after_another(path: Path, wait: bool = False):
+        monkeypatch.setattr(runtime, "take_lock", take)
+        run_lib.train(config, tmp_path, CPU)
+        before.update(contents())
+        return take(path, wait)
+
+    monkeypatch.setattr(runtime, "take_lock", take_after_another)
+    run_lib.train(config, tmp_path, CPU)
+    assert tmp_path / "metrics.jsonl" in before and contents() == before
 
 
 def test_samples_under_other_settings_go_to_another_folder(tmp_path):
@@ -144,4 +165,44 @@ def test_checkpoint_of_another_version_or_program_is_refused(tmp_path):
         for work in (run_lib.train, run_lib.sample):
             with pytest.raises(run_lib.InvalidRun, match=message):
                 work(tiny_config(training__n_iters=4), tmp_path / "w", CPU)
-        assert not (tmp_path / "x").exists() and len(list((tmp_path / "w").iterdir())) == 1
+        written = [path for path in (tmp_path / "w").iterdir() if path.suffix != ".lock"]
+        assert not (tmp_path / "x").exists() and len(written) == 1
+
+
+@pytest.mark.faults
+def test_commands_at_once_with_one_cache_and_killed_ones_give_one_result(tmp_path):
+    """Statistics and evaluations beside each other; then an evaluation that is killed at ten random moments."""
+    environment_of_users = {**environment(), "PYTHONPATH": str(ROOT / "tests")}
+    overrides = [f"--config.eval.{name}=False" for name in ("enable_bpd", "enable_asymmetry")]
+    overrides += ["--config.eval.batch_size=2", f"--cache_dir={tmp_path / 'cache'}"]
+
+    def start(workdir: str, mode: str) -> subprocess.Popen:
+        options = dict(cwd=ROOT, env=environment_of_users, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command(tmp_path / workdir, mode, *overrides), **options)
+
+    run_lib.train(tiny_config("qc", training__n_iters=2), tmp_path / "a", CPU)
+    for name in "bcd":
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+    modes = {"a": "eval", "b": "eval", "c": "stats", "d": "stats"}
+    running = {name: start(name, mode) for name, mode in modes.items()}
+    answers = {name: process.communicate() for name, process in running.items()}
+    for name, process in running.items():
+        assert process.returncode == 0 and "Traceback" not in answers[name][1], answers[name][1][-2000:]
+    metrics = [json.loads((tmp_path / name / "eval" / "metrics.json").read_text()) for name in "ab"]
+    (statistics,) = (tmp_path / "cache").glob("features-*.npz")
+    assert metrics[0] == metrics[1] and answers["c"][0] == answers["d"][0] == f"{statistics}\n"
+    assert not list((tmp_path / "cache" / "parts").iterdir())
+
+    moments = np.random.default_rng(0)
+    shutil.rmtree(tmp_path / "cache")
+    for _ in range(10):
+        process = start("c", "eval")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=moments.uniform(2, 20))
+        process.kill()
+        process.communicate()
+    process = start("c", "eval")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-2000:]
+    assert json.loads((tmp_path / "c" / "eval" / "metrics.json").read_text()) == metrics[0]
+    assert not [path for path in tmp_path.rglob(".*") if not path.name.endswith(".lock")]

@@ -19,7 +19,7 @@ import data
 import run_lib
 from checkpoints import CheckpointError, read_checkpoint
 from configs.digits import get_config
-from experiment.files import claim
+from experiment.files import claim, read_arrays
 from training import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -208,8 +208,8 @@ def test_evaluation_does_not_depend_on_the_batch_size(trained, tmp_path, monkeyp
         metrics = evaluated(trained, tmp_path / str(batch_size), **settings)
         arrays = {}
         for name in ("nll", "sample_items", "asymmetry_items"):
-            with np.load(tmp_path / str(batch_size) / "eval" / f"{name}.npz", allow_pickle=False) as file:
-                arrays.update({f"{name}.{field}": file[field] for field in file.files if field != "key"})
+            (path,) = (tmp_path / str(batch_size) / "eval" / "stages").glob(f"{name}-*.npz")
+            arrays |= {f"{name}.{field}": values for field, values in read_arrays(path).items() if field != "key"}
         assert len(arrays["nll.nll_bits_per_dim"]) == 5 and len(arrays["sample_items.images"]) == 5
         results[batch_size] = metrics, arrays
     for batch_size in (1, 3):
@@ -298,12 +298,12 @@ def test_noise_levels_of_asym(trained, tmp_path):
 def test_damaged_evaluation_files_are_computed_again(trained, tmp_path, monkeypatch, caplog):
     _shorten_test_set(monkeypatch, 9)
     first = evaluated(trained, tmp_path / "w", eval__enable_sampling=False, eval__enable_asymmetry=False)
-    path = tmp_path / "w" / "eval" / "nll.npz"
+    (path,) = (tmp_path / "w" / "eval" / "stages").glob("nll-*.npz")
     path.write_bytes(path.read_bytes()[:100])
     runtime = run_lib.Runtime(device="cpu")
     config = tiny_config(eval__enable_sampling=False, eval__enable_asymmetry=False)
     assert run_lib.evaluate(config, tmp_path / "w", runtime) == first
-    assert "nll.npz is damaged" in caplog.text
+    assert f"{path} is damaged" in caplog.text
     assert first["fid"] is None and first["asym"] is None
 
 
@@ -531,6 +531,7 @@ def test_help_is_light():
         (["--config=configs/digits.py", "--config.model.foo=1"], "error: --config.model.foo: the config has no field"),
         (["--config=configs/digits.py", "--config.model.nf=x"], "error: flag --config.model.nf=x: invalid literal"),
         (["--config=configs/digits.py", "--checkpoint=x"], "--checkpoint: only for --mode=eval or sample"),
+        (["--config=configs/digits.py", "--workdir= "], "error: --workdir is empty: give a folder"),
     ],
 )
 def test_bad_flags_answer_in_one_line(arguments, message, tmp_path):

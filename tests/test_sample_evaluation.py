@@ -17,8 +17,10 @@ import torch
 from user_classes import Moments
 
 import run_lib
+from checkpoints import read_checkpoint, write_checkpoint
 from configs.digits import get_config
 from evaluation import Backend, Features, inception_score, sample_quality
+from experiment.files import read_arrays
 from features import quality, tfgan
 from report import main
 
@@ -99,7 +101,43 @@ def test_interrupted_extraction_resumes(trained, tmp_path, moments, monkeypatch)
     moments.breaks_at = None
     assert evaluated(trained, tmp_path / "broken", tmp_path / "cache") == whole
     assert moments.seen == 100 + 20
-    assert not list((tmp_path / "broken" / "eval" / "parts").iterdir())
+    assert not list((tmp_path / "broken" / "eval" / "stages" / "parts").iterdir())
+
+
+def test_finished_results_stay(trained, tmp_path, moments, caplog):
+    """Whatever is evaluated or sampled after them: fewer samples, no samples, other weights."""
+    workdir, cache = tmp_path / "w", tmp_path / "cache"
+    first = evaluated(trained, workdir, cache)
+    assert first["fid"] is not None and first["checkpoint_step"] == 2
+
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in (workdir / "eval").rglob("*") if path.is_file()}
+
+    before = contents()
+    run_lib.sample(config(trained, eval__num_samples=4), workdir, CPU)
+    assert before.items() <= contents().items()
+    # Of the same weights, what is not measured again stays.
+    assert evaluated(trained, workdir, cache, eval__enable_sampling=False) == first
+    # Older weights have their own file.
+    state = read_checkpoint(trained / "checkpoints" / "step_00000002.pt")
+    state["step"] = 1
+    state["ema"]["model"] = {name: 0.9 * weight for name, weight in state["ema"]["model"].items()}
+    write_checkpoint(tmp_path / "older.pt", state)
+    runtime = run_lib.Runtime(device="cpu", cache_dir=str(cache))
+    older = run_lib.evaluate(config(trained), workdir, runtime, tmp_path / "older.pt")
+    assert older["checkpoint_step"] == 1 and older["fid"] != first["fid"]
+    assert before.items() <= contents().items()
+    assert f"{workdir / 'eval' / 'metrics.json'} is of step 2, and stays" in caplog.text
+    (path,) = (workdir / "eval" / "metrics").glob("step_00000001-*.json")
+    assert json.loads(path.read_text()) == older
+    # Newer ones take the place that a report reads, whole: of what they were not measured nothing is left there.
+    state["step"] = 3
+    write_checkpoint(tmp_path / "newer.pt", state)
+    newer = run_lib.evaluate(config(trained, eval__enable_sampling=False), workdir, runtime, tmp_path / "newer.pt")
+    assert newer["fid"] is None and json.loads((workdir / "eval" / "metrics.json").read_text()) == newer
+    assert not (workdir / "eval" / "samples.npz").exists()
+    seen = moments.seen
+    assert evaluated(trained, workdir, cache) == first and moments.seen == seen  # nothing is computed again
 
 
 def test_statistics_are_computed_once_for_every_run(trained, tmp_path, moments):
@@ -228,10 +266,10 @@ def check_metrics(folder: Path, num_samples: int, **described) -> dict:
     # Two steps of predictor and corrector and one denoising.
     expected = {"num_samples": num_samples, "num_reference": 8, "checkpoint_step": 2, "nfe_sampling": 5.0, **described}
     assert expected.items() <= metrics.items()
-    with np.load(folder / "eval" / "sample_features.npz", allow_pickle=False) as file:
-        pool, logits = file["pool_3"], file["logits"]
-    assert len(pool) == num_samples
-    assert metrics["inception_score"] == pytest.approx(inception_score(logits, 1)[0], rel=1e-3)
+    stored = [read_arrays(path) for path in (folder / "eval" / "stages").glob("sample_features-*.npz")]
+    assert all(len(arrays["pool_3"]) == num_samples for arrays in stored)
+    scores = [inception_score(arrays["logits"], 1)[0] for arrays in stored]
+    assert any(metrics["inception_score"] == pytest.approx(score, rel=1e-3) for score in scores)
     return metrics
 
 

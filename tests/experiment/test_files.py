@@ -1,4 +1,5 @@
-"""A working directory belongs to one experiment, and what is refused is left as it was."""
+"""Files are whole or not there, and are read as they were written; a working directory belongs to one experiment, and
+what is refused is left as it was."""
 
 from __future__ import annotations
 
@@ -6,16 +7,32 @@ import io
 import json
 import os
 import pickle
+import re
+import resource
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from locks import lock_held_elsewhere
 
+from checkpoints import write_checkpoint
 from experiment import files
-from experiment.files import claim, differences, flatten, read_array, read_arrays, read_json, write_arrays
+from experiment.files import (
+    claim,
+    differences,
+    flatten,
+    read_array,
+    read_arrays,
+    read_json,
+    write_arrays,
+    write_json,
+    write_text,
+)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -194,3 +211,88 @@ def test_damaged_bytes(name, tmp_path):
             refused += 1
             assert str(path) in str(error) and "\n" not in str(error)
     assert 300 < refused < 3000
+
+
+def test_settings_claimed_by_another_process_meanwhile_are_seen(tmp_path, monkeypatch):
+    """Two first calls with different settings: the second gets the lock when the first has ended."""
+    take = files.take_lock
+
+    def take_after_another(path: Path):
+        (tmp_path / "experiment.json").write_text('{"experiment": "circles", "settings": {"seed": 2}}')
+        return take(path)
+
+    monkeypatch.setattr(files, "take_lock", take_after_another)
+    with pytest.raises(ValueError, match="holds results of other settings: seed was 2, is 1"):
+        claim(tmp_path, "circles", {"seed": 1})
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("everywhere", [False, pytest.param(True, marks=pytest.mark.faults)])
+def test_one_flipped_bit_is_harmless_or_noticed(everywhere, tmp_path):
+    """Wherever it is, but above all in the lengths of comments in the archive's directory: whatever such a length spans
+    is not there for zipfile."""
+    path, written = tmp_path / "a.npz", {"x": np.arange(12.0).reshape(3, 4), "key": np.array("k")}
+    write_arrays(path, **written)
+    whole, noticed = path.read_bytes(), 0
+    entries = [match.start() for match in re.finditer(b"PK\x01\x02", whole)]
+    flipped = range(8 * len(whole)) if everywhere else [8 * (n + 32) + bit for n in entries for bit in range(16)]
+    for position in flipped:
+        byte = whole[position // 8] ^ 1 << position % 8
+        path.write_bytes(whole[: position // 8] + bytes([byte]) + whole[position // 8 + 1 :])
+        try:
+            found = read_arrays(path)
+        except ValueError as error:
+            noticed += 1
+            assert str(path) in str(error)
+        else:
+            assert found.keys() == written.keys(), position
+            assert all(np.array_equal(found[name], value) for name, value in written.items()), position
+    assert noticed > len(flipped) / 3
+
+
+def test_other_content_than_that_of_the_checksum_is_damage(tmp_path):
+    write_arrays(tmp_path / "a.npz", x=np.arange(3))
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
+        checksum = file["checksum"]
+    for arrays in ({"x": np.arange(3.0)}, {"y": np.arange(3)}, {"x": np.arange(3)[None]}, {}):
+        np.savez(tmp_path / "b.npz", **arrays, checksum=checksum)
+        with pytest.raises(ValueError, match=r"b\.npz is missing or damaged: .* checksum"):
+            read_arrays(tmp_path / "b.npz")
+    np.savez(tmp_path / "b.npz", x=np.arange(3))  # somebody else's file has none
+    assert np.array_equal(read_arrays(tmp_path / "b.npz")["x"], np.arange(3))
+
+
+WRITERS = {
+    "checkpoint": lambda path: write_checkpoint(path, {"weights": torch.zeros(10_000)}),
+    "arrays": lambda path: write_arrays(path, x=np.random.default_rng(0).random(10_000)),
+    "json": lambda path: write_json(path, list(range(10_000))),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_file_that_cannot_be_written_is_named_in_one_line(kind, tmp_path):
+    """Of whatever kind; what was there before stays, and nothing else is left."""
+    path, limits = tmp_path / "file", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_text("before")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            WRITERS[kind](path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    expected = f"cannot write {path}: File too large; allow larger files (ulimit -f); the same command then goes on"
+    assert str(error.value) == expected and contents(tmp_path) == {"file": b"before"}
+
+
+def test_what_a_killed_process_began_to_write_is_removed(tmp_path):
+    """And not what a process that lives, or one of another host, is writing."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host, living = files._HOST, os.getppid()
+    kept = {f".a.npz.{host}.{living}", f".a.npz.another.{dead.pid}", f".b.{host}.lock"}
+    for name in (f".a.npz.{host}.{dead.pid}", *kept):
+        (tmp_path / name).write_text("half a file")
+    write_text(tmp_path / "c.txt", "whole")
+    assert contents(tmp_path).keys() == {"c.txt", *kept}

@@ -1,14 +1,22 @@
-"""Freed memory stays with the process; processes share a set between them."""
+"""Freed memory stays with the process; processes share a set between them; what has been computed is kept."""
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from documents import ROOT
+from locks import lock_held_elsewhere
 
+from experiment import files
+from experiment import runtime as runtime_module
+from experiment.files import read_arrays, write_arrays
 from experiment.runtime import InvalidRun, Runtime
 
 PROGRAM = """
@@ -38,21 +46,16 @@ def test_freed_memory_is_used_again_without_page_faults():
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 360])
-@pytest.mark.parametrize("batch_size", [1, 7, 128, 1000])
 @pytest.mark.parametrize("num_processes", [1, 2, 5])
-def test_evaluation_covers_the_whole_set_once(size, batch_size, num_processes):
+def test_evaluation_covers_the_whole_set_once(size, num_processes):
     shares = []
     for process in range(num_processes):
         runtime = Runtime("cpu")
         runtime.__dict__["accelerator"] = SimpleNamespace(process_index=process, num_processes=num_processes)
-        shares.append(runtime.batches(size, batch_size))
-    order = [i for share in shares for batch in share for i in batch]
-    assert order == list(range(size))
-    lengths = [sum(len(batch) for batch in share) for share in shares]
+        shares.append(runtime.share(size))
+    assert [i for share in shares for i in share] == list(range(size))
+    lengths = [len(share) for share in shares]
     assert max(lengths) - min(lengths) <= 1
-    for share, length in zip(shares, lengths, strict=True):
-        assert len(share) == -(-length // batch_size)  # none empty, none small but the last
-        assert all(len(batch) == batch_size for batch in share[:-1])
 
 
 def test_a_cache_that_is_a_file_is_refused(tmp_path):
@@ -60,3 +63,93 @@ def test_a_cache_that_is_a_file_is_refused(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "cache"):
         with pytest.raises(InvalidRun, match=f"--cache_dir={path}: is, or lies below, a file"):
             Runtime("cpu", cache_dir=str(path))
+
+
+class Squares:
+    """A set of 20 items, computed in batches; which of them have been computed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.parts, self.stop = folder / "x-k.npz", folder / "parts" / "x-k", None
+        self.seen, self.lengths = [], []
+
+    def __call__(self, batch_size: int, stop: int | None = None) -> np.ndarray:
+        """``stop``: the item at which the process is interrupted."""
+        self.seen, self.lengths, self.stop = [], [], stop
+        return Runtime("cpu").compute(self.path, "k", 20, batch_size, self.compute, description="squares")["square"]
+
+    def compute(self, items: range) -> dict[str, np.ndarray]:
+        if self.stop is not None and self.stop in items:
+            raise KeyboardInterrupt
+        self.seen += items
+        self.lengths.append(len(items))
+        return {"square": np.array(items) ** 2}
+
+
+@pytest.fixture
+def squares(tmp_path) -> Squares:
+    """Interrupted when items 0 to 11 were done, in batches of 4."""
+    interrupted = Squares(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(4, stop=12)
+    assert interrupted.seen == list(range(12))
+    return interrupted
+
+
+EXPECTED = np.arange(20) ** 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
+def test_finished_batches_serve_whatever_the_batch_size(squares, batch_size):
+    assert np.array_equal(squares(batch_size), EXPECTED) and squares.seen == list(range(12, 20))
+    assert squares.lengths == [batch_size] * (8 // batch_size) + [8 % batch_size] * (8 % batch_size > 0)
+    assert not squares.parts.exists()
+    assert np.array_equal(squares(batch_size), EXPECTED) and squares.seen == []
+
+
+def test_finished_batches_serve_whatever_the_number_of_processes(squares):
+    """Of three processes the second has items 6 to 12, two of which are in a batch of the first's."""
+    runtime, found, squares.stop = Runtime("cpu"), [], None
+    for process in range(3):
+        runtime.__dict__["accelerator"] = SimpleNamespace(process_index=process, num_processes=3)
+        share = runtime.share(20)
+        batches = list(runtime_module._batches(squares.parts, "k", share, 5, squares.compute))
+        assert [item for items, _ in batches for item in items] == list(share)
+        found += [arrays["square"] for _, arrays in batches]
+    assert np.array_equal(np.concatenate(found), EXPECTED)
+
+
+def damage(parts: Path) -> None:
+    (parts / "4-7.npz").write_bytes((parts / "4-7.npz").read_bytes()[:200])
+
+
+def swap(parts: Path) -> None:
+    content = (parts / "4-7.npz").read_bytes()
+    (parts / "4-7.npz").write_bytes((parts / "8-11.npz").read_bytes())
+    (parts / "8-11.npz").write_bytes(content)
+
+
+def emptied(parts: Path) -> None:
+    key = str(read_arrays(parts / "4-7.npz")["key"])
+    np.savez(parts / "4-7.npz", key=key, checksum=files._checksum({"key": key, "square": EXPECTED[4:8]}))
+
+
+@pytest.mark.parametrize("harm, again", [(damage, range(4, 8)), (swap, range(4, 12)), (emptied, range(4, 8))])
+def test_batches_that_are_not_what_they_should_be_are_computed_again_and_only_those(squares, harm, again, caplog):
+    harm(squares.parts)
+    assert np.array_equal(squares(4), EXPECTED) and squares.seen == [*again, *range(12, 20)]
+    assert f"{squares.parts / '4-7.npz'} is damaged and is computed again" in caplog.text
+
+
+def test_one_command_computes_and_another_waits_and_takes_it(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(files, "_WAIT_SECONDS", 0.0)
+    caplog.set_level(logging.INFO)
+    squares, found = Squares(tmp_path), []
+    with lock_held_elsewhere(tmp_path / ".x-k.npz.lock") as taken:
+        assert taken
+        waiting = threading.Thread(target=lambda: found.append(squares(4)))
+        waiting.start()
+        while "waiting for it" not in caplog.text:
+            waiting.join(0.01)
+        write_arrays(squares.path, key="k", square=EXPECTED + 1)  # what the other has computed
+    waiting.join()
+    assert np.array_equal(found[0], EXPECTED + 1) and squares.seen == []
