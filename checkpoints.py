@@ -25,6 +25,7 @@ __all__ = [
     "check_state_dict",
     "check_version",
     "load_state_dict_strictly",
+    "not_finite",
     "read_checkpoint",
     "weights_digest",
     "write_checkpoint",
@@ -145,9 +146,11 @@ def load_state_dict_strictly(module: nn.Module, state: dict[str, Tensor], source
     """Load weights, or say which names or shapes do not match; on a mismatch the module is left unchanged.
 
     Raises:
-        CheckpointError: the first mismatching names, and how many there are.
+        CheckpointError: the first mismatching names, and how many there are; or weights that are not finite.
     """
     check_state_dict(module, state, source)
+    if bad := not_finite(state):
+        raise CheckpointError(f"{source}: {bad} is not finite; an earlier checkpoint may be good")
     module.load_state_dict(state)
 
 
@@ -164,6 +167,11 @@ def check_state_dict(module: nn.Module, state: dict[str, Tensor], source: str | 
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{source} was made for another architecture: {'; '.join(problems[:3])}{more}")
+
+
+def not_finite(state: dict[str, Tensor]) -> str:
+    """The first of a module's weights that is not finite; empty if all are."""
+    return next((name for name, tensor in state.items() if not bool(tensor.isfinite().all())), "")
 
 
 def weights_digest(module: nn.Module) -> str:

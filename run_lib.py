@@ -100,7 +100,7 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
 
     Raises:
         InvalidRun: bad config, data, checkpoint or working directory.
-        FloatingPointError: the loss is not finite; the last checkpoint is good.
+        FloatingPointError: the loss, or what training comes to, is not finite; that is not saved.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
     with contextlib.ExitStack() as stack:
@@ -279,6 +279,7 @@ def evaluate(
 
     Raises:
         InvalidRun: bad config, data, checkpoint or working directory.
+        FloatingPointError: something of what is measured is not finite.
     """
     workdir, enabled = Path(workdir), config.eval
     with contextlib.ExitStack() as stack:
@@ -465,7 +466,7 @@ def sample(
 
     Raises:
         InvalidRun: bad config, data, checkpoint or working directory.
-        FloatingPointError: guidance by a measurement drove samples to infinity.
+        FloatingPointError: samples are not finite.
     """
     workdir, sampling = Path(workdir), config.sampling
     with contextlib.ExitStack() as stack:
@@ -705,7 +706,7 @@ class TrainedScore:
             size,
             self.config.eval.batch_size,
             compute,
-            description=f"{name} {self.workdir.name}",
+            description=f"{name} {self.workdir.name}, step {self.step}",
         )
 
 
@@ -815,7 +816,7 @@ def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime =
 
     Raises:
         InvalidRun: bad config, data or working directory, or several processes.
-        FloatingPointError: the loss is not finite; the last checkpoint is good.
+        FloatingPointError: the loss, or what training comes to, is not finite; that is not saved.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
     from guidance.classifier import ClassifierTraining

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -41,8 +42,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Numbers that are not finite are refused (ValueError): JSON has none."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    """Numbers that are not finite, which JSON has not, are a FloatingPointError; then nothing is written."""
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    except ValueError:
+        names = flatten(value) if isinstance(value, Mapping) else {}
+        bad = ", ".join(name for name, part in names.items() if re.search(r"\b(NaN|Infinity)\b", json.dumps(part)))
+        raise FloatingPointError(f"{path} is not written: {bad or 'a number'} is not finite") from None
+    write_text(path, text + "\n")
 
 
 def write_arrays(path: Path, **arrays: object) -> None:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -59,6 +59,21 @@ def checked() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise InvalidRun(str(error)) from error
+
+
+def check_finite(values: Mapping[str, object]) -> None:
+    """Raise a FloatingPointError that names those of some numbers or arrays which are not finite."""
+    if bad := [name for name, value in values.items() if not np.isfinite(value).all()]:
+        raise FloatingPointError(f"{', '.join(bad)}: not finite")
+
+
+@contextlib.contextmanager
+def named(stage: str) -> Iterator[None]:
+    """Let a FloatingPointError say where it happened."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{stage}: {error}") from error
 
 
 class _ProgressBar(tqdm):
@@ -202,6 +217,9 @@ class Runtime:
             key: what decides the result. A file of another key, or a damaged one, is computed again.
             size: number of items; batch_size: of this process.
             compute: maps the numbers of b items to arrays of b rows.
+
+        Raises:
+            FloatingPointError: what was computed is not finite; it is not stored.
         """
         batches = self.batches(size, batch_size)
         result = _keyed_arrays(path, key)
@@ -216,7 +234,8 @@ class Runtime:
                 part = parts / f"{items[0]}-{items[-1]}.npz"
                 arrays = _keyed_arrays(part, key)
                 if arrays is None:
-                    arrays = compute(items)
+                    with named(f"{description}, items {items[0]} to {items[-1]}"):
+                        check_finite(arrays := compute(items))
                     write_arrays(part, key=key, **arrays)
                 bar.update(len(items))
                 computed.append(arrays)

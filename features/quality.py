@@ -183,6 +183,6 @@ def _read_statistics(path: str, dimension: int) -> np.ndarray:
                 f"{LEAST_IMAGES}, not {pool.dtype} of shape {pool.shape}"
             )
         check_matrix(f"{path}: pool_3", pool)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         raise ValueError(f"eval.stats_path: {first_line(error)}") from error
     return pool.astype(np.float32, copy=False)

@@ -105,14 +105,13 @@ class MeasuredImages:
             self.sampling, score.sde, score, self.operator, y, prior_variance=self.prior_variance
         )
         like = torch.zeros_like(self.images[image])
-        result = self.sampler(
-            conditional, like, generator, projection=projection, progress=score.runtime.shows_progress
-        )
-        if not bool(result.x.isfinite().all()):
-            raise FloatingPointError(
-                f"samples are not finite; try a smaller sampling.guidance_weight={self.sampling.guidance_weight:g}, or "
-                "more steps"
+        try:
+            result = self.sampler(
+                conditional, like, generator, projection=projection, progress=score.runtime.shows_progress
             )
+        except FloatingPointError as error:
+            smaller = f"try a smaller sampling.guidance_weight={self.sampling.guidance_weight:g}, or more steps"
+            raise FloatingPointError(f"{error}; {smaller}") from error
         levels = score.images.to_levels(result.x)
         misfit = self.operator(result.x) - y
         rounded = self.operator(score.images.to_model(levels.cpu()).to(score.device)) - y
