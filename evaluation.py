@@ -1,8 +1,8 @@
 """How good are the samples: distances and overlaps between sets of images, measured in a feature space.
 
 FID, KID, inception score, precision, recall, density and coverage are pure functions, in float64, of features (N, F)
-and logits (N, K). They raise a ValueError if the dimensions differ or there are too few rows, and a FloatingPointError if
-numbers are not finite.
+and logits (N, K). They raise a ValueError if the dimensions differ or there are too few rows, and a FloatingPointError
+if numbers are not finite.
 """
 
 from __future__ import annotations

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,10 +92,25 @@ FREE_IN_EVALUATION = (
 )
 
 
+def _in_all_processes(recipe: Callable) -> Callable:
+    """Of a recipe: every process is given the same, and when one ends, all do."""
+
+    @functools.wraps(recipe)
+    def run(
+        config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), checkpoint: str | Path | None = None
+    ) -> object:
+        given = {"mode": recipe.__name__, "workdir": str(workdir), "checkpoint": str(checkpoint)}
+        with runtime.together(given | {"config": json.loads(config.to_json())}):
+            return recipe(config, workdir, runtime, *([] if checkpoint is None else [checkpoint]))
+
+    return run
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Training
 
 
+@_in_all_processes
 def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> None:
     """Train until ``config.training.n_iters`` steps are done, resuming from the newest checkpoint in ``workdir``.
 
@@ -265,6 +281,7 @@ def _check_data(record: dict, train_data: Split, workdir: Path) -> None:
 # Evaluation
 
 
+@_in_all_processes
 def evaluate(
     config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), checkpoint: str | Path | None = None
 ) -> dict:
@@ -319,14 +336,15 @@ def evaluate(
                 levels = arrays["images"]
                 write_arrays(workdir / "eval" / "samples.npz", images=levels, num_levels=score.images.num_levels)
                 save_image_grid(workdir / "eval" / "samples.png", levels, score.images)
-            metrics |= {"nfe_sampling": float(arrays["nfe"].mean()), "num_samples": len(arrays["images"])}
+            count = len(arrays["nfe"])
+            metrics |= {"nfe_sampling": float(arrays["nfe"].mean()), "num_samples": count}
             if config.sampling.method == "pc":
                 metrics["sampling_steps"] = sampler.num_steps
-            identity = score.stage_key("sample_features", len(arrays["images"]), _sampling_identity(score))
-            labels = score.wanted_labels(range(len(arrays["images"]))) if config.sampling.condition else None
+            identity = score.stage_key("sample_features", count, _sampling_identity(score))
+            labels = score.wanted_labels(range(count)) if config.sampling.condition else None
             path = workdir / "eval" / "sample_features.npz"
             metrics |= quality.measure(
-                arrays["images"], path, identity, None if labels is None else labels.cpu().numpy()
+                arrays.get("images"), count, path, identity, None if labels is None else labels.cpu().numpy()
             )
         if runtime.is_main:
             write_json(workdir / "eval" / "metrics.json", metrics)
@@ -412,7 +430,8 @@ def _draw_samples(score: TrainedScore, sampler) -> dict[str, np.ndarray]:
         images, nfe = score.draw(indices, sampler, progress=score.runtime.shows_progress)
         return {"images": images, "nfe": np.full(len(images), nfe)}
 
-    return score.stage("sample_items", score.config.eval.num_samples, _sampling_identity(score), compute)
+    count, settings = score.config.eval.num_samples, _sampling_identity(score)
+    return score.stage("sample_items", count, settings, compute, large=("images",))
 
 
 def _sampling_identity(score: TrainedScore) -> dict:
@@ -426,6 +445,7 @@ def _sampling_identity(score: TrainedScore) -> dict:
     return identity if score.classifier is None else {**identity, "classifier": weights_digest(score.classifier)}
 
 
+@_in_all_processes
 def statistics(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> Path:
     """Compute the features of the training images that samples are compared with; return the file that keeps them.
 
@@ -451,6 +471,7 @@ def statistics(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runti
 # Sampling
 
 
+@_in_all_processes
 def sample(
     config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), checkpoint: str | Path | None = None
 ) -> Path:
@@ -492,7 +513,7 @@ def sample(
             measured.sample(folder, _sampling_identity(score))
         else:
             arrays = _draw_samples(score, sampler)
-            nfe, count = float(arrays["nfe"].mean()), len(arrays["images"])
+            nfe, count = float(arrays["nfe"].mean()), len(arrays["nfe"])
             if runtime.is_main:
                 labels = {"labels": score.wanted_labels(range(count)).cpu().numpy()} if sampling.condition else {}
                 write_arrays(
@@ -698,8 +719,9 @@ class TrainedScore:
         identity = {"version": EVALUATION_VERSION, "stage": name, "size": size, **self.identity(), **settings}
         return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
 
-    def stage(self, name: str, size: int, settings: dict, compute) -> dict[str, np.ndarray]:
-        """Arrays with one row per item, kept in W/eval/NAME.npz; ``settings`` decide the result beside the weights."""
+    def stage(self, name: str, size: int, settings: dict, compute, **options: object) -> dict[str, np.ndarray]:
+        """Arrays with one row per item, kept in W/eval/NAME.npz; ``settings`` decide the result beside the weights.
+        Options are those of ``Runtime.compute``."""
         return self.runtime.compute(
             self.workdir / "eval" / f"{name}.npz",
             self.stage_key(name, size, settings),
@@ -707,6 +729,7 @@ class TrainedScore:
             self.config.eval.batch_size,
             compute,
             description=f"{name} {self.workdir.name}, step {self.step}",
+            **options,
         )
 
 
@@ -811,6 +834,7 @@ def _score_from_state(state: dict | list, path: Path, config: ConfigDict, device
 # The classifier of noised images
 
 
+@_in_all_processes
 def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> dict[str, float]:
     """Train ``config.classifier`` for ``n_iters`` steps in all; return loss and accuracy on test images at some times.
 

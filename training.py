@@ -225,8 +225,7 @@ class Trainer:
         """Do the steps that are left, if any.
 
         Raises:
-            FloatingPointError: something is not finite: the loss, its gradient, the weights, or what hooks give. Nothing
-                of that is saved.
+            FloatingPointError: the loss, its gradient, the weights, or what hooks give is not finite, and not saved.
             Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
         """
         progress = self.runtime.progress(total=self.n_iters, initial=self.step, unit="step", desc=self.description)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from accelerate.utils import (
 )
 from tqdm import tqdm
 
-from experiment.files import read_arrays, take_lock, write_arrays
+from experiment.files import flatten, read_arrays, take_lock, write_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +167,29 @@ class Runtime:
             self.on_progress(initial)
         return bar
 
+    @contextlib.contextmanager
+    def together(self, given: Mapping[str, object]) -> Iterator[None]:
+        """A block that all processes enter with the same things given, and end in when one of them ends.
+
+        Raises:
+            InvalidRun: in all processes; one was given other things, flags or code than process 0.
+        """
+        if self.accelerator.num_processes == 1:
+            yield
+            return
+        from experiment.processes import watched
+
+        flags = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "on_progress"}
+        mine = {f"--{name}": value for name, value in flatten({**given, **flags}).items()}
+        mine["the code"] = code_version()
+        with watched(self.accelerator.process_index, self.accelerator.num_processes):
+            first, *others = gather_object([mine])
+            for number, other in enumerate(others, 1):
+                names = (name for name in sorted(first | other) if first.get(name) != other.get(name))
+                if different := [f"{name} is {other.get(name)!r}, not {first.get(name)!r}" for name in names]:
+                    raise InvalidRun(f"process {number} was given other things than process 0: {'; '.join(different[:3])}")
+            yield
+
     def check_agreement(self, what: str, value: object, workdir: Path) -> None:
         """Raise a ValueError in all processes if they see different things, as they would if hosts did not share the
         folder."""
@@ -192,13 +215,17 @@ class Runtime:
         """The items of all processes, one after the other."""
         return gather_object(items)
 
-    def batches(self, size: int, batch_size: int) -> list[range]:
-        """Items of a whole set for this process, in order: a contiguous share, cut into batches of which the last may
-        be smaller. The shares of all processes, one after the other, are 0, …, size − 1; they differ by one item at
-        most, so processes may differ by one batch: gather results after the pass, not within."""
-        index, count = self.accelerator.process_index, self.accelerator.num_processes
-        start, stop = size * index // count, size * (index + 1) // count
-        return [range(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size)]
+    def share(self, size: int, process: int | None = None) -> range:
+        """Items of a whole set for a process, by default this one. The shares of all processes, one after the other,
+        are 0, …, size − 1; they differ by one item at most."""
+        index, count = self.accelerator.process_index if process is None else process, self.accelerator.num_processes
+        return range(size * index // count, size * (index + 1) // count)
+
+    def batches(self, size: int, batch_size: int, process: int | None = None) -> list[range]:
+        """A process's share of a whole set, in batches of which the last may be smaller. Processes may differ by one
+        batch: gather results after the pass, not within."""
+        share = self.share(size, process)
+        return [range(i, min(i + batch_size, share.stop)) for i in share[::batch_size]]
 
     def compute(
         self,
@@ -209,6 +236,7 @@ class Runtime:
         compute: Callable[[range], dict[str, np.ndarray]],
         *,
         description: str,
+        large: tuple[str, ...] = (),
     ) -> dict[str, np.ndarray]:
         """Arrays with one row per item, computed in batches over all processes; every finished batch is kept.
 
@@ -217,6 +245,8 @@ class Runtime:
             key: what decides the result. A file of another key, or a damaged one, is computed again.
             size: number of items; batch_size: of this process.
             compute: maps the numbers of b items to arrays of b rows.
+            large: arrays that only the main process is to hold as a whole, by way of the folder; of these another one
+                returns the rows of its share, if it has any.
 
         Raises:
             FloatingPointError: what was computed is not finite; it is not stored.
@@ -227,7 +257,9 @@ class Runtime:
             # All processes must take the same branch even if one cannot read the file.
             if all(gather_object([result is not None])):
                 bar.update(bar.total)
-                return result
+                share = self.share(size)
+                own = {} if self.is_main else {name: result[name][share.start : share.stop].copy() for name in large}
+                return result | own
             parts = path.parent / "parts" / f"{path.stem}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
             computed = []
             for items in batches:
@@ -239,8 +271,16 @@ class Runtime:
                     write_arrays(part, key=key, **arrays)
                 bar.update(len(items))
                 computed.append(arrays)
-        computed = gather_object(computed)
-        result = {name: np.concatenate([part[name] for part in computed]) for name in computed[0]}
+        small = [{name: rows for name, rows in part.items() if name not in large} for part in computed]
+        small = gather_object(small)  # by when all parts have been written
+        if self.is_main and large:
+            others = range(1, self.accelerator.num_processes)
+            names = [f"{b[0]}-{b[-1]}" for process in others for b in self.batches(size, batch_size, process)]
+            computed += [_keyed_arrays(parts / f"{name}.npz", key) for name in names]
+            if None in computed:
+                raise ValueError(f"{parts} lacks files of other processes; it must be one folder that all hosts share")
+        result = {name: np.concatenate([part[name] for part in small]) for name in small[0]}
+        result |= {name: np.concatenate([part[name] for part in computed]) for name in large if computed}
         if self.is_main:
             write_arrays(path, key=key, **result)
             shutil.rmtree(parts)

@@ -77,10 +77,11 @@ class MeasuredImages:
         """Draw the samples and write ``folder``; ``settings`` decide them, beside weights and measurement."""
         score, each = self.score, self.sampling.samples_per_image
         name = f"samples-{folder.name}"
-        arrays = score.stage(name, len(self.images) * each, {**settings, **self.identity()}, self._compute)
-        per_image = {name: values.reshape(len(self.images), each, *values.shape[1:]) for name, values in arrays.items()}
+        settings, size = {**settings, **self.identity()}, len(self.images) * each
+        arrays = score.stage(name, size, settings, self._compute, large=("images",))
         if not score.runtime.is_main:
             return
+        per_image = {name: values.reshape(len(self.images), each, *values.shape[1:]) for name, values in arrays.items()}
         metrics = self._metrics(per_image)
         given = score.images.to_levels(self.operator.pseudo_inverse(self.y)).permute(0, 2, 3, 1).cpu().numpy()
         truth = self.levels.permute(0, 2, 3, 1).numpy()
