@@ -187,7 +187,8 @@ class Runtime:
             for number, other in enumerate(others, 1):
                 names = (name for name in sorted(first | other) if first.get(name) != other.get(name))
                 if different := [f"{name} is {other.get(name)!r}, not {first.get(name)!r}" for name in names]:
-                    raise InvalidRun(f"process {number} was given other things than process 0: {'; '.join(different[:3])}")
+                    what = "; ".join(different[:3])
+                    raise InvalidRun(f"process {number} was given other things than process 0: {what}")
             yield
 
     def check_agreement(self, what: str, value: object, workdir: Path) -> None:
