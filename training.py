@@ -322,9 +322,8 @@ class Trainer:
 
     def _diverged(self, name: str) -> FloatingPointError:
         return FloatingPointError(
-            f"{self.description}: {name} is not finite at or before step {self.step}, which is not saved in "
-            f"{self.store.directory}. Try --precision=fp32, or in a new workdir a smaller learning rate (optim.lr) or "
-            "training.qc_weight"
+            f"{self.description}: {name} is not finite at or before step {self.step}; that step is not saved. "
+            "Try --precision=fp32, or in a new workdir a smaller learning rate (optim.lr) or training.qc_weight"
         )
 
     def _means(self) -> dict[str, float]:

@@ -91,7 +91,11 @@ def _connect(rank: int, count: int) -> dict[socket.socket, str]:
             connection.sendall(f"{token}{rank:8}".encode())
             peers[connection] = names[0]
         while rank == 0 and len(peers) < count - 1:
-            connection, _ = server.accept()
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                missing = ", ".join(name for name in names[1:] if name not in peers.values())
+                raise OSError(f"port {port} of this host is not reached by {missing}") from None
             connection.settimeout(CONNECT_SECONDS)
             said = connection.recv(len(token) + 8, socket.MSG_WAITALL).decode(errors="replace")
             if secrets.compare_digest(said[:-8].encode(), token.encode()):  # else it is none of ours
