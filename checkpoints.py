@@ -34,6 +34,7 @@ __all__ = [
     "is_count",
     "load_state_dict_strictly",
     "mismatch",
+    "not_finite",
     "read_checkpoint",
     "weights_digest",
     "write_checkpoint",
@@ -230,9 +231,11 @@ def load_state_dict_strictly(module: nn.Module, state: dict[str, Tensor], source
     """Load weights, or say how they do not fit; then the module is left unchanged.
 
     Raises:
-        CheckpointError: see ``check_state_dict``.
+        CheckpointError: see ``check_state_dict``; or weights that are not finite.
     """
     check_state_dict(module, state, source)
+    if bad := not_finite(state):
+        raise CheckpointError(f"{source}: {bad} is not finite; an earlier checkpoint may be good")
     module.load_state_dict(state)
 
 
@@ -296,6 +299,11 @@ def mismatch(value: object, like: Tensor) -> str:
     if value.dtype != like.dtype:
         return f"is {str(value.dtype)[6:]} instead of {str(like.dtype)[6:]}"
     return ""
+
+
+def not_finite(state: dict[str, Tensor]) -> str:
+    """The first of a module's weights that is not finite; empty if all are."""
+    return next((name for name, tensor in state.items() if not bool(tensor.isfinite().all())), "")
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -1,7 +1,8 @@
 """How good are the samples: distances and overlaps between sets of images, measured in a feature space.
 
 FID, KID, inception score, precision, recall, density and coverage are pure functions, in float64, of features (N, F)
-and logits (N, K). They raise a ValueError if these are not finite, the dimensions differ or there are too few rows.
+and logits (N, K). They raise a ValueError if the dimensions differ or there are too few rows, and a FloatingPointError
+if numbers are not finite.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Features:
     log-probabilities of the classes, ``logits`` (N, K).
 
     Raises:
-        ValueError: a shape is not as above, N differs, or a number is not finite.
+        ValueError: a shape is not as above, or N differs.
+        FloatingPointError: a number is not finite.
     """
 
     pool: np.ndarray
@@ -43,12 +45,12 @@ class Features:
 
 
 def check_matrix(name: str, values: np.ndarray) -> None:
-    """Raise a ValueError unless ``values`` is a matrix (N, dimension) of finite numbers."""
+    """Raise a ValueError unless ``values`` is a matrix (N, dimension), a FloatingPointError unless it is finite."""
     if values.ndim != 2:
         raise ValueError(f"{name} must have shape (N, dimension), not {values.shape}")
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values).all(axis=1)).sum())
-        raise ValueError(f"{name} must be finite, but {bad} of {len(values)} rows are not")
+        raise FloatingPointError(f"{name} must be finite, but {bad} of {len(values)} rows are not")
 
 
 @dataclass(frozen=True)

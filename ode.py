@@ -75,7 +75,7 @@ def _rk45(velocity: Velocity, y: Tensor, start: float, end: float, *, rtol: floa
     while len(rows):
         remaining = (end - t).abs()
         if bool((step < 1e-12 * abs(end - start)).any()) or not bool(torch.isfinite(step).all()):
-            raise RuntimeError(
+            raise FloatingPointError(
                 f"the step size of the ODE solver vanished at t={t[step.argmin()].item():.6g}: the score is not "
                 f"finite, or rtol={rtol}, atol={atol} ask for more than its precision"
             )
@@ -182,7 +182,7 @@ def integrate(
 
     Raises:
         ValueError: unknown solver, or no steps.
-        RuntimeError: the solver cannot meet the tolerance, or the velocity is not finite.
+        FloatingPointError: the solver cannot meet the tolerance, or velocity or result are not finite.
     """
     check_solver(solver, num_steps)
     if solver == "rk45":  # it shortens its step where the velocity is not finite
@@ -192,8 +192,11 @@ def integrate(
     def batch_velocity(state: Tensor, t: float) -> Tensor:
         slope = velocity(state, torch.full_like(y[:, 0], t), rows)
         if not bool(torch.isfinite(slope).all()):
-            raise RuntimeError(f"the velocity of the ODE is not finite at t={t:.6g}")
+            raise FloatingPointError(f"the velocity of the ODE is not finite at t={t:.6g}")
         return slope
 
     solve = resolve(solver, SOLVERS, "solver")
-    return solve(batch_velocity, y, start, end, rtol=rtol, atol=atol, num_steps=num_steps)
+    result = solve(batch_velocity, y, start, end, rtol=rtol, atol=atol, num_steps=num_steps)
+    if not bool(torch.isfinite(result).all()):
+        raise FloatingPointError(f"the solution of the ODE is not finite at t={end:.6g}")
+    return result

@@ -95,16 +95,31 @@ FREE_IN_EVALUATION = (
 )
 
 
+def _in_all_processes(recipe: Callable) -> Callable:
+    """Of a recipe: every process is given the same, and when one ends, all do."""
+
+    @functools.wraps(recipe)
+    def run(
+        config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), checkpoint: str | Path | None = None
+    ) -> object:
+        given = {"mode": recipe.__name__, "workdir": str(workdir), "checkpoint": str(checkpoint)}
+        with runtime.together(given | {"config": json.loads(config.to_json())}):
+            return recipe(config, workdir, runtime, *([] if checkpoint is None else [checkpoint]))
+
+    return run
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Training
 
 
+@_in_all_processes
 def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> None:
     """Train until ``config.training.n_iters`` steps are done, resuming from the newest checkpoint in ``workdir``.
 
     Raises:
         InvalidRun: bad config, data, checkpoint or working directory.
-        FloatingPointError: the loss is not finite; the last checkpoint is good.
+        FloatingPointError: the loss, or what training comes to, is not finite; that is not saved.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
     with contextlib.ExitStack() as stack:
@@ -168,6 +183,7 @@ def trainer(
 
     @functools.cache
     def begin() -> dict | None:
+        _decode_once(train_data, runtime)
         return _state_to_begin_with(config, model, optimizer)
 
     if not (workdir / "checkpoints").exists():
@@ -211,10 +227,6 @@ def trainer(
         drawn = runtime.gather([score.draw(share, sampler, progress=runtime.shows_progress)[0]] if share else [])
         if runtime.is_main:
             save_image_grid(workdir / "samples" / f"step_{step:08d}.png", np.concatenate(drawn), images)
-
-    def begin() -> dict | None:
-        _decode_once(train_data, runtime)
-        return _state_to_begin_with(config, model, optimizer)
 
     hooks = [Hook(training.eval_freq, test_loss)]
     if training.snapshot_sampling:
@@ -297,6 +309,7 @@ def _check_data(record: dict, train_data: Split, workdir: Path, runtime: Runtime
 # Evaluation
 
 
+@_in_all_processes
 def evaluate(
     config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), checkpoint: str | Path | None = None
 ) -> dict:
@@ -313,6 +326,7 @@ def evaluate(
 
     Raises:
         InvalidRun: bad config, data, checkpoint or working directory.
+        FloatingPointError: something of what is measured is not finite.
     """
     workdir, enabled = Path(workdir), config.eval
     with contextlib.ExitStack() as stack:
@@ -356,15 +370,17 @@ def evaluate(
             metrics |= measured
         if enabled.enable_sampling:
             arrays = _draw_samples(score, sampler)
-            metrics |= {"nfe_sampling": float(arrays["nfe"].mean()), "num_samples": len(arrays["images"])}
+            count = len(arrays["nfe"])
+            metrics |= {"nfe_sampling": float(arrays["nfe"].mean()), "num_samples": count}
             if config.sampling.method == "pc":
                 metrics["sampling_steps"] = sampler.num_steps
-            key = score.stage_key("sample_features", len(arrays["images"]), _sampling_identity(score))
-            labels = score.wanted_labels(range(len(arrays["images"]))) if config.sampling.condition else None
+            key = score.stage_key("sample_features", count, _sampling_identity(score))
+            labels = score.wanted_labels(range(count)) if config.sampling.condition else None
+            images = arrays.get("images")  # in another process than the main one those of its share, if it has any
             metrics |= quality.measure(
-                arrays["images"], folder / "stages", key, None if labels is None else labels.cpu().numpy()
+                images, count, folder / "stages", key, None if labels is None else labels.cpu().numpy()
             )
-            files["samples.npz"] = {"images": arrays["images"], "num_levels": score.images.num_levels}
+            files["samples.npz"] = {"images": images, "num_levels": score.images.num_levels}
         if runtime.is_main:
             write_json(path, metrics)
             _write_newest(folder, metrics, files, score.images)
@@ -492,7 +508,8 @@ def _draw_samples(score: TrainedScore, sampler) -> dict[str, np.ndarray]:
         images, nfe = score.draw(indices, sampler, progress=score.runtime.shows_progress)
         return {"images": images, "nfe": np.full(len(images), nfe)}
 
-    return score.stage("sample_items", score.config.eval.num_samples, _sampling_identity(score), compute)
+    count, settings = score.config.eval.num_samples, _sampling_identity(score)
+    return score.stage("sample_items", count, settings, compute, large=("images",))
 
 
 def _sampling_identity(score: TrainedScore) -> dict:
@@ -506,6 +523,7 @@ def _sampling_identity(score: TrainedScore) -> dict:
     return identity if score.classifier is None else {**identity, "classifier": weights_digest(score.classifier)}
 
 
+@_in_all_processes
 def statistics(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> Path:
     """Compute the features of the training images that samples are compared with; return the file that keeps them.
 
@@ -531,6 +549,7 @@ def statistics(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runti
 # Sampling
 
 
+@_in_all_processes
 def sample(
     config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), checkpoint: str | Path | None = None
 ) -> Path:
@@ -546,7 +565,7 @@ def sample(
 
     Raises:
         InvalidRun: bad config, data, checkpoint or working directory.
-        FloatingPointError: guidance by a measurement drove samples to infinity.
+        FloatingPointError: samples are not finite.
     """
     workdir, sampling = Path(workdir), config.sampling
     with contextlib.ExitStack() as stack:
@@ -571,7 +590,7 @@ def sample(
             measured.sample(folder, _sampling_identity(score))
         else:
             arrays = _draw_samples(score, sampler)
-            nfe, count = float(arrays["nfe"].mean()), len(arrays["images"])
+            nfe, count = float(arrays["nfe"].mean()), len(arrays["nfe"])
             if runtime.is_main:
                 labels = {"labels": score.wanted_labels(range(count)).cpu().numpy()} if sampling.condition else {}
                 write_arrays(
@@ -776,9 +795,9 @@ class TrainedScore:
     def stage_key(self, name: str, size: int, settings: dict) -> str:
         return _digest({"version": EVALUATION_VERSION, "stage": name, "size": size, **self.identity(), **settings})
 
-    def stage(self, name: str, size: int, settings: dict, compute) -> dict[str, np.ndarray]:
+    def stage(self, name: str, size: int, settings: dict, compute, **options: object) -> dict[str, np.ndarray]:
         """Arrays with one row per item, kept in W/eval/stages/NAME-KEY.npz; ``settings`` decide the result beside the
-        weights."""
+        weights. Options are those of ``Runtime.compute``."""
         key = self.stage_key(name, size, settings)
         return self.runtime.compute(
             self.workdir / "eval" / "stages" / f"{name}-{key[:16]}.npz",
@@ -786,7 +805,8 @@ class TrainedScore:
             size,
             self.config.eval.batch_size,
             compute,
-            description=f"{name} {self.workdir.name}",
+            description=f"{name} {self.workdir.name}, step {self.step}",
+            **options,
         )
 
 
@@ -904,12 +924,13 @@ def _score_from_state(state: dict | list, path: Path, config: ConfigDict, device
 # The classifier of noised images
 
 
+@_in_all_processes
 def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> dict[str, float]:
     """Train ``config.classifier`` for ``n_iters`` steps in all; return loss and accuracy on test images at some times.
 
     Raises:
         InvalidRun: bad config, data or working directory, or several processes.
-        FloatingPointError: the loss is not finite; the last checkpoint is good.
+        FloatingPointError: the loss, or what training comes to, is not finite; that is not saved.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
     from guidance.classifier import ClassifierTraining

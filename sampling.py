@@ -104,6 +104,11 @@ class CountedScore:
         return self.score(x, t)
 
 
+def _check_finite(x: Tensor, method: str) -> None:
+    if bad := int((~x.isfinite()).flatten(1).any(1).sum()):
+        raise FloatingPointError(f"{bad} of {len(x)} samples are not finite ({method})")
+
+
 def denoise(sde: SDE, score: ScoreFunction, x: Tensor, t: Tensor) -> Tensor:
     """Tweedie's formula: the mean of x_0 given x_t (B, ...)."""
     std = expand(sde.std(t), x)
@@ -354,6 +359,9 @@ class Sampler(abc.ABC):
 
         The generator draws the prior and all noise; with per-sample generators a sample depends on its own only. A
         projection follows the prior and every step of predictor and corrector.
+
+        Raises:
+            FloatingPointError: samples, or the velocity of an ODE on the way, are not finite.
         """
 
         def project(x: Tensor, t: Tensor) -> Tensor:
@@ -375,6 +383,7 @@ class Sampler(abc.ABC):
                 x = denoise(self.sde, counted, x, times[-1].to(x.dtype))
         if projection is not None:
             x = projection.finish(x)
+        _check_finite(x, str(self))
         return Samples(x, counted.evaluations / len(like))
 
 
@@ -576,6 +585,7 @@ def langevin_dynamics(
 
     Raises:
         ValueError: ``log_density`` is not finite at the start, or is given for moves without noise.
+        FloatingPointError: unadjusted samples are not finite in the end.
     """
     if log_density is not None and not noise:
         raise ValueError("log_density given with noise=False: a move without noise cannot be Metropolis-adjusted")
@@ -587,6 +597,7 @@ def langevin_dynamics(
             if noise:
                 x = x + math.sqrt(2 * size) * normal_like(x, generator)
             states.append(x)
+        _check_finite(x, "Langevin dynamics")
         return LangevinTrajectory(torch.stack(states), accepted)
 
     gradient, log_p = score(x, t), log_density(x, t)

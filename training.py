@@ -40,9 +40,10 @@ from checkpoints import (
     CheckpointStore,
     check_optimizer_state,
     load_state_dict_strictly,
+    not_finite,
 )
 from experiment.files import writing
-from experiment.runtime import COLLECTIVE_TIMEOUT, Interrupted, Runtime
+from experiment.runtime import COLLECTIVE_TIMEOUT, Interrupted, Runtime, check_finite, named
 from models import EMA
 
 __all__ = ["Hook", "MetricsLog", "Trainer", "fit"]
@@ -203,6 +204,9 @@ class Trainer:
 
     def _save(self, log: MetricsLog | None, *, hooks_done: bool) -> None:
         self._average_sums()
+        averages = {} if self.ema is None else self.ema.model.state_dict()
+        if bad := not_finite(self.model.state_dict()) or not_finite(averages):  # a step may be too long to come back
+            raise self._diverged(bad)
         if self.runtime.is_main:
             scaler = self.accelerator.scaler
             state = {
@@ -226,7 +230,7 @@ class Trainer:
         """Do the steps that are left, if any.
 
         Raises:
-            FloatingPointError: the loss or its gradient is not finite; the last checkpoint is good.
+            FloatingPointError: the loss, its gradient, the weights, or what hooks give is not finite, and not saved.
             Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
         """
         progress = self.runtime.progress(total=self.n_iters, initial=self.step, unit="step", desc=self.description)
@@ -291,12 +295,14 @@ class Trainer:
     def _call_hooks(self, log: MetricsLog | None) -> None:
         due = self._due_hooks()
         for hook in due:
-            if row := hook.call(self.step):
-                self._write(log, row)
+            with named(f"{self.description}, step {self.step}"):
+                if row := hook.call(self.step):
+                    self._write(log, row)
         if due and self.step == self.n_iters:  # so that a finished run does nothing
             self._save(log, hooks_done=True)
 
     def _write(self, log: MetricsLog | None, row: Mapping[str, float]) -> None:
+        check_finite(row)
         if log is not None:
             log.write(self.step, row)
 
@@ -305,7 +311,7 @@ class Trainer:
         with however many processes.
 
         Raises:
-            FloatingPointError: in all of them, a loss or gradient was not finite in any step since the last row.
+            FloatingPointError: in all of them, one was not finite in any step since the last row.
         """
         names = sorted(self.sums)
         device = self.accelerator.device
@@ -313,20 +319,22 @@ class Trainer:
         totals = torch.tensor([float(self.sums[name][0]) for name in names], dtype=dtype, device=device)
         totals = self.accelerator.reduce(totals, reduction="mean").tolist()
         self.sums = {name: [total, self.sums[name][1]] for name, total in zip(names, totals, strict=True)}
-        # With a gradient scaler (fp16) infinite gradients are part of the search for the scale, and skipped.
-        checked = ("loss",) if self.accelerator.scaler is not None else ("loss", "grad_norm")
-        for name in checked:
-            if name in self.sums and not math.isfinite(self.sums[name][0]):
-                raise FloatingPointError(
-                    f"{name} is not finite at or before step {self.step}; the last checkpoint in "
-                    f"{self.store.directory} is good. Try a smaller learning rate (optim.lr) or training.qc_weight, or "
-                    "--precision=fp32"
-                )
+        for name in names:
+            # With a gradient scaler (fp16) infinite gradients are part of the search for the scale, and skipped.
+            scaled = name == "grad_norm" and self.accelerator.scaler is not None
+            if not scaled and not math.isfinite(self.sums[name][0]):
+                raise self._diverged(name)
+
+    def _diverged(self, name: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{self.description}: {name} is not finite at or before step {self.step}; that step is not saved. "
+            "Try --precision=fp32, or in a new workdir a smaller learning rate (optim.lr) or training.qc_weight"
+        )
 
     def _means(self) -> dict[str, float]:
         """A row: means over processes and steps since the last one, the learning rate, time and speed."""
         self._average_sums()
-        row = {name: total / count for name, (total, count) in self.sums.items()}
+        row = {name: total / count for name, (total, count) in self.sums.items() if math.isfinite(total)}
         self.sums = {}
         now = time.monotonic()
         row["lr"] = self.optimizer.param_groups[0]["lr"]
@@ -398,7 +406,7 @@ class MetricsLog:
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         with writing(self.path):
-            self.file.write((json.dumps({"step": step, **row}) + "\n").encode())
+            self.file.write((json.dumps({"step": step, **row}, allow_nan=False) + "\n").encode())
             self.file.flush()
         values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
         self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import stat
 import zipfile
@@ -94,8 +95,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Numbers that are not finite are refused (ValueError): JSON has none."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    """Numbers that are not finite, which JSON has not, are a FloatingPointError; then nothing is written."""
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    except ValueError:
+        names = flatten(value) if isinstance(value, Mapping) else {}
+        bad = ", ".join(name for name, part in names.items() if re.search(r"\b(NaN|Infinity)\b", json.dumps(part)))
+        raise FloatingPointError(f"{path} is not written: {bad or 'a number'} is not finite") from None
+    write_text(path, text + "\n")
 
 
 def write_arrays(path: Path, **arrays: object) -> None:

@@ -11,8 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from accelerate.utils import (
 )
 from tqdm import tqdm
 
-from experiment.files import check_folder, read_arrays, take_lock, write_arrays
+from experiment.files import check_folder, flatten, read_arrays, take_lock, write_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,21 @@ def checked() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise InvalidRun(str(error)) from error
+
+
+def check_finite(values: Mapping[str, object]) -> None:
+    """Raise a FloatingPointError that names those of some numbers or arrays which are not finite."""
+    if bad := [name for name, value in values.items() if not np.isfinite(value).all()]:
+        raise FloatingPointError(f"{', '.join(bad)}: not finite")
+
+
+@contextlib.contextmanager
+def named(stage: str) -> Iterator[None]:
+    """Let a FloatingPointError say where it happened."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{stage}: {error}") from error
 
 
 class _ProgressBar(tqdm):
@@ -156,6 +171,30 @@ class Runtime:
             self.on_progress(initial)
         return bar
 
+    @contextlib.contextmanager
+    def together(self, given: Mapping[str, object]) -> Iterator[None]:
+        """A block that all processes enter with the same things given, and end in when one of them ends.
+
+        Raises:
+            InvalidRun: in all processes; one was given other things, flags or code than process 0.
+        """
+        if self.accelerator.num_processes == 1:
+            yield
+            return
+        from experiment.processes import watched
+
+        flags = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "on_progress"}
+        mine = {f"--{name}": value for name, value in flatten({**given, **flags}).items()}
+        mine["the code"] = code_version()
+        with watched(self.accelerator.process_index, self.accelerator.num_processes):
+            first, *others = gather_object([mine])
+            for number, other in enumerate(others, 1):
+                names = (name for name in sorted(first | other) if first.get(name) != other.get(name))
+                if different := [f"{name} is {other.get(name)!r}, not {first.get(name)!r}" for name in names]:
+                    what = "; ".join(different[:3])
+                    raise InvalidRun(f"process {number} was given other things than process 0: {what}")
+            yield
+
     def check_agreement(self, what: str, value: object, workdir: Path) -> None:
         """Raise a ValueError in all processes if they see different things, as they would if hosts did not share the
         folder."""
@@ -196,6 +235,7 @@ class Runtime:
         compute: Callable[[range], dict[str, np.ndarray]],
         *,
         description: str,
+        large: tuple[str, ...] = (),
     ) -> dict[str, np.ndarray]:
         """Arrays with one row per item, computed in batches over all processes; every finished batch is kept. While
         another command computes the same, this one waits, and then takes its result.
@@ -205,6 +245,11 @@ class Runtime:
             key: what decides the result. A file of another key, or a damaged one, is computed again.
             size: number of items; batch_size: of this process.
             compute: maps the numbers of b items to arrays of b rows.
+            large: arrays that only the main process is to hold as a whole, by way of the folder; of these another one
+                returns the rows of its share, if it has any.
+
+        Raises:
+            FloatingPointError: what was computed is not finite; it is not stored.
         """
         share, parts = self.share(size), path.parent / "parts" / path.stem
 
@@ -213,23 +258,35 @@ class Runtime:
             # All processes must take the same branch even if one cannot read the file.
             return result if all(gather_object([result is not None])) else None
 
+        def compute_finite(items: range) -> dict[str, np.ndarray]:
+            with named(f"{description}, items {items[0]} to {items[-1]}"):
+                check_finite(arrays := compute(items))
+            return arrays
+
+        def refuse(items: range) -> dict[str, np.ndarray]:
+            raise ValueError(f"{parts} lacks files of other processes; it must be one folder that all hosts share")
+
         with self.progress(total=len(share), unit="item", desc=description) as bar:
             if (result := kept()) is None:
                 with self.exclusive(path.with_name(f".{path.name}.lock"), wait=True):
                     if (result := kept()) is None:
-                        computed = []
-                        for items, arrays in _batches(parts, key, share, batch_size, compute):
+                        batches = []
+                        for items, arrays in _batches(parts, key, share, batch_size, compute_finite):
+                            batches.append(arrays)
                             bar.update(len(items))
-                            computed.append(arrays)
-                        computed = gather_object(computed)
-                        result = {name: np.concatenate([part[name] for part in computed]) for name in computed[0]}
+                        small = [{name: arrays[name] for name in arrays.keys() - set(large)} for arrays in batches]
+                        result = _joined(gather_object(small))  # by when all parts have been written
+                        if self.is_main and large and self.accelerator.num_processes > 1:
+                            batches = [arrays for _, arrays in _batches(parts, key, range(size), batch_size, refuse)]
+                        result |= _joined([{name: arrays[name] for name in large} for arrays in batches])
                         if self.is_main:
                             write_arrays(path, key=key, **result)
                             shutil.rmtree(parts)
                         self.accelerator.wait_for_everyone()
                         return result
             bar.update(bar.total)
-        return result
+        own = {} if self.is_main else {name: result[name][share.start : share.stop].copy() for name in large}
+        return result | own
 
     @contextlib.contextmanager
     def exclusive(self, path: Path, *, wait: bool = False) -> Iterator[None]:
@@ -242,6 +299,11 @@ class Runtime:
         finally:
             for lock in locks:
                 lock.release()
+
+
+def _joined(batches: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The rows of all batches; nothing if there is none."""
+    return {name: np.concatenate([arrays[name] for arrays in batches]) for name in (batches[0] if batches else ())}
 
 
 def _batches(

@@ -131,20 +131,27 @@ class SampleQuality:
 
         return path, self._features(path, key, count, images).pool
 
-    def measure(self, samples: np.ndarray, folder: Path, key: str, labels: np.ndarray | None = None) -> dict:
+    def measure(
+        self, samples: np.ndarray | None, count: int, folder: Path, key: str, labels: np.ndarray | None = None
+    ) -> dict:
         """All metrics of samples, uint8 levels (N, H, W, C).
 
         Args:
-            samples: the images.
+            samples: the images; in another process than the main one those of its share, if it has any.
+            count: N.
             folder: where their features are kept.
             key: what decides the samples.
             labels: the classes (N,) that were asked for, of conditional samples.
         """
-        images, extractor = torch.from_numpy(samples).permute(0, 3, 1, 2), self.extractor
+        extractor, first = self.extractor, 0 if self.runtime.is_main else self.runtime.share(count).start
+
+        def images(items: range) -> torch.Tensor:
+            return torch.from_numpy(samples[items.start - first : items.stop - first]).permute(0, 3, 1, 2)
+
         reference, real = self.reference()
         key = key_digest(f"{key} {extractor.key}")
         path = folder / f"sample_features-{key}.npz"
-        generated = self._features(path, key, len(images), lambda items: images[list(items)])
+        generated = self._features(path, key, count, images)
         metrics: dict = {
             "features": extractor.name,
             "feature_test_accuracy": getattr(extractor, "test_accuracy", None),
@@ -191,6 +198,6 @@ def _read_statistics(path: str, dimension: int, *, image_size: int) -> np.ndarra
                 "empty, and they are computed"
             )
         check_matrix(f"{path}: pool_3", pool)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         raise ValueError(f"eval.stats_path: {first_line(error)}") from error
     return pool.astype(np.float32, copy=False)

@@ -76,11 +76,11 @@ class MeasuredImages:
     def sample(self, folder: Path, settings: dict) -> None:
         """Draw the samples and write ``folder``; ``settings`` decide them, beside weights and measurement."""
         score, each = self.score, self.sampling.samples_per_image
-        identity = {**settings, **self.identity()}
-        arrays = score.stage("measured_samples", len(self.images) * each, identity, self._compute)
-        per_image = {name: values.reshape(len(self.images), each, *values.shape[1:]) for name, values in arrays.items()}
+        settings, size = {**settings, **self.identity()}, len(self.images) * each
+        arrays = score.stage("measured_samples", size, settings, self._compute, large=("images",))
         if not score.runtime.is_main:
             return
+        per_image = {name: values.reshape(len(self.images), each, *values.shape[1:]) for name, values in arrays.items()}
         metrics = self._metrics(per_image)
         given = score.images.to_levels(self.operator.pseudo_inverse(self.y)).permute(0, 2, 3, 1).cpu().numpy()
         truth = self.levels.permute(0, 2, 3, 1).numpy()
@@ -105,14 +105,13 @@ class MeasuredImages:
             self.sampling, score.sde, score, self.operator, y, prior_variance=self.prior_variance
         )
         like = torch.zeros_like(self.images[image])
-        result = self.sampler(
-            conditional, like, generator, projection=projection, progress=score.runtime.shows_progress
-        )
-        if not bool(result.x.isfinite().all()):
-            raise FloatingPointError(
-                f"samples are not finite; try a smaller sampling.guidance_weight={self.sampling.guidance_weight:g}, or "
-                "more steps"
+        try:
+            result = self.sampler(
+                conditional, like, generator, projection=projection, progress=score.runtime.shows_progress
             )
+        except FloatingPointError as error:
+            smaller = f"try a smaller sampling.guidance_weight={self.sampling.guidance_weight:g}, or more steps"
+            raise FloatingPointError(f"{error}; {smaller}") from error
         levels = score.images.to_levels(result.x)
         misfit = self.operator(result.x) - y
         rounded = self.operator(score.images.to_model(levels.cpu()).to(score.device)) - y

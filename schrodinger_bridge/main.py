@@ -36,9 +36,11 @@ def run(config: ConfigDict, workdir: str, device: str = "auto", precision: str =
     """
     if "image_size" not in config.data:
         torch.set_num_threads(1)  # of networks so small more than one only wait for each other
-    bridge = BridgeRun(config, workdir, Runtime(device, precision))
-    bridge.train()
-    if not bridge.runtime.is_main:
+    runtime = Runtime(device, precision)
+    with runtime.together({"config": config.to_dict(), "workdir": workdir}):
+        bridge = BridgeRun(config, workdir, runtime)
+        bridge.train()
+    if not runtime.is_main:
         return None
     figures.save_images(bridge)
     results = results_of(bridge)

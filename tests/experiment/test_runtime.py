@@ -153,3 +153,35 @@ def test_one_command_computes_and_another_waits_and_takes_it(tmp_path, monkeypat
         write_arrays(squares.path, key="k", square=EXPECTED + 1)  # what the other has computed
     waiting.join()
     assert np.array_equal(found[0], EXPECTED + 1) and squares.seen == []
+
+
+def test_large_arrays_are_whole_in_the_main_process_only(tmp_path, monkeypatch):
+    """It reads the rows of others from the folder; they keep theirs, also of a result that is there already."""
+    sent: dict[int, list] = {}
+
+    def started(process: int) -> dict[str, np.ndarray]:
+        """Process 1 computes before process 0, and none knows a result before both do."""
+        both = Runtime("cpu", on_progress=lambda count: None)
+        both.__dict__["accelerator"] = SimpleNamespace(
+            process_index=process, num_processes=2, is_main_process=process == 0, wait_for_everyone=lambda: None
+        )
+
+        def gathered(values: list) -> list:
+            assert not any(isinstance(value, dict) and "images" in value for value in values)
+            if isinstance(values[0], dict):
+                sent[process] = values
+            return [*values, *(sent.get(1, []) if process == 0 and isinstance(values[0], dict) else [])]
+
+        monkeypatch.setattr(runtime_module, "gather_object", gathered)
+
+        def compute(items: range) -> dict[str, np.ndarray]:
+            return {"images": np.array([[i, i] for i in items]), "nfe": np.array(items)}
+
+        return both.compute(tmp_path / "result.npz", "key", 7, 2, compute, description="", large=("images",))
+
+    other, main = started(1), started(0)
+    assert other["images"][:, 0].tolist() == [3, 4, 5, 6]
+    assert main["images"][:, 1].tolist() == main["nfe"].tolist() == list(range(7))
+    again = started(1), started(0)
+    assert again[0]["images"].tolist() == other["images"].tolist() and again[0]["nfe"].tolist() == list(range(7))
+    assert again[1]["images"].tolist() == main["images"].tolist()

@@ -366,7 +366,7 @@ def test_guidance_that_diverges_is_said_so(unconditional, tmp_path):
     """The tests' network believes what it is given at every noise level, so guidance moves it far too far."""
     settings = dict(sampling__condition="super_resolution", sampling__conditioning="pigdm")
     settings |= dict(sampling__num_steps=30, sampling__corrector="none", sampling__guidance_weight=50.0)
-    with pytest.raises(FloatingPointError, match=r"samples are not finite; try a smaller sampling\.guidance_weight=50"):
+    with pytest.raises(FloatingPointError, match=r"samples are not finite .*a smaller sampling\.guidance_weight=50"):
         measured(unconditional, tmp_path / "w", **settings)
     assert not (tmp_path / "w" / "samples").exists()
 
