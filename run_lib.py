@@ -266,6 +266,10 @@ def _state_to_begin_with(config: ConfigDict, model: ScoreModel, optimizer: torch
         state = _convert(state, path, model, optimizer)
         if state["optimizer"] is None:
             logger.warning("training.init_from=%s has no optimiser state: Adam's moments start from zero", path)
+    if state["step"] >= (n_iters := config.training.n_iters):
+        raise ValueError(
+            f"training.n_iters={n_iters}: training.init_from={path} has done {state['step']} steps already"
+        )
     return {**state, "source": f"training.init_from={path}"}
 
 

@@ -94,7 +94,7 @@ class Trainer:
 
     Raises:
         CheckpointError: no checkpoint can be read, or they belong to another model.
-        ValueError: the batch cannot be divided among processes and passes, or ``begin`` is beyond the last step.
+        ValueError: the batch cannot be divided among processes and passes.
     """
 
     def __init__(
@@ -168,10 +168,6 @@ class Trainer:
             if begin is None or (state := begin()) is None:
                 return
             self._load(state, state["source"])
-            if self.step >= self.n_iters:
-                raise ValueError(
-                    f"training.n_iters={self.n_iters}: {state['source']} has done {self.step} steps already"
-                )
             return
         source = self.store.path(state["step"])
         if check_record is not None:

@@ -188,8 +188,13 @@ def _read_array(stream: BinaryIO, size: int) -> np.ndarray:
     return array
 
 
+def memory_size() -> int:
+    """Of this machine, in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _check_size(claimed: int, most: int) -> None:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = memory_size()
     if claimed > min(most, memory):
         reason = f"the file can hold {most}" if claimed > most else f"this machine has {memory}"
         raise ValueError(f"it claims {claimed} bytes, but {reason}")

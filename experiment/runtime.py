@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import cached_property
@@ -28,7 +27,7 @@ from accelerate.utils import (
 )
 from tqdm import tqdm
 
-from experiment.files import check_folder, flatten, read_arrays, take_lock, write_arrays
+from experiment.files import check_folder, flatten, memory_size, read_arrays, take_lock, write_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -379,11 +378,6 @@ def within_memory(field: str, copies: int) -> Iterator[None]:
         raise ValueError(f"{field}: the network needs more memory than there is: {error}") from error
     finally:
         hook.remove()
-
-
-def memory_size() -> int:
-    """Of this machine, in bytes."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def keep_freed_memory() -> None:

@@ -174,7 +174,9 @@ class SampleQuality:
             found = extract_features(self.extractor, images(items))
             return {"pool_3": found.pool, "logits": found.logits}
 
-        arrays = self.runtime.compute(path, key, size, self.settings["batch_size"], compute, description=path.stem)
+        arrays = self.runtime.compute(
+            path, key, size, self.settings["batch_size"], compute, description=path.stem.rpartition("-")[0]
+        )
         return Features(arrays["pool_3"], arrays["logits"])
 
 

@@ -167,10 +167,10 @@ def test_archives_claim_no_more_than_there_is(tmp_path, monkeypatch):
     whole = path.read_bytes()
     start = whole.index(b"PK\x01\x02")  # the directory, which says how long each member is
     path.write_bytes(whole[: start + 24] + struct.pack("<I", 2**31) + whole[start + 28 :])
-    refused(r"it claims 21474837\d\d bytes, but the file can hold")
+    refused(r"it claims 21\d{8} bytes, but the file can hold")
     path.write_bytes(whole)
     monkeypatch.setattr(os, "sysconf", lambda name: 2**10)
-    refused("it claims 83888.* bytes, but this machine has 1048576")
+    refused(r"it claims 838\d{4} bytes, but this machine has 1048576")
     monkeypatch.undo()
     buffer = io.BytesIO()
     np.save(buffer, np.zeros(16))
