@@ -41,7 +41,7 @@ def test_published_statistics_are_read(arrays, tmp_path):
         ({"pool_3": POOL[:3]}, r"N of at least 4, not float32 of shape \(3, 5\)"),
         ({"pool_3": (255 * POOL).astype(np.uint8)}, "floating-point numbers .* not uint8"),
         ({"pool_3": np.where(POOL > 1, np.nan, POOL)}, "pool_3 must be finite"),
-        ({"pool_3": np.array([[None] * 5] * 6)}, "allow_pickle"),
+        ({"pool_3": np.array([[None] * 5] * 6)}, "objects, which are pickled"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
