@@ -1,4 +1,4 @@
-"""Files of a workdir that are cut, zeroed, or have one wrong bit: the same result, or one line; never another result."""
+"""Files of a workdir that are cut, zeroed, or have one wrong bit: the same result, or one line; never another one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import PROGRAMS, Outcome, attempt, contents, differing, finish, prepare
+from programs import PROGRAMS, Outcome, attempt, contents, differing, finish
 
 pytestmark = pytest.mark.faults
 FLIPS = 50
