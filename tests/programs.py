@@ -288,7 +288,8 @@ def contents(folder: Path) -> dict[str, object]:
         if path.is_dir() or path.suffix == ".lock" or path.name == ".lock" or "tensorboard" in path.parts:
             continue
         if path.suffix == ".pt":
-            found[name] = _plain(read_checkpoint(path))
+            state = read_checkpoint(path)
+            found[name] = _plain({key: state[key] for key in state.keys() - {"log_size"}})  # rows have times in them
         elif path.suffix == ".jsonl":
             found[name] = without_times([json.loads(line) for line in path.read_text().splitlines()])
         else:
