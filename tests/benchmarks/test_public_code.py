@@ -16,7 +16,7 @@ from models import NoiseLevel, UnconstrainedScore
 
 @pytest.fixture
 def model(small_unet) -> UnconstrainedScore:
-    return UnconstrainedScore(small_unet(image_size=16, num_channels=3), NoiseLevel(SDES["ve"]))
+    return UnconstrainedScore(small_unet(image_size=16, num_channels=3, attn_resolutions=(8,)), NoiseLevel(SDES["ve"]))
 
 
 def test_the_network_in_the_public_style_computes_the_same(model):

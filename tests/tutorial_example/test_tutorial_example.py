@@ -293,7 +293,7 @@ def test_a_claim_that_is_not_a_number_does_not_hold(small_command, tmp_path, mon
     result = Result({"a": 1.5}, {"b": (np.nan, "<=", 1.0)}, None)
     monkeypatch.setattr(epsilon_and_score, "run", lambda folder, update: result)
     monkeypatch.setattr(main, "save_figure", lambda picture, path: None)
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(FloatingPointError, match="claims is not finite"):
         main.run(tmp_path / "run", figure="epsilon_and_score", jobs=1)
 
 
