@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 from from_config import get_dataset  # noqa: F401  imported before the fork, as are all below
+from small_settings import BRIDGE, PLANE
 from test_run_lib import tiny_config, without_times
 
 import run_lib
@@ -41,29 +43,6 @@ plane = importlib.import_module("2d_examples.main")
 plane_config = importlib.import_module("2d_examples.configs").get_config
 bridge_config = importlib.import_module("configs.dsb.2d").get_config
 
-TINY_PLANE = {
-    "data.num_train": 200,
-    "data.num_test": 60,
-    "training.batch_size": 50,
-    "training.n_iters": 6,
-    "training.log_freq": 2,
-    "training.save_freq": 3,
-}
-TINY_BRIDGE = {
-    "bridge.num_ipf": 1,
-    "bridge.num_steps": 5,
-    "model.width": 8,
-    "model.depth": 1,
-    "training.n_iters": 6,
-    "training.batch_size": 8,
-    "training.cache_size": 32,
-    "training.refresh_freq": 4,
-    "training.log_freq": 2,
-    "training.save_freq": 3,
-    "evaluation.num_samples": 20,
-    "evaluation.num_sets": 1,
-    "evaluation.batch_size": 12,
-}
 TINY_CLASSIFIER = {"nf": 8, "n_iters": 8, "batch_size": 8, "log_freq": 3, "save_freq": 2}
 
 
@@ -78,6 +57,12 @@ def run_config():
     return config
 
 
+def inpainting():
+    config = run_config()
+    config.sampling.update(condition="inpaint", num_images=3)
+    return config
+
+
 def run_gaussian(workdir: Path) -> None:
     gaussian.REPETITIONS = 4
     gaussian.run(workdir, epsilons=(100.0,))
@@ -86,7 +71,7 @@ def run_gaussian(workdir: Path) -> None:
 def run_plane(workdir: Path) -> None:
     def tiny(name: str):
         config = plane_config(name)
-        config.update_from_flattened_dict(TINY_PLANE)
+        config.update_from_flattened_dict(PLANE)
         return config
 
     plane.DATASETS, plane.get_config = ["gaussian_8"], tiny
@@ -115,7 +100,7 @@ def run_wasserstein_digits(workdir: Path) -> None:
 
 def tiny_bridge(pair: str):
     config = bridge_config(pair)
-    config.update_from_flattened_dict(TINY_BRIDGE)
+    config.update_from_flattened_dict(BRIDGE | {"bridge.num_ipf": 1, "evaluation.num_sets": 1})
     return config
 
 
@@ -145,6 +130,7 @@ class Program:
 
 PROGRAMS = {
     "train": Program(lambda workdir: run_lib.train(run_config(), workdir, runtime())),
+    "sample, inpainting": Program(lambda workdir: run_lib.sample(inpainting(), workdir, runtime()), after="train"),
     "eval": Program(lambda workdir: run_lib.evaluate(run_config(), workdir, runtime()), after="train"),
     "sample": Program(lambda workdir: run_lib.sample(run_config(), workdir, runtime()), after="train"),
     "stats": Program(lambda workdir: run_lib.statistics(run_config(), workdir, runtime())),
@@ -192,14 +178,13 @@ def attempt(
 
     It answers errors as ``experiment.command_line.run_main`` does. ``disturb`` is called in the process first.
     """
-    log = folder.with_name(f"{folder.name}.log")
+    log = tempfile.TemporaryFile()  # noqa: SIM115  not in a folder that may be full
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
-            with open(log, "wb", buffering=0) as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
             logging.disable(logging.NOTSET)
             torch.set_num_threads(1)
             if disturb is not None:
@@ -219,7 +204,9 @@ def attempt(
     if found[0] == 0:
         os.kill(pid, signal.SIGKILL)
         found = os.waitpid(pid, 0)
-    return Outcome(os.waitstatus_to_exitcode(found[1]), log.read_text(errors="replace"))
+    with log:
+        log.seek(0)
+        return Outcome(os.waitstatus_to_exitcode(found[1]), log.read().decode(errors="replace"))
 
 
 _WRITING = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}

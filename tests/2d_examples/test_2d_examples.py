@@ -12,6 +12,7 @@ import torch
 from from_config import get_objective
 from scipy import stats
 from scipy.spatial.distance import cdist
+from small_settings import PLANE
 
 from experiment.runtime import Runtime
 from models.mlp import NoiseConditionalMLP
@@ -22,19 +23,11 @@ main = importlib.import_module("2d_examples.main")
 table = importlib.import_module("2d_examples.table")
 
 PAIRS = [f"{dataset}-{model}" for dataset in configs.DATASETS for model in configs.MODELS]
-TINY = {
-    "data.num_train": 200,
-    "data.num_test": 60,
-    "training.batch_size": 50,
-    "training.n_iters": 6,
-    "training.log_freq": 2,
-    "training.save_freq": 3,
-}
 
 
 def tiny(name="gaussian_8-u", **overrides):
     config = configs.get_config(name)
-    config.update_from_flattened_dict({**TINY, **overrides})
+    config.update_from_flattened_dict(PLANE | overrides)
     return config
 
 

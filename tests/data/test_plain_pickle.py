@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import changed_bytes
 
 from data.plain_pickle import load_plain_pickle
 
@@ -174,11 +175,8 @@ def test_damaged_bytes(tmp_path):
     """Each of 3000 pickles with a few bytes changed or cut off is read as data, or refused in one line."""
     random, path, refused = np.random.default_rng(0), tmp_path / "data", 0
     whole = pickle.dumps(DATA, 3)
-    for _ in range(3000):
-        content = bytearray(whole)
-        for k in random.integers(0, len(content), random.integers(1, 4)):
-            content[k] = random.integers(256)
-        path.write_bytes(content[: random.integers(1, len(content))] if random.random() < 0.1 else content)
+    for content in changed_bytes(whole, random):
+        path.write_bytes(content)
         try:
             load_plain_pickle(path)
         except ValueError as error:

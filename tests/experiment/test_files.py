@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damage import changed_bytes
 from locks import lock_held_elsewhere
 
 from checkpoints import write_checkpoint
@@ -200,11 +201,8 @@ def test_damaged_bytes(name, tmp_path):
         path.write_bytes(npy((16,)) if name == "a.npy" else json.dumps({"a": [1, {"b": "c"}]}).encode())
     read = {"a.npz": read_arrays, "a.npy": read_array, "a.json": read_json}[name]
     whole = path.read_bytes()
-    for _ in range(3000):
-        content = bytearray(whole)
-        for k in random.integers(0, len(content), random.integers(1, 4)):
-            content[k] = random.integers(256)
-        path.write_bytes(content[: random.integers(1, len(content))] if random.random() < 0.1 else content)
+    for content in changed_bytes(whole, random):
+        path.write_bytes(content)
         try:
             read(path)
         except ValueError as error:

@@ -15,11 +15,6 @@ FLIPS = 50
 UNREAD = {".png", ".md", ".lock"}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("finished")
-
-
 def damages(data: bytes, random: np.random.Generator) -> dict[str, bytes]:
     """A file's bytes, damaged in every way."""
     found = {"emptied": b"", "cut in half": data[: len(data) // 2], "zeroed": bytes(len(data))}

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +13,6 @@ from programs import PROGRAMS, attempt, contents, count_changes, differing, fini
 
 pytestmark = pytest.mark.faults
 TRIES = 20
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("finished")
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_settings import BRIDGE
 from test_run_lib import ROOT, environment, rows
 
 from checkpoints import CheckpointError, read_checkpoint
@@ -37,28 +38,13 @@ def no_search_for_garbage():
     gc.unfreeze()
 
 
-TINY = {
-    "bridge.num_ipf": 2,
-    "bridge.num_steps": 5,
-    "model.width": 8,
-    "model.depth": 1,
-    "training.n_iters": 10,
-    "training.batch_size": 8,
-    "training.cache_size": 32,
-    "training.refresh_freq": 4,
-    "training.log_freq": 5,
-    "training.save_freq": 3,
-    "evaluation.num_samples": 20,
-    "evaluation.num_sets": 2,
-    "evaluation.batch_size": 12,
-}
-TINY_IMAGES = {name: value for name, value in TINY.items() if name not in ("model.width", "model.depth")}
+TINY_IMAGES = {name: value for name, value in BRIDGE.items() if name not in ("model.width", "model.depth")}
 TINY_IMAGES |= {"model.nf": 8, "model.ch_mult": (1,), "bridge.num_ipf": 1}
 
 
 def config_of(pair: str = "moons", module=plane, **overrides):
     config = module.get_config(pair)
-    config.update_from_flattened_dict(TINY if module is plane else TINY_IMAGES)
+    config.update_from_flattened_dict(BRIDGE if module is plane else TINY_IMAGES)
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in overrides.items()})
     return config
 
@@ -536,7 +522,7 @@ def test_command(tmp_path):
     with pytest.raises(ValueError, match=r"^bridge\.matching='odd': allowed are drift, mean$"):
         main.run(odd, str(workdir), "cpu")
     assert not workdir.exists()
-    flags = [f"--config.{name}={value}" for name, value in (TINY | {"bridge.num_ipf": 1}).items()]
+    flags = [f"--config.{name}={value}" for name, value in (BRIDGE | {"bridge.num_ipf": 1}).items()]
     program = [sys.executable, "-m", "schrodinger_bridge.main", "--config=configs/dsb/2d.py:moons"]
     program += [f"--workdir={workdir}", "--device=cpu", *flags]
     done = subprocess.run(program, cwd=ROOT, env=environment(), capture_output=True, text=True)
