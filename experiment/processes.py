@@ -28,7 +28,7 @@ _ENDED_WELL = "\n"
 
 @contextlib.contextmanager
 def watched(rank: int, count: int) -> Iterator[None]:
-    """While and after this block runs, end this process if another one fails or is killed; tell them if it fails.
+    """Until all processes have done this block, end this one if another fails or is killed; tell them if it fails.
 
     Args:
         rank, count: of this process, and how many there are. All must enter the block.
@@ -49,6 +49,9 @@ def watched(rank: int, count: int) -> Iterator[None]:
         raise
     finally:
         _tell(peers, note)
+        # A thread that still waits when the interpreter ends can abort the process.
+        if not failed.is_set():
+            thread.join()
 
 
 def _watch(peers: dict[socket.socket, str], failed: threading.Event) -> None:
