@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from experiment.randomness import Generator, rademacher_like
-from models.second_order.operations import gradients_of
+from models.second_order.operations import gradients_of, without_autocast
 from sde_lib import ScoreFunction
 
 ESTIMATORS = ("antisymmetric", "trace", "exact")
@@ -149,7 +149,7 @@ def asymmetry(
                 f"probes=None in {dimension} dimensions: the exact Jacobian is the default up to "
                 f"{EXACT_MAX_DIMENSION}; give a number of probes, or estimator='exact'"
             )
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             value, j = jacobian(score, x, t, create_graph=create_graph)
         result = Asymmetry(value, 0.5 * ((j - j.mT) ** 2).sum((1, 2)), (j**2).sum((1, 2)))
     else:
@@ -157,7 +157,7 @@ def asymmetry(
             raise ValueError(f"probes={probes}: at least 1")
         x = _requiring_grad(x)
         asym, norm = 0.0, 0.0
-        with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
+        with without_autocast(x), torch.enable_grad():
             value = score(x, t)
             for _ in range(probes):
                 jv, jtv = jvp_and_vjp(value, x, rademacher_like(x, generator), create_graph=create_graph)

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from conservativeness import divergence
@@ -167,7 +168,7 @@ class LikelihoodEvaluator:
         counted = CountedScore(score)
         dimension, variable = x[0].numel(), resolve(self.time, TIMES, "likelihood.time")(self.sde)
         unit = variable.unit(dimension)
-        ends = torch.tensor([self.eps, self.sde.end_time], dtype=state_dtype(x), device=x.device)
+        ends = torch.tensor([self.eps, self.sde.end_time], dtype=state_dtype(x))
         start, end = variable.at(ends).tolist()
         first_scale, last_scale = variable.scale(ends).tolist()
 
@@ -184,7 +185,7 @@ class LikelihoodEvaluator:
             drift = -decay * w - weight / scale * value.flatten(1).to(y.dtype)
             return torch.cat([drift, -(decay * dimension + weight * trace) / unit], dim=1).detach()
 
-        state = torch.cat([x.flatten(1).to(ends.dtype) / first_scale, ends.new_zeros(len(x), 1)], dim=1)
+        state = F.pad(x.flatten(1).to(ends.dtype) / first_scale, (0, 1))
         settings = dict(solver=self.solver, rtol=self.rtol, atol=self.atol, num_steps=self.num_steps)
         state = integrate(velocity, state, start, end, **settings)
         latent, change = last_scale * state[:, :dimension], unit * state[:, dimension]

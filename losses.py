@@ -36,7 +36,7 @@ Sources: Hyvärinen (JMLR 2005), Theorem 1; Song, Garg, Shi, Ermon (UAI 2019), E
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -45,6 +45,7 @@ from torch.autograd.function import once_differentiable
 
 from conservativeness import asymmetry, divergence
 from experiment.randomness import Generator, SampleGenerators, normal_like, rademacher_like, random_bits, uniform
+from experiment.transfer import to_device
 from models import Dropout, set_dropout_keys
 from models.score import ScoreModel
 from sde_lib import SDE, ScoreFunction, expand
@@ -82,7 +83,7 @@ class Objective(nn.Module):
         if likelihood_weighting and num_scales is not None:
             raise ValueError("training.likelihood_weighting=True: needs training.continuous=True")
         self.score_model, self.sde = score_model, score_model.sde
-        self.ladder = None if num_scales is None else self.sde.ladder(num_scales)
+        self.ladder = None if num_scales is None else torch.stack(self.sde.ladder(num_scales))
         self.likelihood_weighting, self.reduce_mean = likelihood_weighting, reduce_mean
         self.qc_weight, self.qc_estimator = qc_weight, qc_estimator
         self.qc_interval, self.qc_stride = qc_interval, qc_stride
@@ -115,32 +116,35 @@ class Objective(nn.Module):
         qc_due = self.qc_weight > 0 and step % self.qc_interval == 0
         terms: dict[str, Tensor] = {}
         errors = []
-        for part, with_qc in self._parts(len(x0), qc_due):
+        for take, with_qc in self._parts(len(x0), qc_due):
             if dropout_keys is not None:
-                set_dropout_keys(self.dropouts, dropout_keys[part])
-            labels = None if class_labels is None else class_labels[part]
+                set_dropout_keys(self.dropouts, take(dropout_keys))
+            labels = None if class_labels is None else take(class_labels)
             if with_qc:
-                probe_source = generator[part] if isinstance(generator, SampleGenerators) else generator
-                value, terms["qc"] = self._score_and_qc(xt[part], t[part], labels, weight[part], probe_source)
+                probe_source = take(generator) if isinstance(generator, SampleGenerators) else generator
+                value, terms["qc"] = self._score_and_qc(take(xt), take(t), labels, take(weight), probe_source)
             else:
-                value = self.score_model(xt[part], t[part], labels)
+                value = self.score_model(take(xt), take(t), labels)
             # σs + z rather than s + z/σ: the two differ by the weight, and this one never divides by a small σ.
-            error = ((expand(std[part], x0) * value + z[part]) ** 2).flatten(1).sum(1)
-            errors.append(weight[part] / std[part] ** 2 * error)
+            error = ((expand(take(std), x0) * value + take(z)) ** 2).flatten(1).sum(1)
+            errors.append(take(weight) / take(std) ** 2 * error)
         terms["dsm"] = self._reduce(torch.cat(errors), x0) * (1.0 if self.reduce_mean else 0.5)
         terms["loss"] = terms["dsm"]
         if "qc" in terms:
             terms["loss"] = terms["dsm"] + self.qc_weight * self.qc_interval * terms["qc"]
         return terms
 
-    def _parts(self, batch: int, qc_due: bool) -> list[tuple[slice | list[int], bool]]:
-        """Which samples of a batch are evaluated together, and whether with the QC term."""
+    def _parts(self, batch: int, qc_due: bool) -> list[tuple[Callable, bool]]:
+        """What takes the samples that are evaluated together out of a batch, and whether with the QC term."""
         stride = self.qc_stride
         if not qc_due or stride == 1:
-            return [(slice(None), qc_due)]
+            return [(lambda samples: samples, qc_due)]
         if batch % stride:
             raise ValueError(f"training.qc_stride={stride}: must divide the {batch} samples that are processed at once")
-        return [(slice(None, None, stride), True), ([i for i in range(batch) if i % stride], False)]
+        return [
+            (lambda samples: samples[::stride], True),
+            (lambda samples: samples.unflatten(0, (-1, stride))[:, 1:].flatten(0, 1), False),
+        ]
 
     def _score_and_qc(
         self, xt: Tensor, t: Tensor, class_labels: Tensor | None, weight: Tensor, generator: Generator
@@ -170,13 +174,13 @@ class Objective(nn.Module):
 
     def _noise_level(self, x0: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Random times (B,) with their mean coefficients and standard deviations."""
-        u = uniform((len(x0),), generator, device=x0.device, dtype=x0.dtype)
         if self.ladder is None:
+            u = uniform((len(x0),), generator, device=x0.device, dtype=x0.dtype)
             t = TRAINING_EPS + u * (self.sde.end_time - TRAINING_EPS)
             return t, self.sde.mean_coefficient(t), self.sde.std(t)
-        levels = len(self.ladder.std)
-        index = (u * levels).long().clamp(max=levels - 1).cpu()
-        return self.ladder.time[index].to(x0), self.ladder.mean_coefficient[index].to(x0), self.ladder.std[index].to(x0)
+        u, levels = uniform((len(x0),), generator, dtype=x0.dtype), self.ladder.shape[1]
+        index = (u * levels).long().clamp(max=levels - 1)
+        return to_device(self.ladder[:, index].to(x0.dtype), x0.device).unbind()
 
     def _reduce(self, per_sample: Tensor, x0: Tensor) -> Tensor:
         """Batch mean of a per-sample sum over dimensions, which is divided by D if the mean over them is wanted."""

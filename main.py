@@ -20,7 +20,7 @@ flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, resu
 MODES = ["train", "eval", "sample", "stats", "train_classifier"]
 flags.DEFINE_enum("mode", None, MODES, "What to do; stats is for the data's features that FID needs.")
 flags.DEFINE_string("device", "auto", "auto, cpu, cuda or mps.")
-flags.DEFINE_string("precision", "fp32", "fp32, bf16 or fp16 (mixed).")
+flags.DEFINE_string("precision", "tf32", "fp32; tf32, the same but on GPUs that have it; bf16 or fp16 (mixed).")
 flags.DEFINE_bool("compile", False, "Have training and samplers run a compiled network (torch.compile).")
 flags.DEFINE_integer("accumulation_steps", 1, "Split each process's share of a batch into so many passes.")
 flags.DEFINE_string("checkpoint", None, "File to evaluate or sample from; default: the newest in the workdir.")

@@ -17,12 +17,14 @@ formulas.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from experiment.registry import resolve
+from experiment.transfer import to_host
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """v(y, t, rows): states y (b, D), times t (b,), and which rows of the batch they are (b,) → (b, D)."""
@@ -74,7 +76,8 @@ def _rk45(velocity: Velocity, y: Tensor, start: float, end: float, *, rtol: floa
     rejected = torch.zeros_like(t, dtype=torch.bool)
     while len(rows):
         remaining = (end - t).abs()
-        if bool((step < 1e-12 * abs(end - start)).any()) or not bool(torch.isfinite(step).all()):
+        vanished = (step < 1e-12 * abs(end - start)) | ~torch.isfinite(step)
+        if to_host(vanished.any()):
             raise FloatingPointError(
                 f"the step size of the ODE solver vanished at t={t[step.argmin()].item():.6g}: the score is not "
                 f"finite, or rtol={rtol}, atol={atol} ask for more than its precision"
@@ -96,7 +99,7 @@ def _rk45(velocity: Velocity, y: Tensor, start: float, end: float, *, rtol: floa
         y = torch.where(accepted[:, None], proposal, y)
         slope = torch.where(accepted[:, None], slopes[-1], slope)
         done = accepted & last
-        if bool(done.any()):
+        if to_host(done.any()):
             arrived[rows[done]] = y[done]
             going = ~done
             rows, t, y, slope, step, rejected = (a[going] for a in (rows, t, y, slope, step, rejected))
@@ -188,15 +191,19 @@ def integrate(
     if solver == "rk45":  # it shortens its step where the velocity is not finite
         return _rk45(velocity, y, start, end, rtol=rtol, atol=atol)
     rows = torch.arange(len(y), device=y.device)
+    # On the device until the end, so that the host does not wait for every step.
+    failed_at = y.new_full((), math.nan)
 
     def batch_velocity(state: Tensor, t: float) -> Tensor:
+        nonlocal failed_at
         slope = velocity(state, torch.full_like(y[:, 0], t), rows)
-        if not bool(torch.isfinite(slope).all()):
-            raise FloatingPointError(f"the velocity of the ODE is not finite at t={t:.6g}")
+        failed_at = torch.where(failed_at.isfinite() | slope.isfinite().all(), failed_at, t)
         return slope
 
     solve = resolve(solver, SOLVERS, "solver")
     result = solve(batch_velocity, y, start, end, rtol=rtol, atol=atol, num_steps=num_steps)
-    if not bool(torch.isfinite(result).all()):
+    if math.isfinite(t := to_host(failed_at).item()):
+        raise FloatingPointError(f"the velocity of the ODE is not finite at t={t:.6g}")
+    if not to_host(torch.isfinite(result).all()):
         raise FloatingPointError(f"the solution of the ODE is not finite at t={end:.6g}")
     return result

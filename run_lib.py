@@ -49,6 +49,7 @@ from data.sets import evenly_spaced
 from experiment.files import check_folder, differences, parse_json, read_json, write_arrays, write_json, write_text
 from experiment.randomness import SampleGenerators, normal_like, uniform
 from experiment.runtime import Interrupted, InvalidRun, Runtime, checked, code_version, within_memory
+from experiment.transfer import to_device
 from models import make_network, make_score_model
 from models.score import ConservativeScore, ScoreModel
 from sde_lib import SDE, expand, make_sde
@@ -197,7 +198,7 @@ def trainer(
         if training.label_dropout and generator is not None:
             dropped = uniform((len(labels),), generator) < training.label_dropout
             labels = torch.where(dropped, num_classes, labels)
-        return labels.to(device)
+        return to_device(labels, device)
 
     def loss(objective: Objective, step: int, positions: range) -> dict[str, Tensor]:
         levels, labels = batches(step, positions)
@@ -206,7 +207,7 @@ def trainer(
         if config.data.random_flip:
             x0 = random_flip(x0, generator)
         labels = class_labels(labels, generator)
-        return objective(x0.to(device), generator, step=step, class_labels=labels)
+        return objective(to_device(x0, device), generator, step=step, class_labels=labels)
 
     def warmup(step: int) -> float:
         # step + 1: the source's step/warmup makes the first step one of size zero.
@@ -337,10 +338,10 @@ def evaluate(
         with checked():
             if config.sampling.condition not in ("", "class", "class_free"):
                 raise ValueError(f"sampling.condition={config.sampling.condition!r}: only with --mode=sample")
-            if runtime.compile and not enabled.enable_sampling:
+            if runtime.compile and not enabled.enable_sampling and runtime.torch_device.type == "cpu":
                 raise ValueError(
-                    "--compile: not with eval.enable_sampling=False, for all else that is evaluated differentiates the "
-                    "score, which a compiled network is not used for"
+                    "--compile: on a CPU not with eval.enable_sampling=False, for all else that is evaluated "
+                    "differentiates the score, which a compiled network is not used for"
                 )
             _check_request(config, workdir, checkpoint)
             train_data, test_data = load_data(config, runtime)
@@ -793,7 +794,7 @@ class TrainedScore:
             "training": {name: config.training[name] for name in ("sde", "continuous")},
             "model": json.loads(config.model.to_json()),
             "images": self.images.as_dict(),
-            "precision": self.runtime.precision,
+            "precision": self.runtime.numbers,
         }
 
     def stage_key(self, name: str, size: int, settings: dict) -> str:
@@ -1056,26 +1057,28 @@ def _check_stride(config: ConfigDict, runtime: Runtime) -> None:
 
 def check_compile(config: ConfigDict, device: torch.device, *, training: bool = False) -> None:
     """Raise a ValueError unless this score can be compiled, on this machine."""
-    if config.model.parameterization == "conservative":
+    # What is differentiated twice is compiled on GPUs alone (``ScoreModel.compile_network``).
+    on_cpu, conditioning = device.type == "cpu", config.sampling.conditioning
+    if on_cpu and config.model.parameterization == "conservative":
         raise ValueError(
-            "--compile: not with model.parameterization='conservative', whose every score is a derivative; "
+            "--compile: on a CPU not with model.parameterization='conservative', whose every score is a derivative; "
             "torch.compile cannot differentiate twice"
         )
-    conditioning = config.sampling.conditioning
-    if not training and config.sampling.condition not in ("", "class", "class_free") and conditioning != "projection":
+    guided = config.sampling.condition not in ("", "class", "class_free") and conditioning != "projection"
+    if on_cpu and not training and guided:
         raise ValueError(
-            f"--compile: not with sampling.conditioning={conditioning!r}, which differentiates the score; a compiled "
-            "network is not used for that"
+            f"--compile: on a CPU not with sampling.conditioning={conditioning!r}, which differentiates the score; a "
+            "compiled network is not used for that"
         )
     if training and config.training.activation_checkpointing:
         raise ValueError(
             "--compile: not while training with training.activation_checkpointing=True, which leaves torch.compile "
             "next to nothing to join"
         )
-    if training and config.training.qc_weight and config.training.qc_interval == 1:
+    if on_cpu and training and config.training.qc_weight and config.training.qc_interval == 1:
         raise ValueError(
-            "--compile: not while training with training.qc_weight > 0 in every step, which differentiates the score "
-            "twice; a compiled network is for the steps between, training.qc_interval > 1"
+            "--compile: on a CPU not while training with training.qc_weight > 0 in every step, which differentiates "
+            "the score twice; a compiled network is for the steps between, training.qc_interval > 1"
         )
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))

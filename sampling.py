@@ -42,6 +42,7 @@ Roberts and Tweedie (Bernoulli, 1996), for the adjustment of Langevin dynamics.
 from __future__ import annotations
 
 import abc
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -54,6 +55,7 @@ from tqdm import tqdm
 
 from experiment.randomness import Generator, normal_like, uniform
 from experiment.registry import resolve
+from experiment.transfer import to_device, to_host
 from ode import FIXED, check_solver, integrate, state_dtype
 from sde_lib import SDE, ScoreFunction, expand
 
@@ -105,7 +107,7 @@ class CountedScore:
 
 
 def _check_finite(x: Tensor, method: str) -> None:
-    if bad := int((~x.isfinite()).flatten(1).any(1).sum()):
+    if bad := int(to_host((~x.isfinite()).flatten(1).any(1).sum())):
         raise FloatingPointError(f"{bad} of {len(x)} samples are not finite ({method})")
 
 
@@ -178,10 +180,12 @@ class ProbabilityFlowPredictor(Predictor):
 
 
 class _FlowSolver(Predictor):
-    """``ode.integrate`` of the probability flow, with state and times in the precision of t."""
+    """``ode.integrate`` of the probability flow, interval by interval of a grid, with state and times in the precision
+    of t."""
 
-    def __init__(self, sde: SDE, score: CountedScore, **settings) -> None:
+    def __init__(self, sde: SDE, score: CountedScore, grid: Tensor, **settings) -> None:
         super().__init__(sde, score)
+        self.intervals = itertools.pairwise(grid.tolist())
         self.settings = settings
 
     def step(self, x: Tensor, t: Tensor, s: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -190,7 +194,7 @@ class _FlowSolver(Predictor):
             position = y.to(x.dtype).reshape(-1, *x.shape[1:])
             return flow.drift(position, u.to(x.dtype)).flatten(1).to(y.dtype)
 
-        y = integrate(velocity, x.flatten(1).to(t.dtype), t[0].item(), s[0].item(), **self.settings)
+        y = integrate(velocity, x.flatten(1).to(t.dtype), *next(self.intervals), **self.settings)
         y = y.to(x.dtype).view_as(x)
         return y, y
 
@@ -370,7 +374,7 @@ class Sampler(abc.ABC):
         with tqdm(disable=not progress, leave=False, unit="evaluation") as bar:
             counted = CountedScore(score, bar)
             grid, corrector, predictor = self.plan(counted, like, projected=projection is not None)
-            times = grid.to(like.device)[:, None].expand(-1, len(like))  # one row per time, on the device once
+            times = to_device(grid, like.device)[:, None].expand(-1, len(like))  # one row per time, on the device once
             x = project(self.sde.prior_sample(like, generator), times[0])
             for k, t in enumerate(times):
                 if corrector is not None and k < self.num_steps:
@@ -471,7 +475,8 @@ class ODESampler(Sampler):
         intervals = self.num_steps if projected else 1
         grid = torch.linspace(self.sde.end_time, self.sde.sampling_eps, intervals + 1, dtype=torch.float64)
         settings = dict(solver=self.solver, rtol=self.rtol, atol=self.atol, num_steps=self.num_steps // intervals)
-        return grid.to(state_dtype(like)), None, _FlowSolver(self.sde, score, **settings)
+        grid = grid.to(state_dtype(like))
+        return grid, None, _FlowSolver(self.sde, score, grid, **settings)
 
     @property
     def slug(self) -> str:

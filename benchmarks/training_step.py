@@ -23,6 +23,7 @@ from benchmarks.public_code import in_public_style, public_loss
 from configs.defaults import base_config
 from data import ImageFormat
 from experiment.command_line import command
+from experiment.randomness import SampleGenerators
 from experiment.results import markdown_table
 from losses import make_objective
 from models import EMA, recompute_activations
@@ -35,7 +36,8 @@ QC = {"training.qc_weight": 1e-4}
 FOUR, SIXTEEN = (QC | {"training.qc_probes": probes} for probes in (4, 16))
 LAZY = QC | {"training.qc_interval": 4}
 LESS = {"training.activation_checkpointing": True}
-# Groups of steps, as overrides of the config. 'paper', 'bf16' and 'compiled' after a comma are done as the name says.
+# Groups of steps, as overrides of the config. After a comma paper, bf16, compiled and contiguous (memory, in the order
+# of B, C, H, W) are done as the name says.
 STEPS: dict[str, dict[str, dict]] = {
     "time": {
         "U, paper": {},
@@ -113,12 +115,18 @@ def take(loop: Trainer, count: int, _: int = 0) -> None:
 
 def make_trainer(name: str, overrides: Mapping[str, object], runtime: run_lib.Runtime) -> Trainer:
     """The training loop of a variant, with one batch of random images."""
-    paper, bf16, compiled = (word in name.split(", ") for word in ("paper", "bf16", "compiled"))
+    words = ("paper", "bf16", "compiled", "contiguous")
+    paper, bf16, compiled, contiguous = (word in name.split(", ") for word in words)
     config, device = base_config(overrides), runtime.torch_device
     training, optim = config.training, config.optim
-    model = run_lib.build_score_model(config, run_lib.build_sde(config), IMAGES).to(device)
+    with device:
+        model = run_lib.build_score_model(config, run_lib.build_sde(config), IMAGES)
     if training.activation_checkpointing:
         recompute_activations(model.network)
+    if contiguous:
+        model.network.memory_format = torch.contiguous_format
+        for parameter in model.network.parameters():
+            parameter.data = parameter.data.contiguous()
     model = in_public_style(model) if paper else model
     objective = make_objective(model, training)
     if compiled:
@@ -126,18 +134,19 @@ def make_trainer(name: str, overrides: Mapping[str, object], runtime: run_lib.Ru
     x0 = torch.rand(training.batch_size, *IMAGES.image_shape, generator=torch.Generator().manual_seed(0)).to(device)
 
     def loss(module: nn.Module, step: int, positions: range) -> Mapping[str, Tensor]:
-        generator = torch.Generator().manual_seed(step)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             if paper:
+                generator = torch.Generator(device).manual_seed(step)
                 return {"loss": public_loss(module, x0, generator, training.qc_weight, training.qc_probes)}
-            return module(x0, generator, step=step)
+            return module(x0, SampleGenerators(("train", step), positions), step=step)
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, optim.lr, (optim.beta1, 0.999), optim.eps, fused=not paper)
     options = {"objective": None if paper else objective, "grad_clip": optim.grad_clip, "runtime": runtime}
     with tempfile.TemporaryDirectory() as folder:  # without a checkpoint
         ema = EMA(model, config.model.ema_rate)
-        return Trainer(model, optimizer, loss, Path(folder), n_iters=1, ema=ema, **options)
+        sizes = {"n_iters": 1, "batch_size": training.batch_size}
+        return Trainer(model, optimizer, loss, Path(folder), ema=ema, **sizes, **options)
 
 
 if __name__ == "__main__":

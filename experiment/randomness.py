@@ -17,6 +17,8 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from experiment.transfer import host_buffer, to_device
+
 _MASK32 = 0xFFFFFFFF
 
 
@@ -72,12 +74,13 @@ def _draw(
         if shape[0] != len(generator):
             raise ValueError(f"a batch of {shape[0]} samples was given the generators of {len(generator)}")
         # In place: of a batch of small images this takes two thirds of the time of stacking single draws.
-        values = torch.empty(tuple(shape), dtype=dtype)
+        values = host_buffer(tuple(shape), dtype, device)
         for row, own in zip(values.unbind(0), generator.generators, strict=True):
             fill(row, generator=own)
-        return values.to(device)
+        return to_device(values, device)
     own_device = device if generator is None else generator.device
-    return fill(torch.empty(tuple(shape), dtype=dtype, device=own_device), generator=generator).to(device)
+    values = fill(torch.empty(tuple(shape), dtype=dtype, device=own_device), generator=generator)
+    return values if values.device == device else to_device(values, device)
 
 
 def normal_like(x: Tensor, generator: Generator = None) -> Tensor:

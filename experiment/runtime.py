@@ -31,7 +31,7 @@ from experiment.files import check_folder, flatten, memory_size, read_arrays, ta
 
 logger = logging.getLogger(__name__)
 
-_PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+_PRECISIONS = {"tf32": "no", "fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _DEVICES = ("auto", "cpu", "cuda", "mps")
 COLLECTIVE_TIMEOUT = timedelta(hours=12)
 """How long processes wait for each other: while one trains the feature classifier, or ends a long batch of samples."""
@@ -93,7 +93,7 @@ class Runtime:
 
     Args:
         device: 'auto', 'cpu', 'cuda' or 'mps'.
-        precision: 'fp32', or mixed: 'bf16' or 'fp16'.
+        precision: 'fp32'; 'tf32', the same with products in TF32 where a GPU has it; or mixed, 'bf16' or 'fp16'.
         accumulation_steps: passes that each process's share of a training batch is split into.
         compile: have training and samplers run a compiled network (torch.compile).
         cache_dir: where the feature classifier and the data's features are kept; empty: W/eval/cache.
@@ -104,7 +104,7 @@ class Runtime:
     """
 
     device: str = "auto"
-    precision: str = "fp32"
+    precision: str = "tf32"
     accumulation_steps: int = 1
     compile: bool = False
     cache_dir: str = ""
@@ -147,11 +147,19 @@ class Runtime:
             )
         if accelerator.device.type == "cpu":
             keep_freed_memory()
+        if accelerator.device.type == "cuda":
+            allow_tf32(self.precision != "fp32")
         return accelerator
 
     @property
     def torch_device(self) -> torch.device:
         return self.accelerator.device
+
+    @property
+    def numbers(self) -> str:
+        """What products are computed in: the precision, but TF32 only where a GPU has it."""
+        has_tf32 = self.torch_device.type == "cuda" and torch.cuda.get_device_capability(self.torch_device) >= (8, 0)
+        return "fp32" if self.precision == "tf32" and not has_tf32 else self.precision
 
     @property
     def is_main(self) -> bool:
@@ -378,6 +386,11 @@ def within_memory(field: str, copies: int) -> Iterator[None]:
         raise ValueError(f"{field}: the network needs more memory than there is: {error}") from error
     finally:
         hook.remove()
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether this process's GPU computes products and convolutions of float32 numbers in TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def keep_freed_memory() -> None:

@@ -68,21 +68,20 @@ class LinearOperator(abc.ABC):
 class Mask(LinearOperator):
     """The pixels where ``known``, of the images' shape without the batch, is true; the adjoint puts zeros elsewhere."""
 
-    def __init__(self, known: Tensor) -> None:
+    def __init__(self, known: Tensor, device: torch.device | str = "cpu") -> None:
         if known.dtype != torch.bool or not known.any():
             raise ValueError(
                 f"mask of type {known.dtype}, {int(known.sum())} pixels known: need booleans, one of them true"
             )
-        self.known = known
-        self.singular_values = torch.ones(int(known.sum()), device=known.device)
+        self.shape, self.pixels = known.shape, known.flatten().nonzero()[:, 0].to(device)
+        self.singular_values = torch.ones(len(self.pixels), device=device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x[:, self.known]
+        return x.flatten(1)[:, self.pixels]
 
     def adjoint(self, y: Tensor) -> Tensor:
-        x = y.new_zeros(len(y), *self.known.shape)
-        x[:, self.known] = y
-        return x
+        x = y.new_zeros(len(y), math.prod(self.shape))
+        return x.index_copy(1, self.pixels, y).unflatten(1, self.shape)
 
 
 class ChannelMean(LinearOperator):
@@ -290,7 +289,7 @@ def _read_matrix(path: str) -> Tensor:
 
 
 MEASUREMENTS: dict[str, Callable[..., LinearOperator]] = {
-    "inpaint": lambda options, shape, device: Mask(known_pixels(options["mask"], shape).to(device)),
+    "inpaint": lambda options, shape, device: Mask(known_pixels(options["mask"], shape), device),
     "colorize": lambda options, shape, device: ChannelMean(shape, device),
     "super_resolution": lambda options, shape, device: BlockMean(shape, options["factor"], device),
     "ct": lambda options, shape, device: radon_transform(shape, options["num_views"], device),

@@ -88,8 +88,10 @@ class ScoreModel(nn.Module):
         self._compiled: list[Callable[..., Tensor]] = []  # in a list, so as not to be a submodule
 
     def compile_network(self) -> None:
-        """Compile the network (torch.compile) for where it is differentiated once; twice, a compiled one cannot be."""
+        """Compile the network (torch.compile) for where it is differentiated once; twice, a compiled one cannot be. On
+        a GPU its passes over memory are compiled there; on a CPU that costs more than it saves."""
         self._compiled = [torch.compile(self.network)]
+        self.network.compile_passes = next(self.network.parameters()).device.type != "cpu"
 
     @property
     def sde(self) -> SDE:

@@ -248,6 +248,7 @@ class UNet(nn.Module):
         self.image_shape = (num_channels, image_size, image_size)
         # Both are for comparisons alone: torch's own second derivatives are slower and otherwise the same.
         self.memory_format, self.own_derivatives = torch.channels_last, True
+        self.compile_passes = False
         self.input_scale, self.input_shift = (1.0, 0.0) if centered else (2.0, -1.0)
         self.num_classes = num_classes
         act = resolve(nonlinearity, ACTIVATIONS, "model.nonlinearity")()
@@ -357,7 +358,7 @@ class UNet(nn.Module):
                 f"model.num_classes={self.num_classes}"
             )
         if self.own_derivatives and differentiated_twice(x):
-            with higher_order():
+            with higher_order(self.compile_passes):
                 return self._evaluate(x, label, class_labels)
         return self._evaluate(x, label, class_labels)
 

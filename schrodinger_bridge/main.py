@@ -25,14 +25,14 @@ from .marginals import GaussianMarginal
 from .process import BACKWARD, FORWARD
 
 
-def run(config: ConfigDict, workdir: str, device: str = "auto", precision: str = "fp32") -> str | None:
+def run(config: ConfigDict, workdir: str, device: str = "auto", precision: str = "tf32") -> str | None:
     """Learn a bridge.
 
     Args:
         config: The bridge, configs/dsb/…; override with --config.x.y=VALUE.
         workdir: Folder of the run: checkpoints, logs, results, figures.
         device: auto, cpu, cuda or mps.
-        precision: fp32, bf16 or fp16, of the networks.
+        precision: tf32, fp32, bf16 or fp16, of the networks.
     """
     if "image_size" not in config.data:
         torch.set_num_threads(1)  # of networks so small more than one only wait for each other

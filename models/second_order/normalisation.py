@@ -16,8 +16,8 @@ See ``models.second_order`` for where these are used.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from experiment.randomness import mix32, random_bits
-from models.second_order.operations import is_higher_order, view, wanted
+from models.second_order.operations import is_higher_order, passes_are_compiled, view, wanted
 
 # ---------------------------------------------------------------------------------------------------------------
 # Dropout
@@ -64,14 +64,19 @@ class Dropout(nn.Module):
             return None
         keys = random_bits((len(x), 2), device=x.device) if self.keys is None else self.keys
         channels, height, width = x.shape[1:]
-        # In the order of channels-last memory, which is that of x.
-        position = torch.arange(height * width * channels, device=x.device).view(height, width, channels)
-        multiplier, offset = keys[:, :, None, None, None].unbind(1)
-        bits = (multiplier * mix32(position)).add_(offset)
-        # The bits are those of a signed integer, between −2⁶³ and 2⁶³. As a factor, because torch.where is slow, and
-        # slower still to differentiate.
-        factor = (bits >= round((self.p - 0.5) * 2**64)).to(x.dtype).mul_(1 / (1 - self.p))
-        return factor.permute(0, 3, 1, 2)
+        compute = _compiled(_factor) if passes_are_compiled() else _factor
+        return compute(keys, channels, height, width, self.p, x.dtype)
+
+
+def _factor(keys: Tensor, channels: int, height: int, width: int, p: float, dtype: torch.dtype) -> Tensor:
+    # In the order of channels-last memory, which is that of the images.
+    position = torch.arange(height * width * channels, device=keys.device).view(height, width, channels)
+    multiplier, offset = keys[:, :, None, None, None].unbind(1)
+    bits = (multiplier * mix32(position)).add_(offset)
+    # The bits are those of a signed integer, between −2⁶³ and 2⁶³. As a factor, because torch.where is slow, and
+    # slower still to differentiate.
+    factor = (bits >= round((p - 0.5) * 2**64)).to(dtype).mul_(1 / (1 - p))
+    return factor.permute(0, 3, 1, 2)
 
 
 def set_dropout_keys(layers: Sequence[Dropout], keys: Tensor) -> None:
@@ -133,11 +138,68 @@ def _project(u: Tensor, x: Tensor, groups: int, eps: float) -> Tensor:
 
 
 class _Constants:
-    """What the derivatives of y = φ(z), z = γa + β, share: numbers without a graph, computed when first asked for."""
+    """What the derivatives of y = φ(z), z = γa + β, share: numbers without a graph, computed when first asked for, or
+    again in every pass if the passes are ``compiled``, where that takes no time."""
 
-    def __init__(self, x: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, eps: float, factor: Tensor | None) -> None:
-        self.x, self.z, self.mean, self.rstd, self.eps, self.factor = x.detach(), z.detach(), mean, rstd, eps, factor
-        self.same_group = _same_group(x.shape[1], rstd.shape[1], x.dtype, x.device)
+    def __init__(
+        self,
+        x: Tensor,
+        z: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        same_group: Tensor,
+        factor: Tensor | None,
+        eps: float,
+        compiled: bool = False,
+    ) -> None:
+        self.x, self.z, self.mean, self.rstd, self.factor = x.detach(), z.detach(), mean, rstd, factor
+        self.same_group, self.eps, self.compiled = same_group, eps, compiled
+
+    def compute(self, name: str, *arguments) -> tuple[Tensor, ...]:
+        """The pass of that name."""
+        if not self.compiled:
+            return getattr(self, name)(*arguments)
+        tensors = self.x, self.z, self.mean, self.rstd, self.same_group, self.factor
+        return _compiled(_pass)(name, tensors, self.eps, *arguments)
+
+    # -- passes over memory
+
+    def gradients(
+        self, g: Tensor | None, g_z: Tensor | None, weight: Tensor, asked: list[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Of x, γ and β, given those of y and z."""
+        total = g_z if g is None else self.slope * g
+        if g is not None and g_z is not None:
+            total = total + g_z
+        x, groups = self.x, self.rstd.shape[1]
+        operands = total.contiguous(memory_format=_format(x)), x, self.mean, self.rstd, weight, *_sizes(x), groups
+        return torch.ops.aten.native_group_norm_backward(*operands, asked)
+
+    def product_for_c(self, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """J(γφ'(z)ȳ), and the sums that belong to it."""
+        return self.project(self.slope * g, weight)
+
+    def product_for_g(self, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """γφ'(z)Jc, and Jc with its sums."""
+        projected, sums = self.project(c)
+        return (self.slope * projected).mul_(_per_channel(weight[None])), projected, sums
+
+    def derivatives_for_c(
+        self, g: Tensor, c: Tensor, ju: Tensor, au: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of (γφ'(z)ȳ)ᵀJc, for ȳ, x, γ and z; ``ju`` and ``au`` from ``product_for_c``."""
+        jc, ac = self.project(c)
+        for_g = (self.slope * jc).mul_(_per_channel(weight[None]))
+        return for_g, *self.derivatives(g, weight, (ju, au), (jc, ac))
+
+    def derivatives_for_g(
+        self, c: Tensor, g: Tensor, jc: Tensor, ac: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the same, for c, x, γ and z; ``jc`` and ``ac`` from ``product_for_g``."""
+        ju, au = self.project(self.slope * g, weight)
+        return ju, *self.derivatives(g, weight, (ju, au), (jc, ac))
+
+    # -- their parts
 
     @cached_property
     def scale(self) -> Tensor:
@@ -214,20 +276,43 @@ def _same_group(channels: int, groups: int, dtype: torch.dtype, device: torch.de
     return (group[:, None] == group).to(dtype)
 
 
+def _pass(name: str, tensors: tuple, eps: float, *arguments) -> tuple[Tensor, ...]:
+    return getattr(_Constants(*tensors, eps), name)(*arguments)
+
+
+def _evaluate(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, factor: Tensor | None
+) -> tuple[Tensor, ...]:
+    """y, z, and mean and r of every group."""
+    z, mean, rstd = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)
+    y = F.silu(z)
+    return y if factor is None else y.mul_(factor), z, mean, rstd
+
+
+@cache
+def _compiled(function: Callable) -> Callable:
+    """Without a graph, and for all sizes at once: there are dozens in a network."""
+    compiled = torch.compile(function, dynamic=True)
+    return lambda *arguments: compiled(*(a.detach() if torch.is_tensor(a) else a for a in arguments))
+
+
 class _NormAct(Function):
     """(x, γ, β) ↦ y = φ(z) and, for what is derived from y, z = γa + β."""
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, factor: Tensor | None
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, factor: Tensor | None, compiled: bool
     ) -> tuple[Tensor, Tensor]:
-        x = x.contiguous(memory_format=_format(x))
-        z, mean, rstd = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)
+        if compiled:
+            y, z, mean, rstd = _compiled(_evaluate)(x, weight, bias, groups, eps, factor)
+        else:
+            x = x.contiguous(memory_format=_format(x))
+            y, z, mean, rstd = _evaluate(x, weight, bias, groups, eps, factor)
         ctx.save_for_backward(x, weight, z)
-        ctx.constants = _Constants(x, z, mean, rstd, eps, factor)
+        same_group = _same_group(x.shape[1], groups, x.dtype, x.device)
+        ctx.constants = _Constants(x, z, mean, rstd, same_group, factor, eps, compiled)
         ctx.set_materialize_grads(False)
-        y = F.silu(z)
-        return y if factor is None else y.mul_(factor), z
+        return y, z
 
     @staticmethod
     def backward(ctx, g: Tensor | None, g_z: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -235,12 +320,7 @@ class _NormAct(Function):
         constants, asked = ctx.constants, wanted(ctx, "inputs", "weights", "weights")
         groups, eps = constants.rstd.shape[1], constants.eps
         if not torch.is_grad_enabled():
-            total = g_z if g is None else constants.slope * g
-            if g is not None and g_z is not None:
-                total += g_z
-            total = total.contiguous(memory_format=_format(x))
-            operands = total, x, constants.mean, constants.rstd, weight, *_sizes(x), groups
-            return *torch.ops.aten.native_group_norm_backward(*operands, asked), None, None, None
+            return *constants.compute("gradients", g, g_z, weight, asked), None, None, None, None
         for_x = for_weight = for_bias = None
         if asked[0] and g is not None:
             for_x = _Product.apply(True, g, x, weight, z, constants)
@@ -251,7 +331,7 @@ class _NormAct(Function):
             total = (0 if g is None else constants.times_slope(g, z)) + (0 if g_z is None else g_z)
             for_weight = (total * _normalised(x, groups, eps)[0].flatten(1, 2)).sum((0, 2, 3))
             for_bias = total.sum((0, 2, 3))
-        return for_x, for_weight, for_bias, None, None, None
+        return for_x, for_weight, for_bias, None, None, None, None
 
 
 class _Product(Function):
@@ -264,11 +344,12 @@ class _Product(Function):
     def forward(ctx, for_c: bool, given: Tensor, x: Tensor, weight: Tensor, z: Tensor, constants: _Constants) -> Tensor:
         ctx.for_c, ctx.constants = for_c, constants
         if for_c:
-            projected, ctx.sums = constants.project(constants.slope * given, weight)
+            projected, ctx.sums = constants.compute("product_for_c", given, weight)
+            result = projected
         else:
-            projected, ctx.sums = constants.project(given)
+            result, projected, ctx.sums = constants.compute("product_for_g", given, weight)
         ctx.save_for_backward(given, x, weight, z, projected)
-        return projected if for_c else (constants.slope * projected).mul_(_per_channel(weight[None]))
+        return result
 
     @staticmethod
     def backward(ctx, other: Tensor) -> tuple[Tensor | None, ...]:
@@ -285,20 +366,15 @@ class _Product(Function):
             total = constants.product(*pair, *views[1:])
             found = iter(torch.autograd.grad(total, tensors, create_graph=True, materialize_grads=True))
             return None, *(next(found) if needed else None for needed in asked), None
-        found = projected, ctx.sums
-        if for_c:
-            g, ju, jc = given, found, constants.project(other)
-            for_given = (constants.slope * jc[0]).mul_(_per_channel(weight[None])) if asked[0] else None
-        else:
-            g, ju, jc = other, constants.project(constants.slope * other, weight), found
-            for_given = ju[0]
-        return None, for_given, *constants.derivatives(g, weight, ju, jc), None
+        name = "derivatives_for_c" if for_c else "derivatives_for_g"
+        return None, *constants.compute(name, given, other, projected, ctx.sums, weight), None
 
 
 def norm_act(norm: GroupNorm, activation: nn.Module, x: Tensor, dropout: Dropout | None = None) -> Tensor:
     """``dropout(activation(norm(x)))`` for images (B, C, H, W)."""
     if is_higher_order() and isinstance(activation, nn.SiLU):
         factor = None if dropout is None else dropout.factor(x)
-        return _NormAct.apply(x, view(norm.weight), view(norm.bias), norm.num_groups, norm.eps, factor)[0]
+        options = norm.num_groups, norm.eps, factor, passes_are_compiled()
+        return _NormAct.apply(x, view(norm.weight), view(norm.bias), *options)[0]
     y = activation(norm(x))
     return y if dropout is None else dropout(y)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 _higher_order = False
+_compiled_passes = False
 _gradients_of = "everything"
 
 
@@ -34,15 +35,21 @@ def is_higher_order() -> bool:
     return _higher_order
 
 
+def passes_are_compiled() -> bool:
+    """Whether their passes over memory are to be compiled (torch.compile)."""
+    return _compiled_passes
+
+
 @contextlib.contextmanager
-def higher_order() -> Iterator[None]:
+def higher_order(compiled: bool = False) -> Iterator[None]:
     """Let layers use the functions of this file within the context."""
-    global _higher_order
-    before, _higher_order = _higher_order, True
+    global _higher_order, _compiled_passes
+    before = _higher_order, _compiled_passes
+    _higher_order, _compiled_passes = True, compiled
     try:
         yield
     finally:
-        _higher_order = before
+        _higher_order, _compiled_passes = before
 
 
 def differentiated_twice(x: Tensor) -> bool:
@@ -54,10 +61,22 @@ def differentiated_twice(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
         and x.requires_grad
-        and not torch.is_autocast_enabled(x.device.type)
+        and not under_autocast(x)
         and forward_ad.unpack_dual(x).tangent is None
         and torch.func.debug_unwrap(x) is x
     )
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """A context in which operations on ``x``'s device are computed in the types of their operands."""
+    device_type = x.device.type
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
+
+
+def under_autocast(x: Tensor) -> bool:
+    device_type = x.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 @contextlib.contextmanager
@@ -193,7 +212,7 @@ def _precise(function: Callable[..., Tensor], x: Tensor, kernel: Tensor, stride:
     """``function`` of each channel; on the CPU in float32, also under autocast, since torch's kernel for the transposed
     of these convolutions takes a hundred times as long in bfloat16."""
     dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
-    with torch.autocast("cpu", enabled=False):
+    with without_autocast(x) if x.device.type == "cpu" else contextlib.nullcontext():
         kernel = _for_channels(kernel, x.to(dtype))
         return function(x.to(dtype), kernel, stride=stride, padding=padding, groups=x.shape[1]).to(x.dtype)
 

@@ -17,13 +17,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import MethodType
 
 import torch
 from torch import Tensor, nn
 
 from models.second_order.normalisation import Dropout
-from models.second_order.operations import gradients_of, higher_order, is_higher_order, setting, view, wanted
+from models.second_order.operations import (
+    gradients_of,
+    higher_order,
+    is_higher_order,
+    passes_are_compiled,
+    setting,
+    view,
+    wanted,
+)
 
 
 def recompute_activations(network: nn.Module) -> None:
@@ -49,7 +58,7 @@ def _forward(block: nn.Module, *inputs: Tensor | None) -> Tensor:
     dropouts = [module for module in block.modules() if isinstance(module, Dropout)]
     keys = [dropout.keys for dropout in dropouts]
     # Known here alone: backward, which evaluates again, is outside of the network.
-    context = higher_order if is_higher_order() else contextlib.nullcontext
+    context = partial(higher_order, passes_are_compiled()) if is_higher_order() else contextlib.nullcontext
 
     def function(*inputs: Tensor | None) -> Tensor:
         # By the time of backward the layers may have been given the keys of another batch.
@@ -74,10 +83,11 @@ def recomputed(
     """
     given = [x is not None for x in inputs]
     tensors = [x for x in inputs if x is not None]
-    device_type = tensors[0].device.type
-    dtype, enabled = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
-    # Without the cache: what is cast while no graph is built must not be found while one is.
-    autocast = torch.autocast(device_type, dtype, enabled, cache_enabled=False)
+    device_type, autocast = tensors[0].device.type, contextlib.nullcontext()
+    if torch.amp.is_autocast_available(device_type):
+        dtype, enabled = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
+        # Without the cache: what is cast while no graph is built must not be found while one is.
+        autocast = torch.autocast(device_type, dtype, enabled, cache_enabled=False)
 
     def call(*tensors: Tensor) -> tuple[Tensor]:
         rest = iter(tensors)

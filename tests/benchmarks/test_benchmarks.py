@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import run_lib
-from benchmarks import data_pipeline, likelihood, qc_precision, qc_variance, sampling, training_step
+from benchmarks import data_pipeline, gpu, likelihood, qc_precision, qc_variance, sampling, training_step
 from benchmarks.measure import in_turn, operations_of
 from configs.defaults import base_config
 from configs.digits import get_config
 from conservativeness import asymmetry
 from data import ImageFormat
-from experiment.randomness import rademacher_like
+from experiment.randomness import SampleGenerators, rademacher_like
 from losses import make_objective
 from models import EMA
 
@@ -92,7 +93,7 @@ def test_what_is_timed_is_the_training_step(small):
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.optim.lr, fused=True)
     x0 = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     training_step.take(loop, 1)
-    objective(x0, torch.Generator().manual_seed(0), step=0)["loss"].backward()
+    objective(x0, SampleGenerators(("train", 0), range(2)), step=0)["loss"].backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     optimizer.step()
     average.update(model)
@@ -268,3 +269,18 @@ def test_public_loader_gives_the_set(dequantized):
             assert all((levels == image).flatten(1).all(1).any() for image in batch[:3])
         labels.append(found)
     assert torch.cat(labels).bincount().min() > 100
+
+
+def test_benchmark_of_a_gpu_on_the_cpu(tmp_path):
+    """What it writes; the numbers mean nothing."""
+    options = {"nf": 8, "blocks": "1", "batch": 2, "samples": 1, "rounds": 1, "device": "cpu", "output": str(tmp_path)}
+    steps = "U, fp32; QC, K = 1, fp32; C, TF32, paper"
+    text = gpu.run(parts="training", steps=steps, **options)
+    assert text == (tmp_path / "gpu.md").read_text()
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    u, qc, c = results["training, 1 blocks"]
+    assert u["of U in the same precision"] == 1 and c["images/s"] == pytest.approx(2000 / c["ms"])
+    assert u["TFLOP/s"] == pytest.approx(u["TFLOP"] / u["ms"] * 1e3) and u["TFLOP"] < c["TFLOP"] < qc["TFLOP"]
+    for wrong, message in (({"parts": "cooking"}, "--parts=cooking"), ({"steps": "V"}, "--steps=V")):
+        with pytest.raises(ValueError, match=message):
+            gpu.run(**(options | wrong))

@@ -92,7 +92,7 @@ def beside(monkeypatch):
     [
         ({"--config.optim.lr": 0.5}, "--config.optim.lr is 0.5, not 0.001"),
         ({"--config.eval.num_samples": 30, "--x": 1}, "--config.eval.num_samples is 30, not 20; --x is 1, not None"),
-        ({"--precision": "bf16"}, "--precision is 'bf16', not 'fp32'"),
+        ({"--precision": "bf16"}, "--precision is 'bf16', not 'tf32'"),
         ({"--mode": "stat"}, "--mode is 'stat', not '"),
         ({"the code": "v2"}, "the code is 'v2', not '"),
     ],

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from from_config import create_network
+from gpu import NEEDS_CUDA
 from public_checkpoints import load_score_sde_checkpoint, read_public
 
 from checkpoints import CheckpointError, read_checkpoint
+from experiment.runtime import allow_tf32
 from models.published import official_names
 from models.published.names import entries
 
@@ -31,9 +33,10 @@ def golden_network(name: str, **options):
 
 
 def golden_output(name: str, network: torch.nn.Module, arrays) -> torch.Tensor:
+    device = next(network.parameters()).device
     x, labels = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["labels"])
     with torch.no_grad():
-        output = network(x, labels)
+        output = network(x.to(device), labels.to(device)).cpu()
     # The stored outputs of VE include the division by sigma, which here belongs to the score.
     return output / labels[:, None, None, None] if name.startswith("ve") else output
 
@@ -43,12 +46,14 @@ def relative_error(output: torch.Tensor, reference: np.ndarray) -> float:
     return float(((output - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)).max())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
 @pytest.mark.parametrize("name", GOLDEN)
-def test_golden_averages_reproduce_their_outputs(name):
+def test_golden_averages_reproduce_their_outputs(name, device):
+    allow_tf32(False)
     arrays = np.load(DATA / f"{name}_io.npz", allow_pickle=False)
     network = golden_network(name)
     assert load_score_sde_checkpoint(DATA / f"{name}.pth", network, ema=True) == 123
-    assert relative_error(golden_output(name, network, arrays), arrays["out_ema"]) < 1e-4
+    assert relative_error(golden_output(name, network.to(device), arrays), arrays["out_ema"]) < 1e-4
 
 
 @pytest.mark.parametrize("name", GOLDEN)

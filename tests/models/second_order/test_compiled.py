@@ -15,7 +15,10 @@ import torch
 from oracles import SDES
 
 import run_lib
+from configs.defaults import base_config
 from configs.digits import get_config
+from experiment.randomness import SampleGenerators
+from losses import make_objective
 from models.score import NoiseLevel, UnconstrainedScore
 
 ROOT = Path(__file__).parents[3]
@@ -62,7 +65,9 @@ def test_steps_with_the_qc_term_do_not(tmp_path, calls):
 
 
 def test_a_conservative_model_is_refused(tmp_path):
-    with pytest.raises(run_lib.InvalidRun, match=r"--compile: not with model\.parameterization='conservative'"):
+    with pytest.raises(
+        run_lib.InvalidRun, match=r"--compile: on a CPU not with model\.parameterization='conservative'"
+    ):
         run_lib.train(small_config("c"), tmp_path / "w", COMPILED)
     assert not (tmp_path / "w").exists()
 
@@ -81,22 +86,25 @@ def test_compiled_network_is_for_single_derivatives(small_unet, calls):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (dict(training__activation_checkpointing=True), r"training\.activation_checkpointing=True"),
-        (dict(training__qc_weight=0.1), r"training\.qc_weight > 0 in every step"),
+        (
+            dict(training__activation_checkpointing=True),
+            r"not while training with training\.activation_checkpointing=True",
+        ),
+        (dict(training__qc_weight=0.1), r"on a CPU not while training with training\.qc_weight > 0 in every step"),
     ],
 )
 def test_training_that_gains_nothing_is_refused(tmp_path, overrides, message):
-    with pytest.raises(run_lib.InvalidRun, match=rf"--compile: not while training with {message}"):
+    with pytest.raises(run_lib.InvalidRun, match=rf"--compile: {message}"):
         run_lib.train(small_config(**overrides), tmp_path / "w", COMPILED)
     assert not (tmp_path / "w").exists()
 
 
 def test_work_that_runs_no_compiled_network_refuses_it(tmp_path):
     run_lib.train(small_config(), tmp_path, run_lib.Runtime(device="cpu"))
-    with pytest.raises(run_lib.InvalidRun, match=r"--compile: not with eval\.enable_sampling=False"):
+    with pytest.raises(run_lib.InvalidRun, match=r"--compile: on a CPU not with eval\.enable_sampling=False"):
         run_lib.evaluate(small_config(eval__enable_sampling=False), tmp_path, COMPILED)
     guided = small_config(sampling__condition="inpaint", sampling__conditioning="dps", sampling__corrector="none")
-    with pytest.raises(run_lib.InvalidRun, match=r"--compile: not with sampling\.conditioning='dps'"):
+    with pytest.raises(run_lib.InvalidRun, match=r"--compile: on a CPU not with sampling\.conditioning='dps'"):
         run_lib.sample(guided, tmp_path, COMPILED)
 
 
@@ -157,3 +165,20 @@ def test_compiled_results_are_the_same(tmp_path, name, precision, forget_acceler
     assert losses[True] == pytest.approx(losses[False], rel=1e-5 if precision == "fp32" else 5e-3)
     # Levels of 0 to 16; the last digit decides where a value lies between two.
     assert abs(samples[True] - samples[False]).max() <= 1 and (samples[True] != samples[False]).mean() < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_compiled_passes_of_second_derivatives_are_the_same(small_unet, dropout):
+    """As on a GPU, of the QC term's gradient and of a conservative score."""
+    network = small_unet(dtype=torch.float32, dropout=dropout).train()
+    config = base_config({"training.qc_weight": 0.1})
+    model = UnconstrainedScore(network, NoiseLevel(SDES["ve"]))
+    objective = make_objective(model, config.training)
+    x = torch.rand(3, 1, 8, 8)
+    found = []
+    for network.compile_passes in (False, True):
+        model.zero_grad()
+        objective(x, SampleGenerators((0,), range(3)))["loss"].backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
