@@ -94,6 +94,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_ends_with_identical_weights(tmp_path):
     """SIGKILL at a random moment, then SIGTERM, against an uninterrupted run: bit-identical weights, averages,
     optimiser and log."""

@@ -117,6 +117,7 @@ def test_same_samples(two, trained_by_one):
     assert np.abs(grids[0] - grids[1]).max() <= 17  # one of 16 levels
 
 
+@pytest.mark.slow
 def test_killed_evaluation_goes_on_under_another_launcher(two, trained_by_one):
     """accelerate launch finishes what torchrun began: finished batches are kept, and all is as one process has it."""
     workdir, cache = two / "u", two / "cache"
