@@ -45,7 +45,7 @@ from torch.autograd.function import once_differentiable
 
 from conservativeness import asymmetry, divergence
 from experiment.randomness import Generator, SampleGenerators, normal_like, rademacher_like, random_bits, uniform
-from experiment.transfer import to_device
+from experiment.runtime import to_device
 from models import Dropout, set_dropout_keys
 from models.score import ScoreModel
 from sde_lib import SDE, ScoreFunction, expand

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from experiment.registry import resolve
-from experiment.transfer import to_host
+from experiment.runtime import to_host
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """v(y, t, rows): states y (b, D), times t (b,), and which rows of the batch they are (b,) → (b, D)."""

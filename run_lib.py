@@ -48,8 +48,7 @@ from data.pixels import GRID_IMAGES, ImageFormat, save_image_grid
 from data.sets import evenly_spaced
 from experiment.files import check_folder, differences, parse_json, read_json, write_arrays, write_json, write_text
 from experiment.randomness import SampleGenerators, normal_like, uniform
-from experiment.runtime import Interrupted, InvalidRun, Runtime, checked, code_version, within_memory
-from experiment.transfer import to_device
+from experiment.runtime import Interrupted, InvalidRun, Runtime, checked, code_version, to_device, within_memory
 from models import make_network, make_score_model
 from models.score import ConservativeScore, ScoreModel
 from sde_lib import SDE, expand, make_sde

@@ -55,7 +55,7 @@ from tqdm import tqdm
 
 from experiment.randomness import Generator, normal_like, uniform
 from experiment.registry import resolve
-from experiment.transfer import to_device, to_host
+from experiment.runtime import to_device, to_host
 from ode import FIXED, check_solver, integrate, state_dtype
 from sde_lib import SDE, ScoreFunction, expand
 

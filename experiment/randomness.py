@@ -17,7 +17,7 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from experiment.transfer import host_buffer, to_device
+from experiment.runtime import host_buffer, to_device
 
 _MASK32 = 0xFFFFFFFF
 
