@@ -44,6 +44,7 @@ from checkpoints import (
     weights_digest,
 )
 from configs.checks import check
+from configs.stored import config_of
 from data.pixels import GRID_IMAGES, ImageFormat, save_image_grid
 from data.sets import evenly_spaced
 from experiment.files import check_folder, differences, parse_json, read_json, write_arrays, write_json, write_text
@@ -835,18 +836,9 @@ def load(
     if config is None:
         if not _is_own(state, path):
             raise ValueError(f"{path} is a public checkpoint: give load(…, config=…) the config it was trained with")
-        config = _config_from_json(state["record"]["config"], path)
+        config = config_of(parse_json(state["record"]["config"], path), path)
     check(config)
     return _score_from_state(state, path, config, torch.device(device))
-
-
-def _config_from_json(text: str, path: Path) -> ConfigDict:
-    def with_tuples(value: object) -> object:  # which JSON has not
-        if isinstance(value, dict):
-            return {name: with_tuples(field) for name, field in value.items()}
-        return tuple(value) if isinstance(value, list) else value
-
-    return ConfigDict(with_tuples(parse_json(text, path)))
 
 
 def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | None, runtime: Runtime) -> TrainedScore:

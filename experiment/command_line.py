@@ -20,11 +20,13 @@ import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from pathlib import Path
 
 import absl.logging
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from configs import stored
 from configs.fields import flatten
 from configs.public import PUBLIC, refusal
 
@@ -71,7 +73,7 @@ def command(run: Callable[..., object]) -> None:
 
 def define_config(text: str = "", required: bool = True) -> None:
     """Define the flag --config, and those of the fields of the config that it names."""
-    text = text or "The experiment; override fields with --config.x.y=VALUE."
+    text = text or "The experiment, by default that of the workdir; override fields with --config.x.y=VALUE."
     config_flags.DEFINE_config_file("config", None, text, sys_argv=_ARGUMENTS)
     if required:
         flags.mark_flag_as_required("config")
@@ -147,11 +149,15 @@ def parse_flags(argv: list[str], words: bool = False) -> list[str]:
         flags.FLAGS.set_gnu_getopt(True)  # flags may come after words
     try:
         argv = [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)]
+        if "config" in flags.FLAGS:
+            argv = _config_first(argv)
         public = _take_public_overrides(argv) if "config" in flags.FLAGS else {}
         _ARGUMENTS[:] = argv
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if lines[0].startswith("flag --config=None"):
+            sys.exit("error: --config=FILE is missing, and in --workdir there is no run whose config could be taken")
         sys.exit(f"error: {lines[-1].removeprefix('ValueError: ') if 'Traceback' in str(error) else lines[0]}")
     for name, value in public.items():
         if refused := refusal(name, value, flatten(flags.FLAGS.config.to_dict())):
@@ -159,6 +165,24 @@ def parse_flags(argv: list[str], words: bool = False) -> list[str]:
     if len(rest) > 1 and not words:
         sys.exit(f"error: unexpected argument {rest[1]!r}: every argument is a flag, --name=value")
     return rest
+
+
+def _config_first(argv: list[str]) -> list[str]:
+    """The arguments with --config before its overrides, as ml_collections needs it; without one, that of the run in
+    --workdir."""
+    given = {name: [i for i, a in enumerate(argv) if re.match(rf"--?{name}(=|$)", a)] for name in ("config", "workdir")}
+    if given["config"]:
+        i = given["config"][-1]
+        width = 1 if "=" in argv[i] else 2
+        return [argv[0], *argv[i : i + width], *argv[1:i], *argv[i + width :]]
+    if not given["workdir"]:
+        return argv
+    i = given["workdir"][-1]
+    workdir = argv[i].partition("=")[2] if "=" in argv[i] else "".join(argv[i + 1 : i + 2])
+    path = Path(workdir) / "config.json"
+    if not workdir or not path.is_file():
+        return argv
+    return [argv[0], f"--config={Path(stored.__file__)}:{path}", *argv[1:]]
 
 
 def _take_public_overrides(argv: list[str]) -> dict[str, str]:

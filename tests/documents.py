@@ -125,11 +125,15 @@ def is_ours(arguments: Sequence[str]) -> bool:
 
 
 def complete(arguments: Sequence[str]) -> list[str]:
-    """A command without its ellipsis; main.py then gets the flags that it cannot do without."""
+    """A command without its ellipsis; main.py then gets the flags that it cannot do without, and a config where it
+    would take that of its workdir."""
     words = [word for word in arguments if word != ELLIPSIS]
-    if len(words) < len(arguments) and words[0] == "main.py":
-        words[1:1] = [flag for flag in STAND_INS if not any(w.startswith(flag.split("=")[0] + "=") for w in words)]
-    return words
+    if words[0] != "main.py":
+        return words
+    missing = [flag for flag in STAND_INS if not any(w.startswith(flag.split("=")[0] + "=") for w in words)]
+    if len(words) == len(arguments):
+        missing = [flag for flag in missing if flag.startswith("--config=") and any("--workdir=" in w for w in words)]
+    return [words[0], *missing, *words[1:]]
 
 
 def command_problem(command: Sequence[str]) -> str | None:

@@ -18,6 +18,7 @@ from configs.presets import NCSNPP_FIELDS
 
 ROOT = Path(__file__).parents[2]
 SHARED = ("__init__.py", "checks.py", "defaults.py", "fields.py", "presets.py", "public.py", "ranges.py")
+SHARED += ("stored.py",)
 # Those of bridges have other fields: test_bridge_training.
 FILES = sorted(
     p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.py") if p.name not in SHARED and p.parent.name != "dsb"

@@ -44,7 +44,7 @@ def refusal(check_config, config: ConfigDict) -> str:
 def test_every_config_passes():
     for path in sorted((ROOT / "configs").rglob("*.py")):
         module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
-        if hasattr(module, "get_config"):
+        if hasattr(module, "get_config") and path.name != "stored.py":
             for argument in getattr(module, "MODELS", {"": ()}):
                 config = module.get_config(*[argument] if argument else [])
                 (bridges.check if path.parent.name == "dsb" else check)(config)

@@ -179,6 +179,28 @@ def test_overrides_may_come_from_a_file(tmp_path):
     )
 
 
+def test_overrides_may_come_before_the_config():
+    for first in (["--config", "configs/digits.py:qc"], ["--config=configs/digits.py:qc"]):
+        arguments = ["main.py", "--config.seed=3", "--workdir=w", *first, "--mode=train", "--config.optim.lr=1e-3"]
+        config = run_program(arguments, only_parse=True)["config"]
+        assert (config.seed, config.optim.lr) == (3, 1e-3) and config.training.qc_weight > 0
+
+
+def test_the_config_of_a_run_is_that_of_its_workdir(tmp_path):
+    config = get_config("qc")
+    config.model.nf = 16
+    (tmp_path / "config.json").write_text(config.to_json())
+    for workdir in ([f"--workdir={tmp_path}"], ["--workdir", str(tmp_path)]):
+        given = ["main.py", "--config.seed=3", *workdir, "--mode=eval", "--config.optim.amsgrad=False"]
+        found = run_program(given, only_parse=True)["config"]
+        assert found.to_dict() == config.to_dict() | {"seed": 3}
+    (tmp_path / "config.json").write_text("[" * 10_000)
+    assert answer(given).startswith(f"error: {tmp_path / 'config.json'} is damaged: ")
+    (tmp_path / "config.json").unlink()
+    missing = "error: --config=FILE is missing, and in --workdir there is no run whose config could be taken"
+    assert answer(["main.py", *workdir, "--mode=eval"]) == missing
+
+
 def test_a_network_larger_than_the_memory_is_refused(monkeypatch):
     config = apply(get_config("u"), SMALL)
     with runtime.within_memory("model.nf=8", 5):
