@@ -22,6 +22,7 @@ flags.DEFINE_enum("mode", None, MODES, "What to do; stats is for the data's feat
 flags.DEFINE_string("device", "auto", "auto, cpu, cuda or mps.")
 flags.DEFINE_string("precision", "tf32", "fp32; tf32, the same but on GPUs that have it; bf16 or fp16 (mixed).")
 flags.DEFINE_bool("compile", False, "Have training and samplers run a compiled network (torch.compile).")
+flags.DEFINE_bool("dry_run", False, "Do a few steps of training, say what time and memory they take, and keep nothing.")
 flags.DEFINE_integer("accumulation_steps", 1, "Split each process's share of a batch into so many passes.")
 flags.DEFINE_string("checkpoint", None, "File to evaluate or sample from; default: the newest in the workdir.")
 flags.DEFINE_string("cache_dir", "", "Where eval and stats keep features of the data, which several runs can share.")
@@ -31,6 +32,8 @@ flags.mark_flags_as_required(["workdir", "mode"])
 def main(argv: list[str]) -> None:
     if FLAGS.checkpoint and FLAGS.mode not in ("eval", "sample"):
         sys.exit("--checkpoint: only for --mode=eval or sample; training starts from --config.training.init_from")
+    if FLAGS.dry_run and FLAGS.mode != "train":
+        sys.exit("--dry_run: only for --mode=train")
     if FLAGS.compile and FLAGS.mode in ("stats", "train_classifier"):
         sys.exit(f"--compile: not for --mode={FLAGS.mode}, which does not run the score's network")
 
@@ -40,7 +43,9 @@ def main(argv: list[str]) -> None:
         FLAGS.device, FLAGS.precision, FLAGS.accumulation_steps, compile=FLAGS.compile, cache_dir=FLAGS.cache_dir
     )
     run = FLAGS.config, FLAGS.workdir, runtime
-    if FLAGS.mode == "train":
+    if FLAGS.dry_run:
+        _print(run_lib.dry_run(*run))
+    elif FLAGS.mode == "train":
         run_lib.train(*run)
     elif FLAGS.mode == "eval":
         _print(run_lib.evaluate(*run, FLAGS.checkpoint))

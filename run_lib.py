@@ -25,8 +25,10 @@ import hashlib
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,7 +51,16 @@ from data.pixels import GRID_IMAGES, ImageFormat, save_image_grid
 from data.sets import evenly_spaced
 from experiment.files import check_folder, differences, parse_json, read_json, write_arrays, write_json, write_text
 from experiment.randomness import SampleGenerators, normal_like, uniform
-from experiment.runtime import Interrupted, InvalidRun, Runtime, checked, code_version, to_device, within_memory
+from experiment.runtime import (
+    Interrupted,
+    InvalidRun,
+    Runtime,
+    checked,
+    code_version,
+    to_device,
+    to_host,
+    within_memory,
+)
 from models import make_network, make_score_model
 from models.score import ConservativeScore, ScoreModel
 from sde_lib import SDE, expand, make_sde
@@ -68,6 +79,7 @@ __all__ = [
     "build_score_model",
     "build_sde",
     "check_compile",
+    "dry_run",
     "evaluate",
     "load",
     "load_data",
@@ -133,6 +145,39 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
             loop = trainer(config, workdir, runtime, claim)
         _write_config(config, loop.workdir, runtime)
         loop.run()
+
+
+@_in_all_processes
+def dry_run(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> dict[str, float | str]:
+    """Build what ``train`` would, do the steps from one QC term to the next twice, and say what they take; nothing is
+    written.
+
+    Returns:
+        The number of parameters; seconds of a step, the mean of the second time; hours for all steps that are left;
+        the most memory taken, in GiB, of a GPU by tensors, else by the process; and where it was measured.
+
+    Raises:
+        InvalidRun: bad config, data, checkpoint or working directory.
+    """
+    with checked():
+        loop = trainer(config, workdir, runtime)
+    device, steps = runtime.torch_device, config.training.qc_interval if config.training.qc_weight else 1
+    first, seconds = loop.step, 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        for _ in range(steps):
+            loop.train_step()
+        to_host(loop.sums["loss"][0])  # by when all has been done
+        seconds = (time.perf_counter() - started) / steps
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated(device) if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    return {
+        "parameters": sum(p.numel() for p in loop.model.parameters()),
+        "seconds_per_step": seconds,
+        "hours_for_the_rest": seconds * max(config.training.n_iters - first, 0) / 3600,
+        "memory_gib": memory / 2**30,
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"{device}, {torch.get_num_threads()} threads",
+    }
 
 
 def trainer(

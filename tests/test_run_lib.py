@@ -545,3 +545,19 @@ def test_bad_flags_answer_in_one_line(arguments, message, tmp_path):
     )
     assert answer.returncode != 0 and not (tmp_path / "w").exists()
     assert message in answer.stderr and "Traceback" not in answer.stderr
+
+
+def test_a_dry_run_measures_and_keeps_nothing(tmp_path):
+    """Two of its steps are of the QC term and its interval; a run that has begun is left as it is."""
+    config = tiny_config("qc", training__qc_interval=2)
+    found = run_lib.dry_run(config, tmp_path / "new", CPU)
+    assert not (tmp_path / "new").exists()
+    assert found["parameters"] == sum(
+        p.numel() for p in run_lib.trainer(config, tmp_path / "new", CPU).model.parameters()
+    )
+    assert found["hours_for_the_rest"] == pytest.approx(config.training.n_iters * found["seconds_per_step"] / 3600)
+    assert found["seconds_per_step"] > 0 and found["memory_gib"] > 0.1
+    run_lib.train(config, tmp_path / "begun", CPU)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "begun").rglob("*")}
+    assert run_lib.dry_run(config, tmp_path / "begun", CPU)["hours_for_the_rest"] == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "begun").rglob("*")}
