@@ -201,10 +201,16 @@ class CheckpointStore:
         for damaged in filter(Path.exists, self._damaged - {path}):
             damaged.rename(f"{damaged}.damaged")
         self._damaged.clear()
+        self.delete_old()
+        return path
+
+    def delete_old(self) -> None:
+        """Delete what is no longer kept, unless what is newer cannot be read."""
+        if self._damaged:
+            return
         for old in self.steps()[: -self.keep]:
             if not (self.milestone_every and old % self.milestone_every == 0):
                 self.path(old).unlink()
-        return path
 
     def load_latest(self) -> dict | None:
         """The newest readable checkpoint, or None if there is none at all.

@@ -192,6 +192,7 @@ class Trainer:
         check_optimizer_state(self.optimizer, state["optimizer"], source)
         # A loaded state has the settings of the run that it came from; those given here hold.
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]["state"]})
+        self._set_learning_rate(self.step - 1)  # of the step that was done last
         # The fused Adam walks through memory without regard to strides: another format would pair wrong numbers.
         for parameter, moments in self.optimizer.state.items():
             for name, moment in moments.items():
@@ -229,6 +230,8 @@ class Trainer:
             FloatingPointError: the loss, its gradient, the weights, or what hooks give is not finite, and not saved.
             Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
         """
+        if self.runtime.is_main:
+            self.store.delete_old()  # a run that was killed may have left it
         progress = self.runtime.progress(total=self.n_iters, initial=self.step, unit="step", desc=self.description)
         if self.step >= self.n_iters and self.hooks_done:
             progress.close()
@@ -264,9 +267,7 @@ class Trainer:
         """One step of the optimiser."""
         accelerator = self.accelerator
         self.objective.train()
-        if self.learning_rate is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(self.step)
+        self._set_learning_rate(self.step)
         # accelerate keeps the number of passes for a whole process, and counts on after a step that was broken off.
         accelerator.gradient_accumulation_steps, accelerator.step = len(self.parts), 0
         for positions in self.parts:
@@ -284,6 +285,11 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.model)
         self.step += 1
+
+    def _set_learning_rate(self, step: int) -> None:
+        if self.learning_rate is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(step)
 
     def _due_hooks(self) -> list[Hook]:
         return [hook for hook in self.hooks if self.step == self.n_iters or self.step % hook.every == 0]

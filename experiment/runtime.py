@@ -296,6 +296,10 @@ class Runtime:
                             shutil.rmtree(parts)
                         self.accelerator.wait_for_everyone()
                         return result
+            elif self.is_main and parts.exists():  # a command was killed before it deleted them
+                lock = take_lock(path.with_name(f".{path.name}.lock"), True)
+                shutil.rmtree(parts, ignore_errors=True)
+                lock.release()
             bar.update(bar.total)
         own = {} if self.is_main else {name: result[name][share.start : share.stop].copy() for name in large}
         return result | own

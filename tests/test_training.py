@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,8 @@ class Regression:
             return {"hook": self.module.weight.sum().item()}
 
         settings = dict(n_iters=50, grad_clip=1.0, log_freq=7, save_freq=10, observe=self.observe, ema=self.average)
-        settings |= dict(hooks=[Hook(15, hook)], runtime=Runtime("cpu", on_progress=self.updates.append))
+        settings |= dict(learning_rate=lambda step: 0.05 - 0.0005 * step, hooks=[Hook(15, hook)])
+        settings |= dict(runtime=Runtime("cpu", on_progress=self.updates.append))
         optimizer = torch.optim.Adam(self.module.parameters(), lr=0.05)
         fit(self.module, optimizer, loss, self.directory, **settings | options)
         return self.module
@@ -139,9 +141,12 @@ def test_killed_while_it_wrote_a_row(tmp_path, uninterrupted):
 
 
 def test_a_finished_run_is_left_alone(tmp_path, uninterrupted):
+    """Only a checkpoint goes that it had no time to delete when it was killed."""
     run = Regression(uninterrupted.directory)
-    log = run.log()
+    log, store = run.log(), CheckpointStore(uninterrupted.directory / "checkpoints")
+    shutil.copy(store.path(50), store.path(40))
     run.fit()
+    assert store.steps() == [50]
     assert run.steps == [] and run.updates == [50]
     assert_same(run, uninterrupted)
     assert run.log() == log

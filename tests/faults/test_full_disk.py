@@ -38,11 +38,11 @@ def test_a_full_disk_ends_in_one_line_and_the_same_call_goes_on(name, disk, fini
     """At whatever it is that does not fit: lock, log, checkpoint, grid, batch, result. After each refusal the disk
     grows by a tenth of what the program has written, or by a page."""
     expected = contents(finish(name, finished))
-    folder = disk(1_000_000) / "w"
+    folder = disk(1_000_000) / name  # which reports show
     prepare(name, folder, finished)
     begun = kib = max(8, shutil.disk_usage(folder.parent).used // 1024)
     refused = []
-    while (outcome := attempt(PROGRAMS[name], disk(kib) / "w")).status != 0:
+    while (outcome := attempt(PROGRAMS[name], disk(kib) / name)).status != 0:
         said = re.search(rf"cannot write ({folder}\S*): No space left on device; free some space", outcome.refusal)
         assert said, outcome.said
         refused.append(said[1])

@@ -20,7 +20,7 @@ def test_killed_at_any_moment_and_started_again(name, finished, tmp_path):
     """Random moments are uniform in time. Chosen ones lie right before a file or folder is made, renamed or removed,
     evenly spaced among all such changes."""
     program, expected = PROGRAMS[name], contents(finish(name, finished))
-    folder = tmp_path / "counted"
+    folder = tmp_path / "counted" / name  # which reports show
     prepare(name, folder, finished)
     began = time.monotonic()
     changes = count_changes(program, folder)
@@ -36,7 +36,7 @@ def test_killed_at_any_moment_and_started_again(name, finished, tmp_path):
     tries = [dict(kill_after=seconds) for seconds in random.uniform(0, duration, TRIES)]
     tries += [dict(disturb=lambda moment=moment: kill_at(moment)) for moment in moments]
     for number, disturbance in enumerate(tries):
-        folder = tmp_path / f"try_{number}"
+        folder = tmp_path / f"try_{number}" / name
         prepare(name, folder, finished)
         outcome = attempt(program, folder, **disturbance)
         assert outcome.status in (0, -signal.SIGKILL), outcome.said
