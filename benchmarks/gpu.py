@@ -101,9 +101,9 @@ def run(
         raise ValueError(f"--steps={unknown[0]}: allowed are {'; '.join(STEPS)}")
     if unknown := set(parts.split(",")) - set(PARTS):
         raise ValueError(f"--parts={min(unknown)}: allowed are {', '.join(PARTS)}")
-    card, size = card_of(where), 8192 if where.type == "cuda" else 256
-    results = {"card": card, "torch": torch.__version__, "rates": measured_rates(size, where)}
-    text = f"{card}, torch {torch.__version__}; products of {size}×{size} matrices: "
+    card, width = card_of(where), 8192 if where.type == "cuda" else 256
+    results = {"card": card, "torch": torch.__version__, "rates": measured_rates(width, where)}
+    text = f"{card}, torch {torch.__version__}; products of {width}×{width} matrices: "
     text += ", ".join(f"{name} {rate:.0f} TFLOP/s" for name, rate in results["rates"].items()) + "\n"
     for part in parts.split(","):
         size = {"model.nf": nf, "training.batch_size": batch}
@@ -164,7 +164,7 @@ def training(size: Mapping, *, names: Sequence[str], rounds: int, runtime: run_l
     """A row for every kind of training step."""
     device, counts, times = runtime.torch_device, {}, {}
     clock, _ = clock_of(device)
-    peaks = next((peak for card, peak in PEAK.items() if card in card_of(device)), (math.nan,) * len(PRECISIONS))
+    peaks = next((peak for card, peak in PEAK.items() if card in card_of(device)), None)
     for name in tqdm(names, unit="step"):
         precision = next(word for word in PRECISIONS if word in name.split(", "))
         allow_tf32(precision != "fp32")
@@ -191,7 +191,7 @@ def training(size: Mapping, *, names: Sequence[str], rounds: int, runtime: run_l
             gc.collect()
             torch.cuda.empty_cache()
         u, rate = times.setdefault(precision, seconds), counts[kind] / seconds
-        share = f"{rate / peaks[PRECISIONS.index(precision)]:.1%}"
+        share = f"{rate / peaks[PRECISIONS.index(precision)]:.1%}" if peaks else "–"
         values = 1e3 * seconds, seconds / u, batch / seconds, memory, counts[kind], rate, share, idle, first
         yield {"step": name, **dict(zip(COLUMNS, values, strict=True))}
 
@@ -227,9 +227,9 @@ def sampling(size: Mapping, *, samples: int, runtime: run_lib.Runtime, **_) -> I
                 with torch.autocast(like.device.type, torch.bfloat16, enabled=half):
                     nfe = sampler(score, like, SampleGenerators(("samples",), range(len(like)))).nfe
 
-            idle, rate = idle_share(draw, device), samples / timed(draw, 1, device)
+            rate = samples / timed(draw, 1, device)
             row = {"sampler": name, "network": f"{precision}{', compiled' * compiled}", "NFE": nfe, "images/s": rate}
-            yield row | {"minutes for 50 000 at this rate": 50_000 / rate / 60, "GPU waits": idle}
+            yield row | {"minutes for 50 000 at this rate": 50_000 / rate / 60, "GPU waits": idle_share(draw, device)}
 
 
 def likelihood(size: Mapping, *, runtime: run_lib.Runtime, **_) -> Iterator[dict]:
