@@ -43,7 +43,7 @@ from checkpoints import (
     not_finite,
 )
 from experiment.files import writing
-from experiment.runtime import COLLECTIVE_TIMEOUT, Interrupted, Runtime, check_finite, named
+from experiment.runtime import COLLECTIVE_TIMEOUT, Interrupted, Runtime, check_finite, named, to_host
 from models import EMA
 
 __all__ = ["Hook", "MetricsLog", "Trainer", "fit"]
@@ -315,11 +315,13 @@ class Trainer:
         Raises:
             FloatingPointError: in all of them, one was not finite in any step since the last row.
         """
+        if not self.sums:
+            return
         names = sorted(self.sums)
         device = self.accelerator.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        totals = torch.tensor([float(self.sums[name][0]) for name in names], dtype=dtype, device=device)
-        totals = self.accelerator.reduce(totals, reduction="mean").tolist()
+        totals = torch.stack([torch.as_tensor(self.sums[name][0], dtype=dtype, device=device) for name in names])
+        totals = to_host(self.accelerator.reduce(totals, reduction="mean")).tolist()
         self.sums = {name: [total, self.sums[name][1]] for name, total in zip(names, totals, strict=True)}
         for name in names:
             # With a gradient scaler (fp16) infinite gradients are part of the search for the scale, and skipped.

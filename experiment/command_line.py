@@ -149,9 +149,10 @@ def parse_flags(argv: list[str], words: bool = False) -> list[str]:
         flags.FLAGS.set_gnu_getopt(True)  # flags may come after words
     try:
         argv = [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)]
+        public = {}
         if "config" in flags.FLAGS:
             argv = _config_first(argv)
-        public = _take_public_overrides(argv) if "config" in flags.FLAGS else {}
+            public = _take_public_overrides(argv)
         _ARGUMENTS[:] = argv
         rest = flags.FLAGS(argv)
     except flags.Error as error:
@@ -170,32 +171,35 @@ def parse_flags(argv: list[str], words: bool = False) -> list[str]:
 def _config_first(argv: list[str]) -> list[str]:
     """The arguments with --config before its overrides, as ml_collections needs it; without one, that of the run in
     --workdir."""
-    given = {name: [i for i, a in enumerate(argv) if re.match(rf"--?{name}(=|$)", a)] for name in ("config", "workdir")}
-    if given["config"]:
-        i = given["config"][-1]
-        width = 1 if "=" in argv[i] else 2
-        return [argv[0], *argv[i : i + width], *argv[1:i], *argv[i + width :]]
-    if not given["workdir"]:
-        return argv
-    i = given["workdir"][-1]
-    workdir = argv[i].partition("=")[2] if "=" in argv[i] else "".join(argv[i + 1 : i + 2])
-    path = Path(workdir) / "config.json"
-    if not workdir or not path.is_file():
-        return argv
-    return [argv[0], f"--config={Path(stored.__file__)}:{path}", *argv[1:]]
+    configs, first = _values(argv, "config"), []
+    if configs:
+        first, rest = [f"--config={configs[-1][1]}"], [*argv]
+        for i, _ in reversed(configs):  # the last one counts
+            del rest[i : i + (1 if "=" in argv[i] else 2)]
+        return [rest[0], *first, *rest[1:]]
+    for _, workdir in _values(argv, "workdir")[-1:]:
+        path = Path(workdir) / "config.json"
+        if workdir and path.is_file():
+            first = [f"--config={stored.__file__}:{path}"]
+    return [argv[0], *first, *argv[1:]]
+
+
+def _values(argv: list[str], flag: str) -> list[tuple[int, str]]:
+    """Where a flag is given, --flag=VALUE or --flag VALUE, and its values."""
+    places = [i for i, a in enumerate(argv) if i and re.fullmatch(rf"--?{flag}(=.*)?", a, re.DOTALL)]
+    return [(i, argv[i].partition("=")[2] if "=" in argv[i] else "".join(argv[i + 1 : i + 2])) for i in places]
 
 
 def _take_public_overrides(argv: list[str]) -> dict[str, str]:
     """Remove from the arguments the overrides of fields that only the public configs have, and return them; exit with
     one line if there is no config, or nowhere such a field."""
-    given = [(i, a.partition("=")[2] if "=" in a else "".join(argv[i + 1 : i + 2])) for i, a in enumerate(argv)]
-    configs = [_read_config(value) for i, value in given if re.match("--?config(=|$)", argv[i])]
-    known, public = flatten(configs[-1].to_dict()) if configs else {}, {}
-    for i, value in reversed(given):
-        override = re.match(r"--?(?:no)?config\.([^=]*)", argv[i])
-        if not override or (name := override[1]) in known:
+    config = next((_read_config(value) for _, value in _values(argv, "config")), None)
+    known, public = flatten(config.to_dict()) if config is not None else {}, {}
+    for i, value in reversed(_values(argv, r"(?:no)?config\.[^=]*")):
+        name = argv[i].partition("=")[0].partition("config.")[2]
+        if name in known:
             continue
-        if not configs:
+        if config is None:
             sys.exit(f"error: --config.{name}: needs --config=FILE")
         if name not in PUBLIC:
             near = "".join(f"; did you mean {field}?" for field in difflib.get_close_matches(name, known, 1))

@@ -1,8 +1,7 @@
 """Where and how to compute: device, precision, processes. None of it changes what is computed beyond rounding.
 
 A device works through a queue that the host fills; whenever the host reads a number from it, both wait for each other.
-Everything in training, sampling and likelihoods that reads one does so by ``to_host``, so that a test can count how
-often.
+Everything in training steps, sampling and likelihoods that reads one does so by ``to_host``.
 """
 
 from __future__ import annotations
@@ -397,16 +396,11 @@ def within_memory(field: str, copies: int) -> Iterator[None]:
         hook.remove()
 
 
-def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory of the host, not set, from which ``to_device`` copies without waiting."""
-    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
-
-
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host, on a device; on CUDA the copy waits for its turn, and the host does not wait for it."""
+    """A tensor on a device. A copy from the host to CUDA waits for its turn, and the host does not wait for it."""
     if device.type == "cuda" and x.device.type == "cpu":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)  # not to be read before it is there
 
 
 def to_host(x: torch.Tensor) -> torch.Tensor:

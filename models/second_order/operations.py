@@ -212,7 +212,7 @@ def _precise(function: Callable[..., Tensor], x: Tensor, kernel: Tensor, stride:
     """``function`` of each channel; on the CPU in float32, also under autocast, since torch's kernel for the transposed
     of these convolutions takes a hundred times as long in bfloat16."""
     dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
-    with without_autocast(x) if x.device.type == "cpu" else contextlib.nullcontext():
+    with torch.autocast("cpu", enabled=False):
         kernel = _for_channels(kernel, x.to(dtype))
         return function(x.to(dtype), kernel, stride=stride, padding=padding, groups=x.shape[1]).to(x.dtype)
 

@@ -180,7 +180,11 @@ def test_overrides_may_come_from_a_file(tmp_path):
 
 
 def test_overrides_may_come_before_the_config():
-    for first in (["--config", "configs/digits.py:qc"], ["--config=configs/digits.py:qc"]):
+    """Of several configs the last counts."""
+    for first in (
+        ["--config", "configs/digits.py:qc"],
+        ["--config=configs/digits.py:u", "--config=configs/digits.py:qc"],
+    ):
         arguments = ["main.py", "--config.seed=3", "--workdir=w", *first, "--mode=train", "--config.optim.lr=1e-3"]
         config = run_program(arguments, only_parse=True)["config"]
         assert (config.seed, config.optim.lr) == (3, 1e-3) and config.training.qc_weight > 0

@@ -81,31 +81,13 @@ def gradients(name: str, overrides: dict, device: str, precision: str = "fp32") 
     return torch.as_tensor(loop.sums["loss"][0]).cpu(), torch.cat([g.flatten() for g in found[0]])
 
 
-@pytest.fixture(scope="module")
-def on_cpu(forget_all):
-    kept = {}
-
-    def compute(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-        if kind not in kept:
-            forget_all()
-            kept[kind] = gradients("U", KINDS[kind], "cpu")
-            forget_all()
-        return kept[kind]
-
-    return compute
+@pytest.fixture(autouse=True)
+def a_device_of_its_own(forget_accelerator):
+    """For each test: accelerate would keep that of the first."""
+    forget_accelerator()
 
 
-@pytest.fixture(scope="module")
-def forget_all():
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    def forget() -> None:
-        for state in (PartialState, AcceleratorState, GradientState):
-            state._shared_state.clear()
-
-    forget()
-    yield forget
-    forget()
+ON_CPU: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
 
 CASES = [(kind, precision, "") for kind in KINDS for precision in BOUNDS]
@@ -113,8 +95,11 @@ CASES += [(kind, precision, ", compiled") for kind in ("U", "C", "QC") for preci
 
 
 @pytest.mark.parametrize(("kind", "precision", "compiled"), CASES)
-def test_gradient_is_the_cpus(kind, precision, compiled, on_cpu):
-    loss, gradient = on_cpu(kind)
+def test_gradient_is_the_cpus(kind, precision, compiled, forget_accelerator):
+    if kind not in ON_CPU:
+        ON_CPU[kind] = gradients("U", KINDS[kind], "cpu")
+        forget_accelerator()
+    loss, gradient = ON_CPU[kind]
     found_loss, found = gradients(f"{precision}{compiled}", KINDS[kind], "cuda", precision)
     error = (found - gradient).norm() / gradient.norm()
     print(f"{kind}, {precision}{compiled}: loss {found_loss / loss - 1:.1e}, gradient {error:.1e}")
@@ -124,7 +109,7 @@ def test_gradient_is_the_cpus(kind, precision, compiled, on_cpu):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["TF32", "bf16"])
-def test_step_does_not_wait_for_the_gpu(kind, precision, forget_all):
+def test_step_does_not_wait_for_the_gpu(kind, precision):
     loop = make_trainer(precision, SMALL | KINDS[kind], run_lib.Runtime("cuda"))
     loop.train_step()
     torch.cuda.set_sync_debug_mode("error")
@@ -232,23 +217,14 @@ def test_scaler_of_fp16_is_saved(tmp_path):
     assert scaler["scale"] > 0 and scaler["_growth_tracker"] >= 0
 
 
-@pytest.mark.parametrize("backend", ["gloo", "nccl"])
-def test_two_processes_train_as_one(trained, tmp_path, backend):
-    """On one GPU, which nccl refuses."""
-    launch = (
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "tests/cuda/with_backend.py",
-        backend,
-    )
-    try:
-        state = train(tmp_path, "--precision=fp32", launcher=launch)
-    except AssertionError as error:
-        if backend == "nccl" and "Duplicate GPU" in str(error):
-            pytest.skip("nccl refuses two processes on one GPU")
-        raise
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="nccl wants a GPU for each process")
+
+
+@pytest.mark.parametrize("program", ["tests/cuda/on_one_gpu.py", pytest.param("main.py", marks=TWO_GPUS)])
+def test_two_processes_train_as_one(trained, tmp_path, program):
+    """On one GPU by gloo, on two by nccl."""
+    state = train(tmp_path, "--precision=fp32", launcher=(*LAUNCHER, program))
     torch.testing.assert_close(weights(state), weights(trained[1]), rtol=0, atol=1e-4)
 
 

@@ -58,6 +58,11 @@ def test_evaluation_covers_the_whole_set_once(size, num_processes):
     assert max(lengths) - min(lengths) <= 1
 
 
+def test_tf32_is_float32_on_a_cpu():
+    """So that evaluations keep their keys, whichever of the two was asked for."""
+    assert [Runtime("cpu", precision).numbers for precision in ("tf32", "fp32")] == ["fp32", "fp32"]
+
+
 def test_a_cache_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "cache"):

@@ -1,4 +1,4 @@
-"""main.py with a backend of torch.distributed, on the first GPU in all processes: with_backend.py BACKEND FLAGS."""
+"""main.py on the first GPU in all processes, which talk to each other by gloo: nccl refuses to share a GPU."""
 
 import functools
 import os
@@ -12,5 +12,5 @@ os.environ["ACCELERATE_TORCH_DEVICE"] = "cuda:0"
 
 from experiment import runtime  # noqa: E402
 
-runtime.InitProcessGroupKwargs = functools.partial(runtime.InitProcessGroupKwargs, backend=sys.argv.pop(1))
+runtime.InitProcessGroupKwargs = functools.partial(runtime.InitProcessGroupKwargs, backend="gloo")
 runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
