@@ -16,7 +16,7 @@ import run_lib
 import sampling
 from benchmarks.training_step import IMAGES
 from configs.defaults import base_config
-from experiment.randomness import SampleGenerators
+from experiment.randomness import SampleGenerators, normal_like
 from guidance.conditions import ClassifierFreeGuidance, ClassifierGuidance, condition_on_measurement
 from guidance.measurements import MEASUREMENTS
 from likelihood import LikelihoodEvaluator
@@ -82,6 +82,11 @@ def test_training_step(name):
     terms["loss"].backward()
     assert ("qc" in terms) == ("QC" in name)
     assert all(p.grad.device == META for p in score.model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("generator", [None, torch.Generator(), SampleGenerators((0,), range(4))], ids=type)
+def test_noise(generator):
+    assert normal_like(batch(), generator).device == META
 
 
 def test_operand_on_the_cpu_is_refused():

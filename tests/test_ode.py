@@ -10,7 +10,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from ode import SOLVERS, integrate
+from ode import FIXED, SOLVERS, integrate
 
 RATES = torch.tensor([0.5, 3.0, 30.0, 300.0], dtype=torch.float64)
 """Decay rates of four samples: their stable step sizes differ by a factor of 600."""
@@ -230,3 +230,14 @@ def test_settings_that_make_no_sense(settings, message):
     with pytest.raises(ValueError) as error:
         integrate(lambda y, t, rows: -y, START, 0.0, 1.0, **settings)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("solver", FIXED)
+def test_velocity_that_is_not_finite_is_named_with_the_first_time(solver):
+
+    def velocity(y: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        return torch.where(t[:, None] > 0.45, math.nan, y)
+
+    y = torch.ones(3, 2, dtype=torch.float64)
+    with pytest.raises(FloatingPointError, match=r"the velocity of the ODE is not finite at t=0\.5$"):
+        integrate(velocity, y, 0.0, 1.0, solver=solver, num_steps=8 if solver == "heun" else 4)

@@ -73,6 +73,19 @@ def test_processes_that_end_well_end_alone(watch):
     assert watch(lambda *ends: [(end.sendall(b"\n"), end.close()) for end in ends]) == (False, "")
 
 
+def test_nothing_is_left_waiting(monkeypatch):
+    """The block ends when the other process has done it, too, and the thread that waited for it has ended by then."""
+    mine, other = socket.socketpair()
+    monkeypatch.setattr(processes, "_connect", lambda *_: {mine: OTHER})
+    before = threading.enumerate()
+    with mine, other:
+        later = threading.Timer(0.3, other.sendall, [b"\n"])
+        later.start()
+        with processes.watched(0, 2):
+            pass
+        assert set(threading.enumerate()) <= {*before, later}
+
+
 @pytest.fixture
 def beside(monkeypatch):
     """Two processes, of which this is the first, and ``beside(change)`` what the second was given."""
