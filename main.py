@@ -15,7 +15,9 @@ from experiment.command_line import define_config, run_main
 
 FLAGS = flags.FLAGS
 
-define_config()
+define_config(
+    "The experiment, by default that of the run in --workdir; override fields: --config.x.y=VALUE.", in_workdir=True
+)
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
 MODES = ["train", "eval", "sample", "stats", "train_classifier"]
 flags.DEFINE_enum("mode", None, MODES, "What to do; stats is for the data's features that FID needs.")

@@ -33,6 +33,8 @@ from configs.public import PUBLIC, refusal
 _ARGUMENTS: list[str] = []
 """What the overrides of the config are taken from, once the flags are parsed."""
 
+_config_in_workdir = False
+
 flags.disclaim_key_flags()  # they belong to the program that defines them, whose --help lists them
 
 
@@ -71,9 +73,12 @@ def command(run: Callable[..., object]) -> None:
     run_main(main, words=len(named) < len(signature.parameters))
 
 
-def define_config(text: str = "", required: bool = True) -> None:
-    """Define the flag --config, and those of the fields of the config that it names."""
-    text = text or "The experiment, by default that of the workdir; override fields with --config.x.y=VALUE."
+def define_config(text: str = "", required: bool = True, in_workdir: bool = False) -> None:
+    """Define the flag --config, and those of the fields of the config that it names; ``in_workdir``: by default it is
+    that of the run in --workdir."""
+    global _config_in_workdir
+    _config_in_workdir = in_workdir
+    text = text or "The experiment; override fields with --config.x.y=VALUE."
     config_flags.DEFINE_config_file("config", None, text, sys_argv=_ARGUMENTS)
     if required:
         flags.mark_flag_as_required("config")
@@ -158,7 +163,8 @@ def parse_flags(argv: list[str], words: bool = False) -> list[str]:
     except flags.Error as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         if lines[0].startswith("flag --config=None"):
-            sys.exit("error: --config=FILE is missing, and in --workdir there is no run whose config could be taken")
+            also = ", and in --workdir there is no run whose config could be taken" if _config_in_workdir else ""
+            sys.exit(f"error: --config=FILE is missing{also}")
         sys.exit(f"error: {lines[-1].removeprefix('ValueError: ') if 'Traceback' in str(error) else lines[0]}")
     for name, value in public.items():
         if refused := refusal(name, value, flatten(flags.FLAGS.config.to_dict())):
@@ -177,7 +183,7 @@ def _config_first(argv: list[str]) -> list[str]:
         for i, _ in reversed(configs):  # the last one counts
             del rest[i : i + (1 if "=" in argv[i] else 2)]
         return [rest[0], *first, *rest[1:]]
-    for _, workdir in _values(argv, "workdir")[-1:]:
+    for _, workdir in _values(argv, "workdir")[-1:] if _config_in_workdir else []:
         path = Path(workdir) / "config.json"
         if workdir and path.is_file():
             first = [f"--config={stored.__file__}:{path}"]

@@ -203,6 +203,9 @@ def test_the_config_of_a_run_is_that_of_its_workdir(tmp_path):
     (tmp_path / "config.json").unlink()
     missing = "error: --config=FILE is missing, and in --workdir there is no run whose config could be taken"
     assert answer(["main.py", *workdir, "--mode=eval"]) == missing
+    # Other programs have configs of other kinds.
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert answer(["-m", "schrodinger_bridge.main", *workdir]) == "error: --config=FILE is missing"
 
 
 def test_a_network_larger_than_the_memory_is_refused(monkeypatch):
