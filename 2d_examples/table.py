@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 from scipy import stats
 
-from experiment.results import markdown_table, mean_and_error, with_error
+from experiment.results import holm, markdown_table, mean_and_error, with_error
 
 from .configs import MODELS
 
@@ -56,22 +56,32 @@ def values(rows: Sequence[Mapping], dataset: str, model: str, metric: str) -> np
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray) -> dict[str, float | int | None]:
-    """Mean of a − b (N,) with its 95 % interval ``low`` … ``high`` (None for N = 1), and in how many seeds a < b."""
+    """Mean of a − b (N,) with its 95 % interval ``low`` … ``high`` and p-value (Student's; None for N = 1), and in how
+    many seeds a < b."""
     d = a - b
-    result = {"mean": float(d.mean()), "low": None, "high": None, "lower_in_seeds": int((d < 0).sum()), "seeds": len(d)}
-    if len(d) > 1:
-        half = stats.t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d))
-        result |= {"low": float(d.mean() - half), "high": float(d.mean() + half)}
-    return result
+    result = {"mean": float(d.mean()), "low": None, "high": None, "p": None}
+    if d.std() > 0:
+        test = stats.ttest_1samp(d, 0.0)
+        low, high = test.confidence_interval(0.95)
+        result |= {"low": float(low), "high": float(high), "p": float(test.pvalue)}
+    return result | {"lower_in_seeds": int((d < 0).sum()), "seeds": len(d)}
 
 
 def paired_differences(rows: Sequence[Mapping]) -> list[dict]:
-    """QC against U and against C, in every metric on every data set."""
-    return [
-        {"dataset": dataset, "difference": f"qc - {other}", "metric": metric}
-        | paired_difference(values(rows, dataset, "qc", metric), values(rows, dataset, other, metric))
-        for dataset, other, metric in product(dict.fromkeys(row["dataset"] for row in rows), ("u", "c"), METRICS)
-    ]
+    """QC against U and against C, in every metric on every data set; ``p_holm`` is corrected for all outcomes of one of
+    the two comparisons."""
+    found: list[dict] = []
+    for other in ("u", "c"):
+        outcomes = [
+            {"dataset": dataset, "difference": f"qc - {other}", "metric": metric}
+            | paired_difference(values(rows, dataset, "qc", metric), values(rows, dataset, other, metric))
+            for dataset, metric in product(dict.fromkeys(row["dataset"] for row in rows), METRICS)
+        ]
+        corrected = holm([math.nan if d["p"] is None else d["p"] for d in outcomes])
+        found += [
+            d | {"p_holm": None if d["p"] is None else float(p)} for d, p in zip(outcomes, corrected, strict=True)
+        ]
+    return found
 
 
 def markdown(rows: Sequence[Mapping], differences: Sequence[Mapping]) -> str:
@@ -99,7 +109,8 @@ model with the exact prior scores: {cross:.4f}.
     return f"""{text}
 ## Paired differences
 
-Mean over seeds of the difference, 95 % interval, and in how many seeds QC has the lower value.
+Mean over seeds of the difference, 95 % interval, and in how many seeds QC has the lower value. Bold: p < 0.05 after
+Holm's correction for all differences of the column.
 
 {markdown_table(("data set", "metric", "QC − U", "QC − C"), lines)}"""
 
@@ -109,4 +120,4 @@ def _interval(d: Mapping) -> str:
     if d["low"] is None:
         return text
     text += f" [{d['low']:+.2g}, {d['high']:+.2g}], {d['lower_in_seeds']}/{d['seeds']}"
-    return f"**{text}**" if d["low"] > 0 or d["high"] < 0 else text
+    return f"**{text}**" if d["p_holm"] < 0.05 else text

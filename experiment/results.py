@@ -28,6 +28,15 @@ def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float |
     return float(values.mean()), error
 
 
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """p-values (n,) of n tests, corrected for their number: the chance that any true null hypothesis has one below 0.05
+    is at most 5 % (Holm, Scandinavian Journal of Statistics 1979). NaN, of a test that was not made, stays."""
+    p_values = np.asarray(p_values, dtype=np.float64)
+    corrected, order = p_values.copy(), np.argsort(p_values)[: np.isfinite(p_values).sum()]
+    corrected[order] = np.maximum.accumulate(p_values[order] * np.arange(len(order), 0, -1)).clip(max=1.0)
+    return corrected
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """Significant digits, with an exponent where the number is small or large; '–' for None and NaN."""
     if value is None or math.isnan(value):
