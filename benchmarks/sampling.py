@@ -7,6 +7,7 @@ python -m benchmarks.sampling --workdir=runs/digits/u [--num_samples=1000] [--co
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -82,9 +83,10 @@ def run(workdir: str, *, num_samples: int = 1000, device: str = "cpu", compile: 
         fid, error = fid_with_error(real, extract_features(quality.extractor, images, BATCH).pool)
         seconds = sum(timed.seconds)
         paper = paper or (seconds, fid, error)
+        difference = "–" if not rows else f"{fid - paper[1]:+.3f} ± {math.hypot(error, paper[2]):.3f}"
         row = (name, f"{nfe:.0f}", f"{seconds:.1f}", f"{paper[0] / seconds:.1f}")
-        rows.append((*row, f"{fid:.3f} ± {error:.3f}", f"{(fid - paper[1]) / paper[2]:+.1f}"))
-    header = ("sampler", "NFE", "seconds", "paper's time over it", "FID", "from the paper's, in its standard errors")
+        rows.append((*row, f"{fid:.3f} ± {error:.3f}", difference))
+    header = ("sampler", "NFE", "seconds", "paper's time over it", "FID", "minus the paper's")
     title = f"{config.data.dataset}, step {score.step}, {num_samples} samples{', compiled' * compile}, "
     return f"{title}{conditions(runtime.torch_device)}\n{markdown_table(header, rows)}"
 

@@ -6,7 +6,10 @@ F_k(x) = A_k x + c_k and x_k ~ N(μ_k, S_k). The regression of IPF (``matching.i
     B_k(x) = (2 − A_k − 2γ_k S_k⁻¹) x − c_k + 2γ_k S_k⁻¹ μ_k
 
 (2 the twofold identity), which is −f + 2γ∇log p in terms of drifts; and in the other direction likewise with the
-moments of the backward chain.
+moments of the backward chain. That is the time reversal to first order in γ, with noise of covariance 2γ_k. An edge
+x_{k+1} = A_k x_k + c_k + N(0, Q_k) is reversed exactly, by Bayes' theorem, by
+
+    B_k = S_k A_kᵀ S_{k+1}⁻¹,    B_k(x) = μ_k + B_k (x − μ_{k+1}),    with noise of covariance S_k − B_k A_k S_k.
 """
 
 from __future__ import annotations
@@ -27,43 +30,56 @@ class Normal(NamedTuple):
 
 
 class AffineChain(NamedTuple):
-    """A chain of one direction from the law ``start``, with mean maps x ↦ A_k x + c_k: A_k (N, D, D), c_k (N, D)."""
+    """A chain of one direction from the law ``start``, with mean maps x ↦ A_k x + c_k and noise N(0, Q_k): A_k and Q_k
+    (N, D, D), c_k (N, D)."""
 
     direction: str
     start: Normal
     matrices: Tensor
     offsets: Tensor
-    gammas: Tensor
+    noise: Tensor
 
     def law(self) -> tuple[list[Normal], Tensor]:
         """Laws of x_0 … x_N, and Cov(x_0, x_N) (D, D)."""
-        count, identity = len(self.gammas), torch.eye(len(self.start.mean), dtype=torch.float64)
-        laws, cross = [self.start], self.start.covariance
+        count, laws, cross = len(self.noise), [self.start], self.start.covariance
         for i in range(count) if self.direction == FORWARD else range(count - 1, -1, -1):
             a, c, (mean, covariance) = self.matrices[i], self.offsets[i], laws[-1]
-            laws.append(Normal(a @ mean + c, a @ covariance @ a.mT + 2 * self.gammas[i] * identity))
+            laws.append(Normal(a @ mean + c, a @ covariance @ a.mT + self.noise[i]))
             cross = cross @ a.mT
         # ``cross`` is Cov(first simulated, last simulated).
         return (laws, cross) if self.direction == FORWARD else (laws[::-1], cross.mT)
+
+
+def isotropic(gammas: Tensor, dimension: int) -> Tensor:
+    """Covariances 2γ_k of the noise (N, D, D), for γ_k (N,)."""
+    return 2 * gammas[:, None, None].cpu() * torch.eye(dimension, dtype=torch.float64)
 
 
 def reference_chain(reference: Reference, start: Normal) -> AffineChain:
     """The reference process, begun at ``start``."""
     factor, mean = reference.factor.cpu(), reference.mean.double().cpu()
     matrices = factor[:, None, None] * torch.eye(len(mean), dtype=torch.float64)
-    return AffineChain(FORWARD, start, matrices, (1 - factor)[:, None] * mean, reference.gammas.cpu())
+    noise = isotropic(reference.gammas, len(mean))
+    return AffineChain(FORWARD, start, matrices, (1 - factor)[:, None] * mean, noise)
 
 
-def half_bridge(chain: AffineChain, start: Normal) -> AffineChain:
-    """The chain of the other direction that IPF learns from this one, begun at ``start``."""
+def half_bridge(chain: AffineChain, start: Normal, *, exact_reversal: bool = False) -> AffineChain:
+    """The chain of the other direction that IPF learns from this one, begun at ``start``; ``exact_reversal``: the one
+    it would learn if it reversed every edge exactly, its noise included."""
     laws, _ = chain.law()
-    # Of the regression's inputs, states at the far end of each edge.
-    inputs = laws[1:] if chain.direction == FORWARD else laws[:-1]
-    mean, covariance = (torch.stack(column) for column in zip(*inputs, strict=True))
-    precision = 2 * chain.gammas[:, None, None] * torch.linalg.inv(covariance)
-    matrices = 2 * torch.eye(len(start.mean), dtype=torch.float64) - chain.matrices - precision
-    offsets = (precision @ mean[:, :, None])[:, :, 0] - chain.offsets
-    return AffineChain(opposite(chain.direction), start, matrices, offsets, chain.gammas)
+    # Of the regression's inputs, states at the far end of each edge, and of its targets.
+    near, far = (laws[:-1], laws[1:]) if chain.direction == FORWARD else (laws[1:], laws[:-1])
+    mean, covariance = (torch.stack(column) for column in zip(*far, strict=True))
+    if exact_reversal:
+        near_mean, near_covariance = (torch.stack(column) for column in zip(*near, strict=True))
+        matrices = near_covariance @ chain.matrices.mT @ torch.linalg.inv(covariance)
+        offsets = near_mean - (matrices @ mean[:, :, None])[:, :, 0]
+        noise = near_covariance - matrices @ chain.matrices @ near_covariance
+    else:
+        precision, noise = chain.noise @ torch.linalg.inv(covariance), chain.noise
+        matrices = 2 * torch.eye(len(start.mean), dtype=torch.float64) - chain.matrices - precision
+        offsets = (precision @ mean[:, :, None])[:, :, 0] - chain.offsets
+    return AffineChain(opposite(chain.direction), start, matrices, offsets, noise)
 
 
 def ipf_rows(reference: Reference, first: Normal, last: Normal, half_bridges: int) -> list[dict[str, float]]:

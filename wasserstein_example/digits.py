@@ -199,10 +199,12 @@ class Results(NamedTuple):
         """What stands below the processes in the table."""
         fid, error, w2 = (self.values(key, sampler, steps) for key in ("fid", "fid_se", "w2"))
         several, enough = self.seeds > 1, len(self.processes) > 2
+        correlation = spearmanr(fid.mean(1), w2[:, 0]) if enough else None
         return {
             "error of the samples": np.median(error / fid),
             "deviation between seeds": np.sqrt(np.log(fid).var(axis=1, ddof=1).mean()) if several else None,
-            "rank correlation": spearmanr(fid.mean(1), w2[:, 0]).statistic if enough else None,
+            "rank correlation": correlation.statistic if enough else None,
+            "its p-value": correlation.pvalue if enough else None,
         }
 
 
@@ -213,7 +215,8 @@ def table(results: Results) -> str:
         "parentheses the smallest and the largest; features of a classifier with a test accuracy of "
         f"{100 * results.feature_test_accuracy:.1f} %. Below the processes: the median relative standard error of one "
         "FID from its samples; the standard deviation of log FID between seeds, pooled over processes; Spearman's rank "
-        "correlation, over processes, with the W₂ of the table that follows.\n"
+        "correlation, over processes, with the W₂ of the table that follows, and its p-value, not corrected for their "
+        "number.\n"
     ]
     titles = [theory.TITLES[NAMES[process]] for process in results.processes]
     for sampler, steps in results.steps().items():

@@ -242,7 +242,7 @@ def test_benchmark_compares_samplers(workdir, monkeypatch, compiled):
     assert sizes == [2, 20] + 3 * [2] + 6 * [20]  # every size of batch once before any is timed
     first, second, third = table(text)
     assert [row["NFE"] for row in (first, second, third)] == ["20", "13", "10"]
-    assert first["from the paper's, in its standard errors"] == "+0.0" and first["paper's time over it"] == "1.0"
+    assert first["minus the paper's"] == "–" and first["paper's time over it"] == "1.0"
     with pytest.raises(ValueError, match="--num_samples=39: at least 40"):
         sampling.run(str(workdir), num_samples=39)
 

@@ -159,11 +159,12 @@ def test_statistics_of_the_table():
     statistics = results.statistics("heun", 5)
     assert statistics["deviation between seeds"] == pytest.approx(np.sqrt(0.5))
     assert statistics["rank correlation"] == pytest.approx(0.5)
+    assert statistics["its p-value"] == pytest.approx(2 / 3)  # Student's t = 1/√3 with one degree of freedom
     assert statistics["error of the samples"] == pytest.approx(0.1)
     text = digits.table(results)
     assert "| VE constant             | 3.72 (2–5.44) |" in text and "exponential integrator" not in text
     one = results_of([[1.5], [2.5]], [0.1, 0.2])
-    assert [*one.statistics("heun", 5).values()][1:] == [None, None]
+    assert [*one.statistics("heun", 5).values()][1:] == [None, None, None]
     assert "| VE geometric            | 1.5   |" in digits.table(one)
 
 

@@ -284,3 +284,23 @@ def test_mistake_is_answered_in_one_line(tmp_path):
     )
     assert done.returncode == 1 and done.stderr == "error: --steps=8,x: allowed are integers, separated by commas\n"
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.slow
+def test_exponents_come_in_the_order_of_the_bounds(monkeypatch):
+    """The README's numbers: the exponent of 1/ε from ε = 0.0125 to 0.00625, d = 16, without early stopping."""
+    stretched, data, exponents = theory.stretched, theory.data_of(16), {}
+
+    def without_early_stopping(process: str, horizon: float):
+        sde = stretched(process, horizon)
+        sde.sampling_eps = 1e-12
+        return sde
+
+    monkeypatch.setattr(theory, "stretched", without_early_stopping)
+    for process in theory.BOUNDS:
+        counts = []
+        for epsilon in (0.0125, 0.00625):
+            sde = theory.stretched(process, theory.horizon_for(process, data, epsilon / 2))
+            counts.append(theory.steps_needed(sde, data, epsilon))
+        exponents[process] = round(math.log2(counts[1] / counts[0]), 3)
+    assert list(exponents.values()) == [1.035, 1.967, 1.465, 1.22, 1.097, 1.178, 1.072, 1.049]
