@@ -432,7 +432,7 @@ def evaluate(
             )
             files["samples.npz"] = {"images": images, "num_levels": score.images.num_levels}
         if runtime.is_main:
-            write_json(path, metrics)
+            write_json(path, metrics, checksum=True)
             _write_newest(folder, metrics, files, score.images)
     return metrics
 
@@ -451,10 +451,10 @@ METRICS = {
 """What metrics.json always has, by the field of ``config.eval`` that has it measured; None where it never was."""
 
 
-def _stored_metrics(path: Path) -> dict:
+def _stored_metrics(path: Path, *, checksum: bool = False) -> dict:
     """What a file of metrics has; nothing if it is missing or damaged."""
     try:
-        return dict(json.loads(path.read_bytes()))
+        return dict(read_json(path, checksum=checksum))
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -462,7 +462,7 @@ def _stored_metrics(path: Path) -> dict:
 def _kept_metrics(path: Path, enabled: ConfigDict) -> dict:
     """What a file of metrics of the same weights has of what is not measured again now."""
     fields = {name: field for field, names in METRICS.items() for name in names}
-    stored = _stored_metrics(path).items()
+    stored = _stored_metrics(path, checksum=True).items()
     return {name: value for name, value in stored if not enabled[fields.get(name, "enable_sampling")]}
 
 

@@ -178,7 +178,7 @@ def evaluate(config: ConfigDict, workdir: Path, model: ScoreModel | None, step: 
         log_prob = distribution.log_prob(x0, torch.full((len(x0),), eps, dtype=torch.float64))
         record |= {"cross_entropy": -float(log_prob.mean()), "entropy": entropy(distribution, eps)}
     write_arrays(workdir / "eval" / "arrays.npz", **arrays)
-    write_json(workdir / "eval" / "metrics.json", record)
+    write_json(workdir / "eval" / "metrics.json", record, checksum=True)
     return record
 
 
@@ -189,7 +189,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, device: str, exact: bo
         trainer(config, workdir, Runtime(device, on_progress=update)).run()
     step = 0 if exact else config.training.n_iters
     try:
-        record = read_json(workdir / "eval" / "metrics.json")
+        record = read_json(workdir / "eval" / "metrics.json", checksum=True)
         if record["step"] == step and read_arrays(workdir / "eval" / "arrays.npz"):
             return record
     except (OSError, ValueError, KeyError):

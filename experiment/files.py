@@ -94,15 +94,22 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def write_json(path: Path, value: object) -> None:
-    """Numbers that are not finite, which JSON has not, are a FloatingPointError; then nothing is written."""
+def write_json(path: Path, value: object, *, checksum: bool = False) -> None:
+    """Numbers that are not finite, which JSON has not, are a FloatingPointError; then nothing is written. ``checksum``:
+    a mapping gets one more item, by which ``read_json`` knows that it is whole."""
     try:
         text = json.dumps(value, indent=1, allow_nan=False)
     except ValueError:
         names = flatten(value) if isinstance(value, Mapping) else {}
         bad = ", ".join(name for name, part in names.items() if re.search(r"\b(NaN|Infinity)\b", json.dumps(part)))
         raise FloatingPointError(f"{path} is not written: {bad or 'a number'} is not finite") from None
+    if checksum:
+        text = json.dumps({**value, "checksum": _json_checksum(value)}, indent=1)
     write_text(path, text + "\n")
+
+
+def _json_checksum(value: Mapping[str, object]) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def write_arrays(path: Path, **arrays: object) -> None:
@@ -200,9 +207,13 @@ def _check_size(claimed: int, most: int) -> None:
         raise ValueError(f"it claims {claimed} bytes, but {reason}")
 
 
-def read_json(path: Path) -> object:
-    """The value in a ``.json``; a ValueError that names the file if it is damaged."""
-    return parse_json(path.read_bytes(), path)
+def read_json(path: Path, *, checksum: bool = False) -> object:
+    """The value in a ``.json``; a ValueError that names the file if it is damaged. ``checksum``: it must be a mapping
+    that was written with one."""
+    value = parse_json(path.read_bytes(), path)
+    if checksum and not (isinstance(value, dict) and value.pop("checksum", None) == _json_checksum(value)):
+        raise ValueError(f"{path} is damaged: its content is not what its checksum says")
+    return value
 
 
 def parse_json(text: bytes | str, path: Path) -> object:

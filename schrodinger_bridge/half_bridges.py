@@ -138,7 +138,7 @@ class BridgeRun:
         """
         self.runtime.in_main_process(lambda: claim(self.workdir, "schrodinger_bridge", self._settings()))
         path = self.workdir / "history.json"
-        self.history = read_json(path) if path.exists() else []
+        self.history = read_json(path, checksum=True)["half_bridges"] if path.exists() else []
         self.runtime.check_agreement("what has been measured", len(self.history), self.workdir)
         finished, num_ipf = max(0, len(self.history) - 1), self.config.bridge.num_ipf
         if finished > 2 * num_ipf:
@@ -288,7 +288,7 @@ class BridgeRun:
                 row[f"{name}_error"] = stdev(values) / math.sqrt(len(values))
         self.history.append(row)
         if self.runtime.is_main:
-            write_json(self.workdir / "history.json", self.history)
+            write_json(self.workdir / "history.json", {"half_bridges": self.history}, checksum=True)
 
     def _true_samples(self, direction: str, which: str, number: int) -> Tensor:
         key = (self.config.seed, "evaluation", which, number)

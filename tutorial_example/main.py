@@ -40,7 +40,7 @@ FIGURES = {
 def finished(folder: Path, name: str) -> dict | None:
     """What an earlier call has computed."""
     try:
-        return read_json(folder / "runs" / name / "result.json")
+        return read_json(folder / "runs" / name / "result.json", checksum=True)
     except (OSError, ValueError):  # not there, or damaged
         return None
 
@@ -57,7 +57,8 @@ def work(folder: Path, name: str, update: Update) -> None:
         {"text": text, "measured": m, "relation": relation, "bound": b, "holds": m <= b if relation == "<=" else m >= b}
         for text, (m, relation, b) in claims.items()
     ]
-    write_json(folder / "runs" / name / "result.json", {"about": module.__doc__, "claims": rows, "numbers": numbers})
+    result = {"about": module.__doc__, "claims": rows, "numbers": numbers}
+    write_json(folder / "runs" / name / "result.json", result, checksum=True)
 
 
 def section(name: str, about: str, claims: list[dict], numbers: dict) -> str:

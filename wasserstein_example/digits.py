@@ -130,9 +130,10 @@ def sample(
     rows, count = [], config.eval.num_samples
     for sampler, steps in plan:
         path, cost = workdir / "fid" / f"{sampler}-{steps}.json", evaluations(sampler, steps)
-        if path.exists():
+        try:
+            rows.append(read_json(path, checksum=True))
             update(count * cost)
-        else:
+        except (OSError, ValueError):  # there is none yet, or it is damaged
             is_ode = sampler == "heun"
             method = {"method": "ode", "solver": sampler} if is_ode else {"method": "pc", "predictor": sampler}
             config.sampling.update(num_steps=steps, **method)
@@ -142,8 +143,8 @@ def sample(
             generated = extract_features(extractor, images, config.eval.batch_size)
             fid, error = fid_with_error(real.pool, generated.pool)
             row = {"sampler": sampler, "K": steps, "num_samples": count, "nfe": float(drawn["nfe"])}
-            write_json(path, row | {"fid": fid, "fid_se": error})
-        rows.append(read_json(path))
+            rows.append(row | {"fid": fid, "fid_se": error})
+            write_json(path, rows[-1], checksum=True)
     return rows
 
 

@@ -190,6 +190,25 @@ def test_json_that_is_damaged(text, tmp_path):
         read_json(tmp_path / "a.json")
 
 
+def test_json_with_a_checksum_is_read_as_it_was_written_or_not_at_all(tmp_path):
+    """Every bit of it flipped in turn, and the checksum left out."""
+    path, value = tmp_path / "a.json", {"nll": 2.125, "rows": [{"k": 3, "name": "u"}, None]}
+    write_json(path, value, checksum=True)
+    assert read_json(path, checksum=True) == value
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(damaged)
+        try:
+            assert read_json(path, checksum=True) == value  # white space only
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+    write_json(path, value)
+    with pytest.raises(ValueError, match="is damaged: its content is not what its checksum says"):
+        read_json(path, checksum=True)
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ["a.npz", "a.npy", "a.json"])
 def test_damaged_bytes(name, tmp_path):

@@ -429,7 +429,7 @@ def test_samples_that_are_not_finite_are_no_perfect_ones(tmp_path):
             wasserstein(x, torch.where(torch.arange(20)[:, None] == 3, bad, x), 0)
     with pytest.raises(FloatingPointError, match="not finite"):
         learn(config_of(optim__lr=1e12, training__n_iters=1), tmp_path)
-    assert len(json.loads((tmp_path / "history.json").read_text())) == 1  # the reference
+    assert len(json.loads((tmp_path / "history.json").read_text())["half_bridges"]) == 1  # the reference
 
 
 def test_fewer_iterations_than_done_are_refused(tmp_path):
