@@ -55,13 +55,13 @@ class Likelihood(NamedTuple):
     nfe: float
 
 
-def bits_per_dim(log_prob: Tensor, dimension: int, *, num_levels: int, centered: bool) -> Tensor:
-    """Bits per dimension (B,) of discrete data from the log-density, in nats, of their dequantised version.
+def bits_per_dim(log_prob: Tensor, dimension: int, log2_unit: float) -> Tensor:
+    """Bits per dimension (B,) of data in their own units from the log-density, in nats, of model values.
 
-    A pixel with L levels fills a cell of width 1/L of [0, 1], or 2/L of [−1, 1] if ``centered``.
+    ``log2_unit``: log₂ of such a unit in model values, ``DataFormat.log2_unit``. For levels it is that of a cell, which
+    is what makes the density of dequantised levels a bound of their probability.
     """
-    cell = (2.0 if centered else 1.0) / num_levels
-    return -log_prob / (dimension * math.log(2)) - math.log2(cell)
+    return -log_prob / (dimension * math.log(2)) - log2_unit
 
 
 class Time:

@@ -45,9 +45,10 @@ from checkpoints import (
     read_checkpoint,
     weights_digest,
 )
-from configs.checks import check
+from configs.checks import check, item_shape
+from configs.defaults import FIELDS
 from configs.stored import config_of
-from data.pixels import GRID_IMAGES, ImageFormat, save_image_grid
+from data.format import GRID_IMAGES, DataFormat, is_picture, save_grid
 from data.sets import evenly_spaced
 from experiment.files import check_folder, differences, parse_json, read_json, write_arrays, write_json, write_text
 from experiment.randomness import SampleGenerators, normal_like, uniform
@@ -190,7 +191,7 @@ def trainer(
         ValueError, OSError: bad config, data, checkpoint or working directory.
     """
     from data import TrainingBatches
-    from data.pixels import random_flip
+    from data.format import random_flip
     from models import EMA, recompute_activations
     from training import Hook, Trainer
 
@@ -200,7 +201,7 @@ def trainer(
     if config.sampling.condition not in ("", "class_free"):
         raise ValueError(f"sampling.condition={config.sampling.condition!r}: not while training")
     train_data, test_data = load_data(config, runtime)
-    images = _image_format(config, train_data)
+    images = _data_format(config, train_data, workdir)
     sde = build_sde(config)
     # Weights, their average, gradients and Adam's two moments.
     model = build_score_model(config, sde, images, copies=5).to(device)
@@ -229,7 +230,8 @@ def trainer(
 
     @functools.cache
     def begin() -> dict | None:
-        _decode_once(train_data, runtime)
+        _read_once(train_data, runtime)
+        _read_once(test_data, runtime)
         return _state_to_begin_with(config, model, optimizer)
 
     if not (workdir / "checkpoints").exists():
@@ -272,7 +274,10 @@ def trainer(
         share = runtime.share(GRID_IMAGES)
         drawn = runtime.gather([score.draw(share, sampler, progress=runtime.shows_progress)[0]] if share else [])
         if runtime.is_main:
-            save_image_grid(workdir / "samples" / f"step_{step:08d}.png", np.concatenate(drawn), images)
+            path, arrays = workdir / "samples" / f"step_{step:08d}.png", np.concatenate(drawn)
+            save_grid(path, arrays, images)
+            if not images.is_picture:
+                write_arrays(path.with_suffix(".npz"), **_as_file(arrays, images))
 
     hooks = [Hook(training.eval_freq, test_loss)]
     if training.snapshot_sampling:
@@ -319,7 +324,7 @@ def _state_to_begin_with(config: ConfigDict, model: ScoreModel, optimizer: torch
     return {**state, "source": f"training.init_from={path}"}
 
 
-def _record(config: ConfigDict, images: ImageFormat, train_data: Split) -> dict:
+def _record(config: ConfigDict, images: DataFormat, train_data: Split) -> dict:
     """What a checkpoint says besides weights: enough to sample from it without the data."""
     return {
         "config": config.to_json(),
@@ -329,14 +334,12 @@ def _record(config: ConfigDict, images: ImageFormat, train_data: Split) -> dict:
     }
 
 
-def _decode_once(data: Split, runtime: Runtime) -> None:
-    """Decode all image files before a run begins with them, so that a damaged one does not stop it later. They are then
-    known by the fingerprint that the run keeps."""
-    from data import FileSplit
-
-    if isinstance(data, FileSplit):
-        with runtime.progress(total=len(data), unit="image", desc=f"read {data.name}") as bar:
-            runtime.in_main_process(lambda: data.decode_all(bar.update))
+def _read_once(data: Split, runtime: Runtime) -> None:
+    """Read all files and arrays before a run begins with them, so that a damaged one does not stop it later. They are
+    then known by the fingerprint that the run keeps."""
+    if hasattr(data, "read_all"):
+        with runtime.progress(total=len(data), unit="item", desc=f"read {data.name}") as bar:
+            runtime.in_main_process(lambda: data.read_all(bar.update))
 
 
 def _check_data(record: dict, train_data: Split, workdir: Path, runtime: Runtime) -> None:
@@ -348,7 +351,7 @@ def _check_data(record: dict, train_data: Split, workdir: Path, runtime: Runtime
         return
     if isinstance(train_data, FileSplit):
         logger.warning("the training data are not, or not known to be, those of %s", workdir)
-        return _decode_once(train_data, runtime)
+        return _read_once(train_data, runtime)
     raise ValueError(
         f"data.path: other training data than those of --workdir={workdir}; to go on with these take a new workdir and "
         "training.init_from"
@@ -391,11 +394,19 @@ def evaluate(
             _check_request(config, workdir, checkpoint)
             train_data, test_data = load_data(config, runtime)
             sampler = build_sampler(config, build_sde(config))
-            if enabled.enable_sampling:
+            if enabled.enable_sampling and is_picture(train_data):
                 from features.quality import SampleQuality
 
                 cache_dir = _cache_dir(workdir, runtime)
                 quality = SampleQuality(enabled, train_data, test_data, cache_dir, runtime, seed=config.seed)
+            elif enabled.enable_sampling:
+                from evaluation import LEAST_ITEMS
+
+                if (count := min(enabled.num_samples, len(test_data))) < LEAST_ITEMS:
+                    raise ValueError(
+                        f"eval.num_samples={enabled.num_samples}: to compare distributions takes {LEAST_ITEMS} samples "
+                        f"and test items, not {count}"
+                    )
             stack.enter_context(runtime.exclusive(workdir / ".evaluation.lock"))
             score = _trained_score(config, workdir, checkpoint, runtime)
             if score.trained_on not in (None, train_data.fingerprint):
@@ -424,13 +435,18 @@ def evaluate(
             metrics |= {"nfe_sampling": float(arrays["nfe"].mean()), "num_samples": count}
             if config.sampling.method == "pc":
                 metrics["sampling_steps"] = sampler.num_steps
-            key = score.stage_key("sample_features", count, _sampling_identity(score))
-            labels = score.wanted_labels(range(count)) if config.sampling.condition else None
             images = arrays.get("images")  # in another process than the main one those of its share, if it has any
-            metrics |= quality.measure(
-                images, count, folder / "stages", key, None if labels is None else labels.cpu().numpy()
-            )
-            files["samples.npz"] = {"images": images, "num_levels": score.images.num_levels}
+            if score.images.is_picture:
+                key = score.stage_key("sample_features", count, _sampling_identity(score))
+                labels = score.wanted_labels(range(count)) if config.sampling.condition else None
+                metrics |= quality.measure(
+                    images, count, folder / "stages", key, None if labels is None else labels.cpu().numpy()
+                )
+            elif runtime.is_main:
+                measured, files["distributions.npz"] = _compare_distributions(score, images, train_data, test_data)
+                metrics |= measured
+            if runtime.is_main:
+                files["samples.npz"] = _as_file(images, score.images)
         if runtime.is_main:
             write_json(path, metrics, checksum=True)
             _write_newest(folder, metrics, files, score.images)
@@ -438,7 +454,10 @@ def evaluate(
 
 
 METRICS = {
-    "enable_bpd": ("nll_bits_per_dim", "nll_bits_per_dim_se", "nfe_likelihood", "nll_images", "likelihood"),
+    "enable_bpd": (
+        *("nll_bits_per_dim", "nll_bits_per_dim_se", "nll_nats_per_dim", "nll_nats_per_dim_se"),
+        *("nfe_likelihood", "nll_images", "likelihood"),
+    ),
     "enable_asymmetry": (
         *("asym", "asym_se", "nasym", "nasym_se", "asym_images", "asym_levels", "asym_first_level", "asym_probes"),
     ),
@@ -446,6 +465,8 @@ METRICS = {
         *("sampler", "sampling_steps", "nfe_sampling", "num_samples", "fid", "kid", "kid_se", "inception_score"),
         *("inception_score_std", "precision", "recall", "density", "coverage"),
         *("features", "feature_test_accuracy", "reference", "num_reference", "backend"),
+        *("sliced_w2", "sliced_w2_se", "sliced_w2_training_data", "marginal_w1", "marginal_w1_se"),
+        *("spectrum_error", "spectrum_error_se"),
     ),
 }
 """What metrics.json always has, by the field of ``config.eval`` that has it measured; None where it never was."""
@@ -466,7 +487,7 @@ def _kept_metrics(path: Path, enabled: ConfigDict) -> dict:
     return {name: value for name, value in stored if not enabled[fields.get(name, "enable_sampling")]}
 
 
-def _write_newest(folder: Path, metrics: dict, files: dict[str, dict], images: ImageFormat) -> None:
+def _write_newest(folder: Path, metrics: dict, files: dict[str, dict], images: DataFormat) -> None:
     """Write what a report reads of a run: metrics.json, and arrays by file; not if those there are of newer weights."""
     step, newest = metrics["checkpoint_step"], _stored_metrics(folder / "metrics.json").get("checkpoint_step", 0)
     if newest > step:
@@ -475,16 +496,17 @@ def _write_newest(folder: Path, metrics: dict, files: dict[str, dict], images: I
     for name, arrays in files.items():
         write_arrays(folder / name, **arrays)
     if "samples.npz" in files:
-        save_image_grid(folder / "samples.png", files["samples.npz"]["images"], images)
-    for name, measured in {"nll": "nll_bits_per_dim", "asymmetry": "asym", "samples": "fid"}.items():
+        save_grid(folder / "samples.png", files["samples.npz"]["images" if images.is_picture else "samples"], images)
+    stale = {"nll": "nfe_likelihood", "asymmetry": "asym", "samples": "nfe_sampling", "distributions": "sliced_w2"}
+    for name, measured in stale.items():
         if metrics[measured] is None:  # then those are of other weights
             (folder / f"{name}.npz").unlink(missing_ok=True)
     write_json(folder / "metrics.json", metrics)
 
 
 def _evaluate_nll(score: TrainedScore, data: Split) -> tuple[dict, dict[str, np.ndarray]]:
-    """Bits per dimension of the uniformly dequantised test set, the whole or ``nll_images`` of it: metrics, and by
-    image.
+    """Nats per dimension of the test set, the whole or ``nll_images`` of it; of levels, uniformly dequantised, also
+    bits: metrics, and by item.
 
     An image has the same noise in both cases, so that a part of the test set is a part of the result.
     """
@@ -493,20 +515,25 @@ def _evaluate_nll(score: TrainedScore, data: Split) -> tuple[dict, dict[str, np.
     config = score.config
     count = min(config.eval.nll_images or len(data), len(data))
     likelihood = score.likelihood
+    # Of numbers in bits there is no use.
+    name, unit = ("nll_bits_per_dim", 1.0) if score.images.num_levels else ("nll_nats_per_dim", math.log(2))
 
     def compute(positions: range) -> dict[str, np.ndarray]:
         indices = evenly_spaced(positions, count, len(data))
         generator = SampleGenerators((config.seed, "likelihood"), indices)
         levels, labels = data.batch(indices)
         bits, nfe = score.bits_and_nfe(levels, generator, labels)
-        return {"nll_bits_per_dim": bits.cpu().numpy(), "nfe": np.full(len(bits), nfe)}
+        return {name: unit * bits.cpu().numpy(), "nfe": np.full(len(bits), nfe)}
 
     identity = {"data": data.fingerprint, "likelihood": config.likelihood.to_dict()}
     arrays = score.stage("nll", count, identity, compute)
-    mean, error = mean_and_error(arrays["nll_bits_per_dim"])
+    mean, error = mean_and_error(arrays[name])
+    nats = math.log(2) / unit
     metrics = {
-        "nll_bits_per_dim": mean,
-        "nll_bits_per_dim_se": error,
+        name: mean,
+        f"{name}_se": error,
+        "nll_nats_per_dim": nats * mean,
+        "nll_nats_per_dim_se": nats * error,
         "nll_images": count,
         "nfe_likelihood": float(arrays["nfe"].mean()),
         "likelihood": str(likelihood),
@@ -562,6 +589,31 @@ def _draw_samples(score: TrainedScore, sampler) -> dict[str, np.ndarray]:
     return score.stage("sample_items", count, settings, compute, large=("images",))
 
 
+def _as_file(arrays: np.ndarray, images: DataFormat) -> dict[str, object]:
+    """Samples under the names that they have in files."""
+    levels = {} if images.num_levels is None else {"num_levels": images.num_levels}
+    return {"images" if images.is_picture else "samples": arrays, **levels}
+
+
+def _compare_distributions(
+    score: TrainedScore, samples: np.ndarray, train_data: Split, test_data: Split
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """How far the distribution of samples is from that of held-out data, in model values: metrics, and curves."""
+    from evaluation import compare_distributions, sliced_wasserstein
+
+    def values(data: Split, count: int) -> np.ndarray:
+        count = min(count, len(data))
+        batches = range(0, count, 256)
+        indices = [evenly_spaced(range(start, min(start + 256, count)), count, len(data)) for start in batches]
+        return np.concatenate([score.images.to_model(data.batch(part)[0]).numpy() for part in indices])
+
+    generated = score.images.to_model(torch.from_numpy(samples.astype(np.int64 if score.images.num_levels else float)))
+    real, seed = values(test_data, len(samples)), score.config.seed
+    metrics, curves = compare_distributions(real, generated.numpy(), seed=seed)
+    metrics["sliced_w2_training_data"] = sliced_wasserstein(real, values(train_data, len(real)), seed=seed)
+    return metrics, curves
+
+
 def _sampling_identity(score: TrainedScore) -> dict:
     """What decides samples, beside weights and model."""
     settings = json.loads(score.config.sampling.to_json())
@@ -607,7 +659,8 @@ def sample(
 
     A condition on a class, or none, gives ``eval.num_samples`` samples and needs no data set:
 
-        W/samples/NAME/samples.npz       images (N, H, W, C), num_levels, nfe and, if they are of classes, labels (N,)
+        W/samples/NAME/samples.npz       images (N, H, W, C), num_levels, nfe and, if they are of classes, labels (N,);
+                                         of data that are no grey or colour images, samples (N, ...) in their own units
         W/samples/NAME/grid.png, metrics.json, settings.json
 
     A condition that measures test images: see ``guidance.measured``. NAME says with which sampler and under which
@@ -643,14 +696,8 @@ def sample(
             nfe, count = float(arrays["nfe"].mean()), len(arrays["nfe"])
             if runtime.is_main:
                 labels = {"labels": score.wanted_labels(range(count)).cpu().numpy()} if sampling.condition else {}
-                write_arrays(
-                    folder / "samples.npz",
-                    images=arrays["images"],
-                    num_levels=score.images.num_levels,
-                    nfe=nfe,
-                    **labels,
-                )
-                save_image_grid(folder / "grid.png", arrays["images"], score.images)
+                write_arrays(folder / "samples.npz", **_as_file(arrays["images"], score.images), nfe=nfe, **labels)
+                save_grid(folder / "grid.png", arrays["images"], score.images)
                 write_json(folder / "metrics.json", {"nfe_sampling": nfe, "num_samples": count})
         if runtime.is_main:
             write_json(folder / "settings.json", settings)
@@ -665,13 +712,13 @@ def sample(
 class TrainedScore:
     """The score s(x, t) = ∇ log p_t(x) of a run's moving average, and what can be asked of it.
 
-    Called with x (B, C, H, W) in the range of the training data and t (B,) in [0, 1], it gives (B, C, H, W). Of a
-    network that knows classes it is the unconditional score unless labels (B,) are given.
+    Called with x (B, C, ...) as the model sees it, ``images.to_model``, and t (B,) in [0, 1], it gives (B, C, ...). Of
+    a network that knows classes it is the unconditional score unless labels (B,) are given.
 
     Attributes:
         sde: the forward process.
-        images: shape, grey levels, classes and range of the images.
-        shape: (C, H, W).
+        images: shape, levels or normalisation, and classes of the data.
+        shape: of an item, such as (C, H, W).
         step: of the optimiser, at which the weights were saved.
     """
 
@@ -679,7 +726,7 @@ class TrainedScore:
         self,
         config: ConfigDict,
         model: ScoreModel,
-        images: ImageFormat,
+        images: DataFormat,
         step: int,
         *,
         runtime: Runtime | None = None,
@@ -695,8 +742,8 @@ class TrainedScore:
         return self.model.sde
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.images.image_shape
+    def shape(self) -> tuple[int, ...]:
+        return self.images.shape
 
     @property
     def device(self) -> torch.device:
@@ -718,7 +765,7 @@ class TrainedScore:
     # -- samples
 
     def sample(self, n: int, *, seed: int = 0, progress: bool = False, **options) -> Tensor:
-        """``n`` samples (n, C, H, W) in the range of the training data; ``images.to_levels`` gives grey levels.
+        """``n`` samples (n, C, ...) in model values; ``images.to_data`` gives levels, or numbers in the data's units.
 
         Args:
             n: how many.
@@ -745,11 +792,11 @@ class TrainedScore:
         return sampler(score._sampling_score(range(n)), like, generator, progress=progress).x
 
     def draw(self, indices: Sequence[int], sampler, *, progress: bool = False) -> tuple[np.ndarray, float]:
-        """Samples number ``indices`` as grey levels, uint8 (B, H, W, C), and network evaluations per sample."""
+        """Samples number ``indices`` as files have them, and network evaluations per sample."""
         generator = SampleGenerators((self.config.seed, "samples"), indices)
         like = torch.zeros((len(indices), *self.shape), device=self.device)
         samples = sampler(self._sampling_score(indices), like, generator, progress=progress)
-        return self.images.to_levels(samples.x).permute(0, 2, 3, 1).cpu().numpy(), samples.nfe
+        return self.images.to_arrays(self.images.to_data(samples.x)), samples.nfe
 
     def wanted_labels(self, indices: Sequence[int]) -> Tensor:
         """The classes (B,) that ``sampling.condition`` wants of samples number ``indices``."""
@@ -778,12 +825,13 @@ class TrainedScore:
         return LikelihoodEvaluator(self.sde, **self.config.likelihood)
 
     def log_prob(self, x: Tensor, *, seed: int = 0) -> Tensor:
-        """log p(x) (B,) in nats at points (B, C, H, W) in the range of the training data, by the probability flow."""
+        """log p(x) (B,) in nats at points (B, C, ...) as the model sees them, by the probability flow."""
         generator = SampleGenerators((seed, "likelihood"), range(len(x)))
         return self.likelihood(self._of_class(None), x.to(self.device), generator).log_prob
 
     def bits_per_dim(self, levels: Tensor, *, seed: int = 0) -> Tensor:
-        """Bits per dimension (B,) of images, uint8 grey levels (B, C, H, W), uniformly dequantised."""
+        """Bits per dimension (B,) of levels (B, C, ...), uniformly dequantised, or of numbers in their own units; ln 2
+        times as many nats."""
         return self.bits_and_nfe(levels, SampleGenerators((seed, "likelihood"), range(len(levels))))[0]
 
     def bits_and_nfe(
@@ -794,11 +842,7 @@ class TrainedScore:
 
         x = self.images.to_model(levels, generator, dequantize=True).to(self.device)
         result = self.likelihood(self._of_class(class_labels), x, generator)
-        images = self.images
-        bits = bits_per_dim(
-            result.log_prob, math.prod(self.shape), num_levels=images.num_levels, centered=images.centered
-        )
-        return bits, result.nfe
+        return bits_per_dim(result.log_prob, self.images.dimension, self.images.log2_unit), result.nfe
 
     def asymmetry(
         self,
@@ -809,7 +853,7 @@ class TrainedScore:
         generator: SampleGenerators | None = None,
         class_labels: Tensor | None = None,
     ) -> Asymmetry:
-        """Asym and NAsym (B,) at x (B, C, H, W) and t (B,), from so many probes, or exact with ``probes=0``.
+        """Asym and NAsym (B,) at x (B, C, ...) and t (B,), from so many probes, or exact with ``probes=0``.
 
         By default they are exact for up to 256 dimensions, and else from 16 probes.
         """
@@ -942,12 +986,12 @@ def _read(path: str | Path, flag: str, step: int | None) -> tuple[dict | list, P
 def _score_from_state(state: dict | list, path: Path, config: ConfigDict, device: torch.device) -> TrainedScore:
     sde, trained_on = build_sde(config), None
     if _is_own(state, path):
-        images, trained_on = ImageFormat(**state["record"]["images"]), state["record"]["data"]
+        images, trained_on = DataFormat.from_dict(state["record"]["images"]), state["record"]["data"]
         model = build_score_model(config, sde, images)
     else:
         data = config.data
-        images = ImageFormat(
-            (data.num_channels, data.image_size, data.image_size),
+        images = DataFormat(
+            item_shape(data),
             num_levels=256,
             num_classes=config.model.get("num_classes", 0) or None,
             centered=data.centered,
@@ -981,9 +1025,9 @@ def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime =
         check(config)
         _check_workdir(config, workdir, FREE_IN_EVALUATION)
         train_data, test_data = load_data(config, runtime)
-        images = _image_format(config, train_data)
+        images = _data_format(config, train_data)
         if not (workdir / "classifier" / "experiment.json").exists():
-            _decode_once(train_data, runtime)
+            _read_once(train_data, runtime)
         training = ClassifierTraining(
             workdir,
             build_sde(config),
@@ -1001,7 +1045,7 @@ def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime =
     return training.test()
 
 
-def _classifier_identity(config: ConfigDict, images: ImageFormat) -> dict:
+def _classifier_identity(config: ConfigDict, images: DataFormat) -> dict:
     """What decides the classifier, but for the number of steps and how often it is logged and saved."""
     model, own = json.loads(config.model.to_json()), json.loads(config.classifier.to_json())
     noise = ("schedule", "sigma_min", "sigma_max", "beta_min", "beta_max", "rho")
@@ -1023,18 +1067,27 @@ def build_sde(config: ConfigDict) -> SDE:
     return make_sde(config.training.sde, config.model.get("schedule", ""), config.model)
 
 
-def _image_format(config: ConfigDict, data: Split) -> ImageFormat:
-    return ImageFormat.of(data, centered=config.data.centered, dequantized=config.data.uniform_dequantization)
+def _data_format(config: ConfigDict, data: Split, workdir: Path | None = None) -> DataFormat:
+    """That of a run; the normalisation of numbers is computed when it begins, and kept in its checkpoints."""
+    settings = config.data
+    if workdir is not None and data.num_levels is None:
+        store = CheckpointStore(workdir / "checkpoints")
+        if (state := store.load_latest()) is not None:
+            _check_program(state["record"], store.path(state["step"]))
+            return DataFormat.from_dict(state["record"]["images"])
+    options = dict(centered=settings.centered, dequantized=settings.uniform_dequantization)
+    return DataFormat.of(data, **options, normalization=settings.normalization)
 
 
-def build_score_model(config: ConfigDict, sde: SDE, images: ImageFormat, copies: int = 2) -> ScoreModel:
+def build_score_model(config: ConfigDict, sde: SDE, images: DataFormat, copies: int = 2) -> ScoreModel:
     """A new score model; its initial weights are keyed by the seed. ``copies``: how many there must be memory for."""
     model, num_scales = config.model, None if config.training.continuous else config.model.num_scales
-    channels, size, _ = images.image_shape
-    shape = dict(image_size=size, num_channels=channels, centered=images.centered)
+    channels, *size = images.shape
+    square = len(size) == 2 and size[0] == size[1]
+    shape = dict(image_size=size[0] if square else tuple(size), num_channels=channels, dimension=images.dimension)
     torch.manual_seed(config.seed)
     with within_memory(f"model.nf={model.nf}", copies):
-        network = make_network(model.name, model, **shape, num_levels=num_scales)
+        network = make_network(model.name, model, **shape, centered=images.centered, num_levels=num_scales)
     return make_score_model(
         sde,
         network,
@@ -1060,9 +1113,11 @@ def load_data(config: ConfigDict, runtime: Runtime | None = None) -> tuple[Split
     from data import load_dataset
 
     data = config.data
-    names = ("image_size", "num_channels", "path", "root", "download", "resize")
+    names = ("num_levels", "path", "root", "download", "resize")
     with runtime.accelerator.main_process_first() if runtime else contextlib.nullcontext():
-        train_data, test_data = load_dataset(data.dataset, **{name: data[name] for name in names})
+        train_data, test_data = load_dataset(
+            data.dataset, shape=item_shape(data), **{name: data[name] for name in names}
+        )
     _check_classes(config, train_data)
     return train_data, test_data
 
@@ -1071,7 +1126,7 @@ def _cache_dir(workdir: Path, runtime: Runtime) -> Path:
     return Path(runtime.cache_dir or workdir / "eval" / "cache")
 
 
-def _check_classes(config: ConfigDict, images: ImageFormat | Split) -> None:
+def _check_classes(config: ConfigDict, images: DataFormat | Split) -> None:
     sampling, own, available = config.sampling, config.model.get("num_classes", 0), images.num_classes
     dataset = f"data.dataset={config.data.dataset!r}"
     if own and own != available:
@@ -1133,7 +1188,13 @@ def _check_workdir(config: ConfigDict, workdir: Path, free_fields: tuple[str, ..
         return
     if not isinstance(stored := read_json(path), dict):
         raise ValueError(f"{path} is damaged: it holds no object")
-    if different := differences(stored, json.loads(config.to_json()), free_fields):
+    given = json.loads(config.to_json())
+    for name, field in FIELDS.items():  # which an earlier version did not have
+        section, _, key = name.rpartition(".")
+        part, kept = (tree.get(section) if section else tree for tree in (given, stored))
+        if isinstance(part, dict) and isinstance(kept, dict) and key not in kept and part.get(key) == field.default:
+            del part[key]
+    if different := differences(stored, given, free_fields):
         raise ValueError(f"--workdir={workdir} holds another run: {different}")
 
 
@@ -1150,8 +1211,8 @@ def _check_program(record: dict, source: Path) -> None:
     if "images" not in record:  # a bridge, a classifier, an example
         raise CheckpointError(f"{source}: a checkpoint of another program than main.py")
     try:
-        shape, config = ImageFormat(**record["images"]).image_shape, json.loads(record["config"])
-        whole = len(shape) == 3 and all(map(is_count, shape)) and isinstance(config, dict) and "data" in record
+        shape, config = DataFormat.from_dict(record["images"]).shape, json.loads(record["config"])
+        whole = shape and all(map(is_count, shape)) and isinstance(config, dict) and "data" in record
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, RandomSampler, default_collate
 import run_lib
 from benchmarks.measure import conditions, in_turn
 from configs.digits import get_config
-from data import ImageFormat, Split, TrainingBatches, random_flip
-from data.pixels import scale, to_unit_interval
+from data import DataFormat, Split, TrainingBatches, random_flip
+from data.format import scale, to_unit_interval
 from experiment.command_line import command
 from experiment.randomness import SampleGenerators
 from experiment.results import markdown_table
@@ -39,7 +39,7 @@ def run(config: ConfigDict = None, *, rounds: int = 40, device: str = "cpu", com
     config, runtime = config or get_config("u"), run_lib.Runtime(device, compile=compile)
     data, size, where = config.data, config.training.batch_size, runtime.torch_device
     train, _ = run_lib.load_data(config, runtime)
-    images = ImageFormat.of(train, centered=data.centered, dequantized=data.uniform_dequantization)
+    images = DataFormat.of(train, centered=data.centered, dequantized=data.uniform_dequantization)
     loader = public_loader(train, images, size, data.random_flip)
     batches = TrainingBatches(train, seed=config.seed, batch_size=size)
 
@@ -63,7 +63,7 @@ def run(config: ConfigDict = None, *, rounds: int = 40, device: str = "cpu", com
     return f"{title}{conditions(where)}\n{markdown_table(header, rows)}"
 
 
-def public_loader(split: Split, images: ImageFormat, batch_size: int, flip: bool) -> Iterator[tuple[Tensor, Tensor]]:
+def public_loader(split: Split, images: DataFormat, batch_size: int, flip: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (B, C, H, W) as the model sees them, and labels, with replacement: a set may be smaller than a batch."""
 
     def single(index: int) -> tuple[Tensor, Tensor]:

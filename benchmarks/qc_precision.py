@@ -84,7 +84,7 @@ def run() -> str:
         size = {"seed": 0, "model.nf": 16, "model.num_res_blocks": blocks, "model.init_scale": 1.0}
         config = base_config(C | size)
         model = run_lib.build_score_model(config, run_lib.build_sde(config), IMAGES).eval()
-        x0, t = torch.rand(4, *IMAGES.image_shape, dtype=torch.float64), torch.linspace(1e-5, 1, 4, dtype=torch.float64)
+        x0, t = torch.rand(4, *IMAGES.shape, dtype=torch.float64), torch.linspace(1e-5, 1, 4, dtype=torch.float64)
         std = model.sde.std(t)
         z = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         floor = [measure(name, model, x0 + expand(std, x0) * z, t, std**2)[0] for name in FORMATS]

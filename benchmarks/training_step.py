@@ -21,7 +21,7 @@ import run_lib
 from benchmarks.measure import conditions, in_turn, operations_of, peak_memory
 from benchmarks.public_code import in_public_style, public_loss
 from configs.defaults import base_config
-from data import ImageFormat
+from data import DataFormat
 from experiment.command_line import command
 from experiment.randomness import SampleGenerators
 from experiment.results import markdown_table
@@ -29,7 +29,7 @@ from losses import make_objective
 from models import EMA, recompute_activations
 from training import Trainer
 
-IMAGES = ImageFormat((3, 32, 32), num_levels=256, num_classes=None, centered=False, dequantized=False)
+IMAGES = DataFormat((3, 32, 32), num_levels=256, num_classes=None, centered=False, dequantized=False)
 SIZE = {"model.nf": 32, "model.num_res_blocks": 2, "training.batch_size": 8}
 C = {"model.parameterization": "conservative"}
 QC = {"training.qc_weight": 1e-4}
@@ -131,7 +131,7 @@ def make_trainer(name: str, overrides: Mapping[str, object], runtime: run_lib.Ru
     objective = make_objective(model, training)
     if compiled:
         model.compile_network()
-    x0 = torch.rand(training.batch_size, *IMAGES.image_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    x0 = torch.rand(training.batch_size, *IMAGES.shape, generator=torch.Generator().manual_seed(0)).to(device)
 
     def loss(module: nn.Module, step: int, positions: range) -> Mapping[str, Tensor]:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):

@@ -1,5 +1,7 @@
 """The check of the config of an image model, before any work."""
 
+import math
+
 from ml_collections import ConfigDict
 
 from configs.defaults import FIELDS
@@ -8,6 +10,12 @@ from configs.fields import check_fields
 EXACT_MAX_DIMENSION = 256
 LANGEVIN_MIN_DIMENSION = 16
 CLASSES = ("class", "class_free")
+SPATIAL = ("inpaint", "colorize", "super_resolution", "ct", "class")
+
+
+def item_shape(data: ConfigDict) -> tuple[int, ...]:
+    """Of one item, with the channels first."""
+    return data.shape or (data.num_channels, data.image_size, data.image_size)
 
 
 def check(config: ConfigDict) -> None:
@@ -18,23 +26,38 @@ def check(config: ConfigDict) -> None:
     """
     check_fields(config, FIELDS, "an image model, such as configs/digits.py")
     sampling, given, dropout = config.sampling, config.eval, config.training.label_dropout
-    num_classes, dimension = config.model.get("num_classes", 0), config.data.num_channels * config.data.image_size**2
+    num_classes, shape = config.model.get("num_classes", 0), item_shape(config.data)
+    dimension = math.prod(shape)
     condition, weight, noise = sampling.condition, sampling.guidance_weight, sampling.measurement_noise
     measured = condition not in ("", *CLASSES)
     projected, dps = (measured and sampling.conditioning == name for name in ("projection", "dps"))
     unguided = f"sampling.condition={condition!r} by projection" if condition else "unconditional sampling"
+    fourier = config.model.get("embedding_type") == "fourier"
     tfhub, classifier = given.tfhub_inception, given.features == "classifier"
     rules = [
+        (
+            config.data.random_flip and len(shape) != 3,
+            f"data.random_flip=True: flips images, data.shape=(C, H, W), not data of data.shape={shape}",
+        ),
+        (
+            config.model.name == "vector_mlp" and fourier and config.training.sde != "vesde",
+            "model.embedding_type='fourier': of vector_mlp only for training.sde='vesde'; use 'positional'",
+        ),
+        (
+            condition in SPATIAL and len(shape) != 3,
+            f"sampling.condition={condition!r}: of images, data.shape=(C, H, W), not of data.shape={shape}; 'linear' "
+            "and operators of yours are for any",
+        ),
         (dropout and not num_classes, f"training.label_dropout={dropout}: needs model.num_classes > 0"),
         (
             given.asym_probes == 0 and dimension > EXACT_MAX_DIMENSION,
-            f"eval.asym_probes=0: the exact Jacobian is for at most {EXACT_MAX_DIMENSION} dimensions, images of "
-            f"data.image_size={config.data.image_size} have {dimension}",
+            f"eval.asym_probes=0: the exact Jacobian is for at most {EXACT_MAX_DIMENSION} dimensions, items of "
+            f"data.shape={shape} have {dimension}",
         ),
         (
             (sampling.method, sampling.corrector) == ("pc", "langevin") and dimension < LANGEVIN_MIN_DIMENSION,
-            f"sampling.corrector='langevin': its step size needs at least {LANGEVIN_MIN_DIMENSION} dimensions, images "
-            f"of data.image_size={config.data.image_size} have {dimension}; use ald, or none",
+            f"sampling.corrector='langevin': its step size needs at least {LANGEVIN_MIN_DIMENSION} dimensions, items "
+            f"of data.shape={shape} have {dimension}; use ald, or none",
         ),
         (tfhub and given.backend != "tfgan", f"eval.tfhub_inception={tfhub}: needs --config.eval.backend=tfgan"),
         *(

@@ -10,7 +10,7 @@ from configs.fields import Field, Overrides, make_config
 from configs.ranges import Range, at_least, choices, fraction, import_paths, not_negative, positive, positive_integers
 
 IMAGE_SETS = ("digits", "npz", "folder", "MNIST", "CIFAR10", "CIFAR100", "SVHN", "IMAGENET32", "CELEBA")
-NETWORKS = ("ddpm", "ncsn", "ncsnpp", "ncsnv2", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256")
+NETWORKS = ("ddpm", "ncsn", "ncsnpp", "ncsnv2", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256", "vector_mlp")
 PREDICTORS = ("euler_maruyama", "reverse_diffusion", "ancestral_sampling", "exponential_integrator")
 PREDICTORS += ("probability_flow", "none")
 ODE_SOLVERS = ("rk45", "heun", "adams")
@@ -23,6 +23,8 @@ _STEPS, _STEPS_OR_0 = at_least(1, most=10**9), at_least(0, most=10**9)
 _CLASSES = at_least(0, most=100_000)
 _GRAD_CLIPS = Range(f"{positive.text}, or -1 for no limit", lambda value: value == -1 or positive.contains(value))
 _REFERENCES = Range("0 for all, or 4 to 1,000,000", lambda value: value == 0 or 4 <= value <= 10**6)
+_LEVELS = Range("0, or 2 to 65,536", lambda value: value == 0 or 2 <= value <= 2**16)
+_SHAPES = positive_integers(least=0, most=2**24)
 _SCHEDULES = choices("", *dict.fromkeys(VE_SCHEDULES + VP_SCHEDULES), or_path=True)
 _SOLVERS = choices(*ODE_SOLVERS, "dpmpp_2m", "dpmpp_2m_sde", or_path=True)
 
@@ -30,14 +32,23 @@ _SOLVERS = choices(*ODE_SOLVERS, "dpmpp_2m", "dpmpp_2m_sde", or_path=True)
 FIELDS: dict[str, Field] = {
     "seed": Field(42, "seed of all randomness", _SEEDS),
     "label": Field("", "name of the run in reports; empty: its folder"),
-    "data.dataset": Field("CIFAR10", "the set of images", choices(*IMAGE_SETS, or_path=True, any_case=True)),
-    "data.path": Field("", "the file of npz, or the folder of folder"),
+    "data.dataset": Field("CIFAR10", "the data set", choices("array", *IMAGE_SETS, or_path=True, any_case=True)),
+    "data.path": Field("", "the file or folder of npz, folder or array"),
+    "data.shape": Field(
+        (), "of an item, channels first: C,H,W; C,L; C,D,H,W; D; or (): that of square images", _SHAPES
+    ),
     "data.root": Field("downloads", "folder of published data sets"),
     "data.download": Field(False, "fetch those of torchvision if they are not there"),
     "data.image_size": Field(32, "height and width in pixels", at_least(1, most=2**13)),
-    "data.num_channels": Field(3, "1 for grey, 3 for colour", choices(1, 3)),
+    "data.num_channels": Field(3, "1 for grey, 3 for colour", at_least(1, most=2**13)),
+    "data.num_levels": Field(0, "of integers in array; 0: as many as 8 or 16 bits have", _LEVELS),
+    "data.normalization": Field(
+        "standard",
+        "of floating-point data: mean 0 and standard deviation 1, or [-1, 1], of each channel; or none",
+        choices("standard", "range", "none"),
+    ),
     "data.resize": Field(False, "crop and resize images of another size, instead of refusing them"),
-    "data.centered": Field(False, "images in [-1, 1] instead of [0, 1]"),
+    "data.centered": Field(False, "levels in [-1, 1] instead of [0, 1]"),
     "data.random_flip": Field(True, "flip training images at random"),
     "data.uniform_dequantization": Field(False, "in training; likelihood is always of dequantised data"),
     "training.sde": Field("vesde", "the forward process", choices("subvpsde", "vesde", "vpsde", or_path=True)),

@@ -1,6 +1,7 @@
-"""Data sets by name, arrays and image files, and the map between grey levels and model values."""
+"""Data sets by name, arrays and image files, and the map between data and the values that a model sees."""
 
-from data.pixels import ImageFormat, random_flip
+from data.arrays import ArraySplit, DatasetSplit, HuggingFaceSplit
+from data.format import DataFormat, random_flip
 from data.sets import (
     SETS,
     FileSplit,
@@ -15,8 +16,11 @@ from data.sets import (
 
 __all__ = [
     "SETS",
+    "ArraySplit",
+    "DataFormat",
+    "DatasetSplit",
     "FileSplit",
-    "ImageFormat",
+    "HuggingFaceSplit",
     "Split",
     "TensorSplit",
     "TrainingBatches",

@@ -1,6 +1,7 @@
-"""Sets of images: by name, in memory or in files, and the order in which training sees them.
+"""Data sets: by name, in memory or in files, and the order in which training sees them.
 
-*Sets* are pairs of splits, train and test. A split hands out batches of grey levels k ∈ {0, …, L−1}.
+*Sets* are pairs of splits, train and test. A split hands out batches of levels k ∈ {0, …, L−1}, as images have
+them, or of floating-point numbers (``data.arrays``).
 
 *Order.* Training concatenates one permutation per epoch into an endless sequence; step n takes the entries
 n·B, …, (n+1)·B − 1. A batch is therefore a function of (seed, step) alone: resuming needs no replay, no image is
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -55,26 +57,27 @@ class UnreadableImage(ValueError):
 
 
 class Split(Protocol):
-    """One half, train or test, of a set of images.
+    """One half, train or test, of a data set.
 
     Attributes:
         name: the set and the half, e.g. ``"digits-train"``.
-        image_shape: (C, H, W).
-        num_levels: number L of grey levels; pixels are integers 0 … L−1.
+        shape: of an item, with the channels first: (C, H, W) of images, (C, L), (C, D, H, W) or (D,).
+        num_levels: number L of levels, integers 0 … L−1; None for floating-point numbers.
         num_classes: number of classes, or None for a set without labels.
         fingerprint: a short string that changes with the contents; a cache key.
     """
 
     name: str
-    image_shape: tuple[int, int, int]
-    num_levels: int
+    shape: tuple[int, ...]
+    num_levels: int | None
     num_classes: int | None
     fingerprint: str
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images, uint8 (B, C, H, W), and labels, int64 (B,), at the given positions; without labels all are 0."""
+        """Items (B, ...) and labels, int64 (B,), at the given positions; without labels all are 0. Levels are uint8, or
+        int32 where there are more than 256; numbers float32 or float64."""
         ...
 
 
@@ -108,7 +111,7 @@ class TensorSplit:
             raise ValueError(
                 f"{name}: labels go from {self.labels.min()} to {self.labels.max()}, not 0 to {num_classes - 1}"
             )
-        self.image_shape = tuple(images.shape[1:])
+        self.shape = tuple(images.shape[1:])
         self.num_levels = num_levels
         self.num_classes = num_classes
         description = (tuple(images.shape), num_levels, num_classes)
@@ -125,22 +128,22 @@ class TensorSplit:
 class FileSplit:
     """A split of image files, decoded when asked for; attributes as in ``Split``.
 
-    Every image is cut to its central square and brought to the size of ``image_shape``. The fingerprint is a hash
-    of the sorted names, file sizes and modification times.
+    Every image is cut to its largest central part of the wanted proportions and brought to the size of ``shape``. The
+    fingerprint is a hash of the sorted names, file sizes and modification times.
 
     Args:
         name: the set and the half.
         folder: where the files are.
         files: N names relative to ``folder``.
         labels: int64 (N,), or None.
-        image_shape: (C, S, S) with C = 1 (grey) or 3 (RGB).
+        shape: (C, H, W) with C = 1 (grey) or 3 (RGB).
         num_classes: number of classes, None if and only if ``labels`` is.
-        crop: side in pixels of the central square; None: the shorter side of each image. The filter is that of
+        crop: side in pixels of a central square; None: as much as there is. The filter is that of
             score_sde_pytorch, in the first case bilinear (CelebA), in the second bicubic (LSUN).
 
     Raises:
         FileNotFoundError: a file is missing.
-        UnreadableImage: from ``batch`` and ``decode_all``.
+        UnreadableImage: from ``batch`` and ``read_all``.
     """
 
     num_levels = 256
@@ -152,7 +155,7 @@ class FileSplit:
         files: Sequence[str],
         labels: Tensor | None,
         *,
-        image_shape: tuple[int, int, int],
+        shape: tuple[int, int, int],
         num_classes: int | None = None,
         crop: int | None = None,
     ) -> None:
@@ -160,7 +163,7 @@ class FileSplit:
         self.folder = folder
         self.files = list(files)
         self.labels = torch.zeros(len(files), dtype=torch.int64) if labels is None else labels
-        self.image_shape = image_shape
+        self.shape = shape
         self.num_classes = num_classes
         self.crop = crop
         self.filter = Image.Resampling.BICUBIC if crop is None else Image.Resampling.BILINEAR
@@ -169,20 +172,20 @@ class FileSplit:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{name}: the image {error.filename} is missing") from error
         listing = sorted((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
-        self.fingerprint = _hash((image_shape, num_classes, crop, self.filter, listing), self.labels.numpy())
+        self.fingerprint = _hash((shape, num_classes, crop, self.filter, listing), self.labels.numpy())
 
     def __len__(self) -> int:
         return len(self.files)
 
     def batch(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
         chosen = torch.as_tensor(indices, dtype=torch.int64)
-        channels, size, _ = self.image_shape
-        images = np.empty((len(chosen), size, size, channels), dtype=np.uint8)
+        channels, *size = self.shape
+        images = np.empty((len(chosen), *size, channels), dtype=np.uint8)
         for image, i in zip(images, chosen.tolist(), strict=True):
-            image[:] = np.asarray(self._decode(self.folder / self.files[i])).reshape(size, size, channels)
+            image[:] = np.asarray(self._decode(self.folder / self.files[i])).reshape(*size, channels)
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), self.labels[chosen]
 
-    def decode_all(self, progress: Callable[[int], object] = lambda count: None) -> None:
+    def read_all(self, progress: Callable[[int], object] = lambda count: None) -> None:
         """Decode every file, before there is work that one could stop; ``progress`` is told how many more are done.
 
         Raises:
@@ -206,7 +209,7 @@ class FileSplit:
         _check_range(self.name, max(levels, default=255))
 
     def _decode(self, file: Path) -> Image.Image:
-        channels, size, _ = self.image_shape
+        channels, *size = self.shape
         try:
             with Image.open(file) as image:
                 # Cameras store the orientation apart from the pixels.
@@ -217,7 +220,7 @@ class FileSplit:
                 upright = upright.convert("L" if channels == 1 else "RGB")
         except Exception as error:  # Pillow raises unrelated types on damaged files
             raise UnreadableImage(f"{self.name}: cannot read the image {file}: {first_line(error)}") from error
-        return _crop_and_resize(upright, self.crop or min(upright.size), size, self.filter)
+        return _crop_and_resize(upright, size, self.filter, self.crop)
 
 
 def _hash(description: object, *arrays: np.ndarray) -> str:
@@ -234,15 +237,19 @@ def _check_range(name: str, largest: int) -> None:
 
 
 def _crop_and_resize(
-    image: Image.Image, crop: int, size: int, resampling: Image.Resampling = Image.Resampling.BILINEAR
+    image: Image.Image, size: Sequence[int], resampling: Image.Resampling, crop: int | None = None
 ) -> Image.Image:
-    """The central square of side ``crop``, brought to side ``size``.
+    """The central square of side ``crop``, or the largest central part of the wanted proportions, brought to the
+    ``size`` (height, width).
 
     Pillow's filters widen with the reduction, so they do not alias; they are those of ``tf.image.resize`` with
     ``antialias=True``, except that ours round to 8 bits, which dequantisation needs.
     """
-    left, top = (image.width - crop) // 2, (image.height - crop) // 2
-    return image.crop((left, top, left + crop, top + crop)).resize((size, size), resampling)
+    height, width = size
+    unit = min(image.width / width, image.height / height)
+    across, down = (crop, crop) if crop else (round(unit * width), round(unit * height))
+    left, top = (image.width - across) // 2, (image.height - down) // 2
+    return image.crop((left, top, left + across, top + down)).resize((width, height), resampling)
 
 
 # ------------------------------------------------------------------------------------------------------------ order
@@ -294,7 +301,7 @@ class TrainingBatches:
         self.batches: dict[tuple[int, range], Future] = {}
 
     def __call__(self, step: int, positions: range) -> tuple[Tensor, Tensor]:
-        """Images, uint8 (b, C, H, W), and labels, int64 (b,), at the b ``positions`` in the batch of all processes."""
+        """Items (b, ...) and labels, int64 (b,), at the b ``positions`` in the batch of all processes."""
         if self.reader is None:
             return self._read(step, positions)
         self.batches = {key: batch for key, batch in self.batches.items() if key[0] in (step, step + 1)}
@@ -313,8 +320,10 @@ class TrainingBatches:
 def load_dataset(
     dataset: str,
     *,
-    image_size: int,
-    num_channels: int,
+    shape: Sequence[int] = (),
+    image_size: int = 0,
+    num_channels: int = 0,
+    num_levels: int = 0,
     path: str | os.PathLike[str] = "",
     root: str | os.PathLike[str] = "",
     download: bool = False,
@@ -324,14 +333,18 @@ def load_dataset(
 
     Args:
         dataset: a name in ``SETS``, in upper or lower case, or the import path ``module:function`` of your own
-            function. It is called with the other arguments as keywords and returns two splits, train and test:
-            ``TensorSplit`` makes one of tensors, ``FileSplit`` one of image files, and ``Split`` says what any has.
-        image_size: height and width in pixels.
-        num_channels: 1 (grey) or 3 (RGB). Image files are converted; other images must have as many.
-        path: the file of ``npz`` or the folder of ``folder``.
+            function. It is called with those of the other arguments, as keywords, that it has, and returns two splits,
+            train and test: ``ArraySplit`` and its relatives make one of whatever can be indexed, ``TensorSplit`` of
+            images in memory, ``FileSplit`` of image files, and ``Split`` says what any has.
+        shape: of one item, with the channels first, such as (C, H, W).
+        image_size, num_channels: short for the shape of square images. Image files are converted to 1 (grey) or 3 (RGB)
+            channels; others must have as many. A function of yours is given the image size (H, W), or whatever the
+            axes are, where they are no square.
+        num_levels: of integers in ``array``, if they are fewer than their type has.
+        path: the file or folder of ``npz``, ``folder`` or ``array``.
         root: where published sets are, or torchvision's are to be put.
         download: whether torchvision may fetch a set that is not in ``root``.
-        resize: whether images of another size are cut to a central square and resized. CelebA always is.
+        resize: whether images of another size are cut to the wanted proportions and resized. CelebA always is.
 
     Raises:
         ValueError: an argument is wrong, or the images do not fit it.
@@ -339,24 +352,40 @@ def load_dataset(
     """
     name = dataset.lower() if dataset.lower() in SETS else dataset
     load = resolve(name, SETS, "data.dataset")
-    if str(path) and name in SETS and name not in ("npz", "folder"):
+    if str(path) and name in SETS and name not in ("npz", "folder", "array"):
         # Otherwise somebody's own images would silently be replaced by the default set.
-        raise ValueError(f"data.path={path} is read by data.dataset='npz' or 'folder', not by {dataset!r}")
-    halves = load(
-        image_size=image_size, num_channels=num_channels, path=path, root=root, download=download, resize=resize
-    )
+        raise ValueError(f"data.path={path} is read by data.dataset='npz', 'folder' or 'array', not by {dataset!r}")
+    shape = tuple(shape) or (num_channels, image_size, image_size)
+    num_channels, *size = shape
+    if name in SETS and name != "array" and len(size) != 2:
+        raise ValueError(f"data.shape={shape}: data.dataset={dataset!r} has images, of shape (C, H, W)")
+    if name in ("folder", "celeba") and num_channels not in (1, 3):
+        raise ValueError(f"data.num_channels={num_channels}: of image files 1 (grey) or 3 (colour)")
+    square = len(size) == 2 and size[0] == size[1]
+    options = dict(shape=shape, image_size=size[0] if square else tuple(size), num_channels=num_channels)
+    options |= dict(num_levels=num_levels, path=path, root=root, download=download, resize=resize)
+    taken = inspect.signature(load).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+        options = {parameter.name: options[parameter.name] for parameter in taken if parameter.name in options}
+    halves = load(**options)
+    if not isinstance(halves, tuple | list) or len(halves) != 2 or not all(map(_is_split, halves)):
+        raise ValueError(f"data.dataset={dataset!r}: returns no two splits, train and test (data.sets.Split)")
     train, test = halves
+    items = "images" if len(size) == 2 else "items"
     for split in halves:
-        channels, height, width = split.image_shape
         if not len(split):
-            raise ValueError(f"data.dataset={dataset!r}: {split.name} holds no images")
-        if channels != num_channels:
-            raise ValueError(f"data.num_channels={num_channels}, but {split.name} has {channels}-channel images")
-        if (height, width) != (image_size, image_size):
-            raise ValueError(_wrong_size(split.name, width, height, image_size))
+            raise ValueError(f"data.dataset={dataset!r}: {split.name} holds no {items}")
+        if len(size) == len(split.shape) - 1 == 2:
+            channels, height, width = split.shape
+            if channels != num_channels:
+                raise ValueError(f"data.num_channels={num_channels}, but {split.name} has {channels}-channel images")
+            if [height, width] != size:
+                raise ValueError(_wrong_size(split.name, width, height, size))
+        if tuple(split.shape) != shape:
+            raise ValueError(f"data.shape={shape}, but {split.name} has items of shape {tuple(split.shape)}")
     classes = "without classes" if train.num_classes is None else f"of {train.num_classes} classes"
     given = f"{dataset} {path}".strip()
-    logger.info("%s: %d training and %d test images %s", given, len(train), len(test), classes)
+    logger.info("%s: %d training and %d test %s %s", given, len(train), len(test), items, classes)
     if name not in published.SETS and type(train) is type(test) and isinstance(train, TensorSplit | FileSplit):
         present = set(train.labels.tolist())
         if train.num_classes not in (None, len(present)):
@@ -384,10 +413,15 @@ def _in_both(train: TensorSplit | FileSplit, test: TensorSplit | FileSplit) -> l
     return halves[1]
 
 
-def _wrong_size(name: object, width: int, height: int, image_size: int) -> str:
+def _is_split(given: object) -> bool:
+    return all(hasattr(given, name) for name in (*Split.__annotations__, "__len__", "batch"))
+
+
+def _wrong_size(name: object, width: int, height: int, size: Sequence[int]) -> str:
+    wanted = f"data.image_size={size[0]}" if size[0] == size[1] else f"data.shape=(…, {size[0]}, {size[1]})"
     return (
-        f"data.image_size={image_size}, but {name} is of {width}x{height} pixels; change it, or set "
-        "--config.data.resize=True to crop to a square and resize"
+        f"{wanted}, but {name} is of {width}x{height} pixels; change it, or set --config.data.resize=True to crop and "
+        "resize"
     )
 
 
@@ -397,25 +431,25 @@ def _in_memory(
     *,
     num_classes: int | None,
     num_levels: int = 256,
-    image_size: int,
+    shape: tuple[int, int, int],
     resize: bool,
 ) -> tuple[Split, ...]:
     """Splits from two pairs, train and test, of images uint8 (N, H, W, C) and labels (N,) or None."""
     splits = []
     for half, (images, labels) in zip(("train", "test"), halves, strict=True):
-        height, width, channels = images.shape[1:]
-        if resize and (height, width) != (image_size, image_size):
+        channels, size = images.shape[-1], shape[1:]
+        if resize and images.shape[1:3] != size:
             pictures = images[..., 0] if channels == 1 else images  # Pillow wants grey images as (H, W)
-            crop = min(height, width)
-            resized = [_crop_and_resize(Image.fromarray(picture), crop, image_size) for picture in pictures]
-            images = np.stack(resized).reshape(-1, image_size, image_size, channels)
+            bilinear = Image.Resampling.BILINEAR
+            resized = [_crop_and_resize(Image.fromarray(picture), size, bilinear) for picture in pictures]
+            images = np.stack(resized).reshape(-1, *size, channels)
         levels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
         classes = None if labels is None else torch.from_numpy(labels.astype(np.int64))
         splits.append(TensorSplit(f"{name}-{half}", levels, classes, num_levels=num_levels, num_classes=num_classes))
     return tuple(splits)
 
 
-def _digits(*, image_size: int, resize: bool, **_) -> tuple[Split, ...]:
+def _digits(*, shape: tuple[int, int, int], resize: bool, **_) -> tuple[Split, ...]:
     """The 1797 8×8 digits bundled with scikit-learn, 17 levels; 360 of them, stratified by class, are the test set.
 
     They are themselves the test part of the UCI set "Optical Recognition of Handwritten Digits", so there is no
@@ -428,10 +462,10 @@ def _digits(*, image_size: int, resize: bool, **_) -> tuple[Split, ...]:
     images, labels = digits.images.astype(np.uint8)[..., None], digits.target
     halves = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
     arrays = [(images[chosen], labels[chosen]) for chosen in map(np.sort, halves)]
-    return _in_memory("digits", arrays, num_classes=10, num_levels=17, image_size=image_size, resize=resize)
+    return _in_memory("digits", arrays, num_classes=10, num_levels=17, shape=shape, resize=resize)
 
 
-def _npz(*, path: str | os.PathLike[str], image_size: int, resize: bool, **_) -> tuple[Split, ...]:
+def _npz(*, path: str | os.PathLike[str], shape: tuple[int, int, int], resize: bool, **_) -> tuple[Split, ...]:
     """A NumPy archive with ``train_images`` and ``test_images``, uint8 (N, H, W) or (N, H, W, C), and optionally
     ``train_labels`` and ``test_labels``, integers (N,) or (N, 1) counted from 0."""
     file = _given("path", path, "npz", "a file with train_images, test_images and, if any, train_labels, test_labels")
@@ -458,12 +492,10 @@ def _npz(*, path: str | os.PathLike[str], image_size: int, resize: bool, **_) ->
             raise ValueError(f"data.path={file}: {key} must be integers from 0, not {array.dtype} up to {array.max()}")
     num_classes = max(int(array.max(initial=0)) for array in labels.values()) + 1 if labels else None
     halves = [(arrays[f"{half}_images"], labels.get(f"{half}_labels")) for half in ("train", "test")]
-    return _in_memory(file.stem, halves, num_classes=num_classes, image_size=image_size, resize=resize)
+    return _in_memory(file.stem, halves, num_classes=num_classes, shape=shape, resize=resize)
 
 
-def _folder(
-    *, path: str | os.PathLike[str], image_size: int, num_channels: int, resize: bool, **_
-) -> tuple[Split, ...]:
+def _folder(*, path: str | os.PathLike[str], shape: tuple[int, int, int], resize: bool, **_) -> tuple[Split, ...]:
     """A folder of images, in the halves that ``folders.find_halves`` finds. If every image lies in a subfolder of its
     half, and there are at least two of these, the names of the subfolders in alphabetical order are the classes."""
     folder = _given("path", path, "folder", "a folder of images")
@@ -473,7 +505,7 @@ def _folder(
     for half, root in roots.items():
         # Before training, not in the middle of it; the headers are enough.
         for file in files[half]:
-            _check_header(root / file, None if resize else image_size)
+            _check_header(root / file, None if resize else shape[1:])
     in_subfolders = all("/" in file for half in files.values() for file in half)
     classes = sorted({file.split("/")[0] for half in files.values() for file in half}) if in_subfolders else []
     number = {name: k for k, name in enumerate(classes)} if len(classes) > 1 else None
@@ -483,14 +515,14 @@ def _folder(
             root,
             files[half],
             None if number is None else torch.tensor([number[file.split("/")[0]] for file in files[half]]),
-            image_shape=(num_channels, image_size, image_size),
+            shape=shape,
             num_classes=None if number is None else len(number),
         )
         for half, root in roots.items()
     )
 
 
-def _check_header(file: Path, image_size: int | None) -> None:
+def _check_header(file: Path, size: tuple[int, int] | None) -> None:
     if file.exists() and not file.is_file():  # a pipe would be waited for
         raise ValueError(f"data.path: {file} is no regular file")
     try:
@@ -505,8 +537,15 @@ def _check_header(file: Path, image_size: int | None) -> None:
         raise ValueError(f"data.path: cannot read the image {file}: {first_line(error)}") from error
     if mode[0] in "IF" or deep:  # other modes than these Pillow clips to 255
         raise ValueError(f"data.path: {file} has more than 8 bits per channel ({mode}); convert it to 8 bits")
-    if image_size is not None and (width, height) != (image_size, image_size):
-        raise ValueError(_wrong_size(file, width, height, image_size))
+    if size is not None and (height, width) != size:
+        raise ValueError(_wrong_size(file, width, height, size))
+
+
+def _array(*, path: str | os.PathLike[str], **options) -> tuple[Split, ...]:
+    """Arrays in a file or folder of the user's, see ``data.arrays.read_halves``."""
+    from data.arrays import read_halves
+
+    return read_halves(_given("path", path, "array", "an .npz or .h5 file, or a folder of .npy files"), **options)
 
 
 def _given(field: str, value: str | os.PathLike[str], dataset: str, wanted: str) -> Path:
@@ -515,23 +554,24 @@ def _given(field: str, value: str | os.PathLike[str], dataset: str, wanted: str)
     return Path(value).expanduser()
 
 
-def _published(name: str, *, root: str | os.PathLike[str], download: bool, image_size: int, resize: bool, **_):
+def _published(
+    name: str, *, root: str | os.PathLike[str], download: bool, shape: tuple[int, int, int], resize: bool, **_
+):
     """A set whose images ``data.published`` reads into memory."""
     read, num_classes = published.SETS[name]
     arrays = read(_given("root", root, name, published.ROOT), download)
-    return _in_memory(name, arrays, num_classes=num_classes, image_size=image_size, resize=resize)
+    return _in_memory(name, arrays, num_classes=num_classes, shape=shape, resize=resize)
 
 
-def _celeba(*, root: str | os.PathLike[str], download: bool, image_size: int, num_channels: int, **_):
+def _celeba(*, root: str | os.PathLike[str], download: bool, shape: tuple[int, int, int], **_):
     """The aligned faces of CelebA: the central 140×140 of 178×218 pixels, resized, as in score_sde_pytorch.
 
     The test half is CelebA's own test split, where score_sde_pytorch evaluates on the validation split. The 40
     attributes are no classes, so there are no labels.
     """
     folder, halves = published.celeba(_given("root", root, "celeba", published.ROOT), download)
-    shape = (num_channels, image_size, image_size)
     return tuple(
-        FileSplit(f"celeba-{half}", folder, files, None, image_shape=shape, crop=140) for half, files in halves.items()
+        FileSplit(f"celeba-{half}", folder, files, None, shape=shape, crop=140) for half, files in halves.items()
     )
 
 
@@ -539,6 +579,7 @@ SETS: dict[str, Callable[..., Sequence[Split]]] = {
     "digits": _digits,
     "npz": _npz,
     "folder": _folder,
+    "array": _array,
     **{name: functools.partial(_published, name) for name in published.SETS},
     "celeba": _celeba,
 }

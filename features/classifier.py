@@ -82,7 +82,7 @@ class ClassifierFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        shape = tuple(self.test.image_shape)
+        shape = tuple(self.test.shape)
         wanted = f"(B, {', '.join(map(str, shape))})"
         check_images(self.name, images, wanted, tuple(images.shape[1:]) == shape, self.test.num_levels)
         with reproducible_convolutions():
@@ -115,13 +115,13 @@ def train_classifier(
         CheckpointError: the classifier in the cache is damaged.
         Interrupted: SIGINT or SIGTERM arrived.
     """
-    described = [(tuple(s.image_shape), s.num_levels, s.num_classes) for s in (train, test)]
+    described = [(tuple(s.shape), s.num_levels, s.num_classes) for s in (train, test)]
     if described[0] != described[1]:
         raise ValueError(f"{train.name}: image shape, levels and classes differ from {test.name}: {described}")
     recipe = {
         "train": train.fingerprint,
         "test": test.fingerprint,
-        "image_shape": list(train.image_shape),
+        "image_shape": list(train.shape),
         "num_levels": train.num_levels,
         "num_classes": train.num_classes,
         "network": f"cnn{_WIDTH}",
@@ -134,7 +134,7 @@ def train_classifier(
     # torch.manual_seed would reseed every accelerator as well).
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed_from(seed, "classifier weights"))
-        network = _Classifier(train.image_shape, train.num_classes).to(runtime.torch_device)
+        network = _Classifier(train.shape, train.num_classes).to(runtime.torch_device)
     with runtime.exclusive(folder / ".lock", wait=True), reproducible_convolutions():
         _fit(network, train, folder, seed=seed, runtime=runtime)
     return ClassifierFeatures(

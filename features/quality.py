@@ -99,7 +99,7 @@ class SampleQuality:
             _ = self.extractor
         self.statistics = None
         if settings["stats_path"]:
-            size = train_data.image_shape[-1]
+            size = train_data.shape[-1]
             self.statistics = _read_statistics(settings["stats_path"], self.extractor.dimension, image_size=size)
 
     @cached_property
@@ -118,7 +118,7 @@ class SampleQuality:
         identity = {
             "data": data.fingerprint,
             "extractor": self.extractor.key,
-            "image_shape": list(data.image_shape),
+            "image_shape": list(data.shape),
             "num_images": len(data),
         }
         if count < len(data):

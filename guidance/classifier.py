@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from checkpoints import CheckpointError, CheckpointStore, load_state_dict_strictly
 from data import Split, TrainingBatches, evenly_spaced
-from data.pixels import ImageFormat, random_flip
+from data.format import DataFormat, random_flip
 from experiment.files import claim
 from experiment.randomness import Generator, SampleGenerators, normal_like, seed_from, uniform
 from experiment.runtime import Runtime, within_memory
@@ -112,7 +112,7 @@ class ClassifierTraining:
         settings: Mapping,
         train_data: Split,
         test_data: Split,
-        images: ImageFormat,
+        images: DataFormat,
         *,
         identity: Mapping,
         flip: bool,
@@ -181,7 +181,7 @@ class ClassifierTraining:
 
 
 def load_classifier(
-    workdir: Path, sde: SDE, settings: Mapping, images: ImageFormat, *, identity: Mapping, seed: int
+    workdir: Path, sde: SDE, settings: Mapping, images: DataFormat, *, identity: Mapping, seed: int
 ) -> NoiseConditionalClassifier:
     """The trained classifier of a run; arguments as for ``ClassifierTraining``.
 
@@ -201,13 +201,13 @@ def load_classifier(
     return classifier.eval().requires_grad_(False)
 
 
-def _build(sde: SDE, images: ImageFormat, settings: Mapping, seed: int) -> NoiseConditionalClassifier:
+def _build(sde: SDE, images: DataFormat, settings: Mapping, seed: int) -> NoiseConditionalClassifier:
     # Four copies: weights, gradients, and two moments.
     with torch.random.fork_rng(devices=[]), within_memory(f"classifier.nf={settings['nf']}", copies=4):
         torch.manual_seed(seed_from(seed, "classifier weights"))
         return NoiseConditionalClassifier(
             sde,
-            image_shape=images.image_shape,
+            image_shape=images.shape,
             num_classes=images.num_classes,
             **{name: settings[name] for name in ("nf", "ch_mult", "num_res_blocks", "dropout")},
         )

@@ -82,17 +82,20 @@ class MeasuredImages:
             return
         per_image = {name: values.reshape(len(self.images), each, *values.shape[1:]) for name, values in arrays.items()}
         metrics = self._metrics(per_image)
-        given = score.images.to_levels(self.operator.pseudo_inverse(self.y)).permute(0, 2, 3, 1).cpu().numpy()
-        truth = self.levels.permute(0, 2, 3, 1).numpy()
+        images = score.images
+        given = images.to_arrays(images.to_data(self.operator.pseudo_inverse(self.y)))
+        truth = images.to_arrays(self.levels)
+        levels = {} if images.num_levels is None else {"num_levels": images.num_levels}
         write_arrays(
             folder / "samples.npz",
             images=per_image["images"],
             truth=truth,
             input=given,
-            num_levels=score.images.num_levels,
+            **levels,
             nfe=metrics["nfe_sampling"],
         )
-        _save_grid(folder / "grid.png", given, per_image["images"], truth, score.images.num_levels)
+        if images.is_picture:
+            _save_grid(folder / "grid.png", given, per_image["images"], truth, images.num_levels)
         write_json(folder / "metrics.json", metrics)
 
     def _compute(self, items: range) -> dict[str, np.ndarray]:
@@ -112,11 +115,11 @@ class MeasuredImages:
         except FloatingPointError as error:
             smaller = f"try a smaller sampling.guidance_weight={self.sampling.guidance_weight:g}, or more steps"
             raise FloatingPointError(f"{error}; {smaller}") from error
-        levels = score.images.to_levels(result.x)
+        levels = score.images.to_data(result.x)
         misfit = self.operator(result.x) - y
         rounded = self.operator(score.images.to_model(levels.cpu()).to(score.device)) - y
         return {
-            "images": levels.permute(0, 2, 3, 1).cpu().numpy(),
+            "images": score.images.to_arrays(levels),
             "nfe": np.full(len(items), result.nfe),
             "misfit_squared": (misfit.double() ** 2).mean(1).cpu().numpy(),
             "misfit_squared_pixels": (rounded.double() ** 2).mean(1).cpu().numpy(),
@@ -128,8 +131,11 @@ class MeasuredImages:
         """Measurement consistency, and distance from the truth, over all samples. Of these and of samples that were
         right, the misfit would be as large as the measurement's noise."""
         misfit, y = per_image["misfit_squared"].mean(), per_image["y_squared"].mean()
-        largest = 2.0 if self.score.images.centered else 1.0
-        levels = per_image["images"].astype(np.float64) / (self.score.images.num_levels - 1)
+        images = self.score.images
+        largest, unit = (2.0 if images.centered else 1.0), (images.num_levels or 2) - 1
+        if images.num_levels is None:
+            largest = float(self.images.max() - self.images.min())
+        levels = per_image["images"].astype(np.float64) / unit
         return {
             "misfit_rms": float(np.sqrt(misfit)),
             "misfit_relative": float(np.sqrt(misfit / y)),

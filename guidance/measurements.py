@@ -181,19 +181,19 @@ class MatrixOperator(LinearOperator):
 def radon_transform(
     image_shape: tuple[int, int, int], num_views: int, device: torch.device | str = "cpu"
 ) -> MatrixOperator:
-    """Parallel-beam projections of every channel of square images (C, n, n) at angles kπ/V, k = 0 … V − 1.
+    """Parallel-beam projections of every channel of images (C, H, W) at angles kπ/V, k = 0 … V − 1.
 
-    The detector has ⌈√2 n⌉ bins as wide as a pixel, so that nothing is missed. A bin's value is the integral over the
-    strip in front of it, exact for an image that is constant on pixels: at the angle θ the shadow of a pixel is the
+    The detector has ⌈√(H² + W²)⌉ bins as wide as a pixel, so that nothing is missed. A bin's value is the integral over
+    the strip in front of it, exact for an image that is constant on pixels: at the angle θ the shadow of a pixel is the
     convolution of two boxes of widths |cos θ| and |sin θ|. Every view sums to the sum of the image.
     """
-    size = image_shape[-1]
-    bins = math.ceil(math.sqrt(2) * size)
-    centres = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    _, height, width = image_shape
+    bins = math.ceil(math.hypot(height, width))
+    down, across = (torch.arange(n, dtype=torch.float64) - (n - 1) / 2 for n in (height, width))
     rows, columns, weights = [], [], []
     for view in range(num_views):
         angle = math.pi * view / num_views
-        position = (centres[None, :] * math.cos(angle) - centres[:, None] * math.sin(angle)).flatten() + bins / 2
+        position = (across * math.cos(angle) - down[:, None] * math.sin(angle)).flatten() + bins / 2
         widths = abs(math.cos(angle)), abs(math.sin(angle))
         # A shadow is at most √2 wide: it falls on three bins.
         first = (position - sum(widths) / 2).floor()
@@ -205,7 +205,7 @@ def radon_transform(
             columns.append(hit.nonzero()[:, 0])
             weights.append(weight[hit])
     indices = torch.stack([torch.cat(rows), torch.cat(columns)])
-    shape = (num_views * bins, size**2)
+    shape = (num_views * bins, height * width)
     matrix = torch.sparse_coo_tensor(indices, torch.cat(weights), shape, check_invariants=True).coalesce()
     return MatrixOperator(matrix.to(device), image_shape)
 

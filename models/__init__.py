@@ -10,7 +10,7 @@ from torch import nn
 
 from experiment.registry import resolve
 from models.ema import EMA
-from models.mlp import NoiseConditionalMLP, TimeConditionalMLP
+from models.mlp import NoiseConditionalMLP, TimeConditionalMLP, vector_mlp
 from models.ncsnv2 import NCSN, NCSNv2
 from models.score import ConservativeScore, NoiseLevel, ScoreModel, UnconstrainedScore, make_score_model
 from models.second_order.normalisation import Dropout, set_dropout_keys
@@ -32,7 +32,8 @@ __all__ = [
 ]
 
 # The names are score_sde_pytorch's: ncsnpp is both NCSN++ and DDPM++, which are one network with other options; ncsnv2
-# chooses among the three by the size of the images. The networks of points are mlp, of the 2-D examples, and time_mlp.
+# chooses among the three by the size of the images. The networks of points are mlp, of the 2-D examples, and time_mlp;
+# vector_mlp is the latter with the options of image models.
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "ncsnpp": UNet,
     "ddpm": DDPM,
@@ -43,6 +44,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "ncsnv2_256": partial(NCSNv2, architecture=256),
     "mlp": NoiseConditionalMLP,
     "time_mlp": TimeConditionalMLP,
+    "vector_mlp": vector_mlp,
 }
 
 
@@ -54,8 +56,8 @@ def make_network(name: str, options: Mapping[str, object], **more: object) -> nn
     Args:
         name: one of ``NETWORKS``, or the import path of a class, e.g. 'my_package.nets:MyUNet'.
         options: the fields of ``config.model``.
-        more: further options: what images and process prescribe, such as ``image_size``, ``num_channels``,
-            ``centered``, ``num_levels``, or the ``dimension`` of points.
+        more: further options: what data and process prescribe, such as ``image_size``, which is a tuple where the data
+            are no square images, ``num_channels``, ``centered``, ``num_levels``, or the ``dimension`` of vectors.
 
     Raises:
         ValueError: unknown name or option, one that the network lacks, or sizes that do not fit.

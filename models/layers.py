@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.second_order.normalisation import Dropout, GroupNorm, norm_act
-from models.second_order.operations import Conv2d, blur, blur_transposed
+from models.second_order.operations import Conv1d, Conv2d, Conv3d, blur, blur_transposed
 
 # ---------------------------------------------------------------------------------------------------------------
 # Elementary layers with DDPM's initialisation
@@ -31,12 +31,16 @@ def initialise(layer: nn.Module, scale: float = 1.0) -> nn.Module:
     return layer
 
 
-def conv3x3(in_channels: int, out_channels: int, scale: float = 1.0) -> nn.Conv2d:
-    return initialise(Conv2d(in_channels, out_channels, 3, padding=1), scale)
+CONVOLUTIONS = {1: Conv1d, 2: Conv2d, 3: Conv3d}
+"""By the number of axes, ``dims``, along which the layers of this file look at neighbours."""
 
 
-def conv1x1(in_channels: int, out_channels: int, scale: float = 1.0) -> nn.Conv2d:
-    return initialise(Conv2d(in_channels, out_channels, 1), scale)
+def conv3x3(in_channels: int, out_channels: int, scale: float = 1.0, *, dims: int = 2) -> nn.Module:
+    return initialise(CONVOLUTIONS[dims](in_channels, out_channels, 3, padding=1), scale)
+
+
+def conv1x1(in_channels: int, out_channels: int, scale: float = 1.0, *, dims: int = 2) -> nn.Module:
+    return initialise(CONVOLUTIONS[dims](in_channels, out_channels, 1), scale)
 
 
 def dense(in_features: int, out_features: int) -> nn.Linear:
@@ -93,14 +97,15 @@ class PositionalEmbedding(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Resampling
+# Resampling, of images (B, C, H, W) and likewise along one or three axes
 
 
-def _fir_kernel(taps: Sequence[float], gain: float = 1.0) -> Tensor:
+def _fir_kernel(taps: Sequence[float], dims: int, gain: float = 1.0) -> Tensor:
     """The separable kernel taps ⊗ taps, normalised to sum ``gain``, flipped so that a correlation convolves."""
-    taps_1d = torch.tensor(taps, dtype=torch.float32)
-    kernel = torch.outer(taps_1d, taps_1d)
-    return (gain * kernel / kernel.sum()).flip(0, 1)
+    kernel = taps_1d = torch.tensor(taps, dtype=torch.float32)
+    for _ in range(dims - 1):
+        kernel = kernel[..., None] * taps_1d
+    return (gain * kernel / kernel.sum()).flip(*range(dims))
 
 
 class FIRDown(nn.Module):
@@ -109,9 +114,9 @@ class FIRDown(nn.Module):
     ``margin`` extra pixels of the blurred image are kept at the border for a convolution that follows.
     """
 
-    def __init__(self, taps: Sequence[float], *, margin: int = 0, stride: int = 2) -> None:
+    def __init__(self, taps: Sequence[float], *, margin: int = 0, stride: int = 2, dims: int = 2) -> None:
         super().__init__()
-        self.register_buffer("kernel", _fir_kernel(taps), persistent=False)
+        self.register_buffer("kernel", _fir_kernel(taps, dims), persistent=False)
         pad = len(taps) - 2 + 2 * margin
         self.padding = ((pad + 1) // 2, pad // 2)
         self.stride = stride
@@ -120,41 +125,39 @@ class FIRDown(nn.Module):
         before, after = self.padding
         both = min(before, after)
         if before != after:
-            x = F.pad(x, 2 * (before - both, after - both))
+            x = F.pad(x, self.kernel.ndim * (before - both, after - both))
         return blur(x, self.kernel, stride=self.stride, padding=both)
 
 
 class FIRUp(nn.Module):
     """Insert zeros between pixels, then blur: (B, C, H, W) → (B, C, 2H, 2W), plus ``margin`` pixels all round."""
 
-    def __init__(self, taps: Sequence[float], *, margin: int = 0) -> None:
+    def __init__(self, taps: Sequence[float], *, margin: int = 0, dims: int = 2) -> None:
         super().__init__()
         # Gain 4 because three of four pixels are zeros. A strided transposed convolution is exactly
         # zero-insertion followed by a convolution; it wants the unflipped kernel.
-        self.register_buffer("kernel", _fir_kernel(taps, gain=4.0).flip(0, 1), persistent=False)
+        self.register_buffer("kernel", _fir_kernel(taps, dims, 2.0**dims).flip(*range(dims)), persistent=False)
         # Leading pixels of the full convolution that the symmetric crop leaves out.
         self.start = len(taps) - 2 - (len(taps) - 1) // 2 - margin
         self.margin = margin
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
         crop = max(self.start, 0)
         full = blur_transposed(x, self.kernel, stride=2, padding=crop)
         before = self.start - crop
-        end_rows = before + 2 * (height + self.margin) - full.shape[2]
-        end_columns = before + 2 * (width + self.margin) - full.shape[3]
-        if before == end_rows == end_columns == 0:
+        ends = [before + 2 * (n + self.margin) - m for n, m in zip(x.shape[2:], full.shape[2:], strict=True)]
+        if not any((before, *ends)):
             return full
         # Negative amounts crop, positive ones pad: the margin may reach beyond the full convolution.
-        return F.pad(full, (-before, end_columns, -before, end_rows))
+        return F.pad(full, [amount for end in reversed(ends) for amount in (-before, end)])
 
 
 class FIRConvDown(nn.Sequential):
     """Blur, then a learned 3×3 convolution of stride 2."""
 
-    def __init__(self, in_channels: int, out_channels: int, taps: Sequence[float]) -> None:
-        conv = initialise(Conv2d(in_channels, out_channels, 3, stride=2))
-        super().__init__(OrderedDict(blur=FIRDown(taps, margin=1, stride=1), conv=conv))
+    def __init__(self, in_channels: int, out_channels: int, taps: Sequence[float], *, dims: int = 2) -> None:
+        conv = initialise(CONVOLUTIONS[dims](in_channels, out_channels, 3, stride=2))
+        super().__init__(OrderedDict(blur=FIRDown(taps, margin=1, stride=1, dims=dims), conv=conv))
 
 
 class FIRConvUp(nn.Sequential):
@@ -164,42 +167,43 @@ class FIRConvUp(nn.Sequential):
     commute, as in the source, which convolves first.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, taps: Sequence[float]) -> None:
-        conv = initialise(Conv2d(in_channels, out_channels, 3))
-        super().__init__(OrderedDict(up=FIRUp(taps, margin=1), conv=conv))
+    def __init__(self, in_channels: int, out_channels: int, taps: Sequence[float], *, dims: int = 2) -> None:
+        conv = initialise(CONVOLUTIONS[dims](in_channels, out_channels, 3))
+        super().__init__(OrderedDict(up=FIRUp(taps, margin=1, dims=dims), conv=conv))
 
 
 class Downsample(nn.Module):
     """DDPM's downsampling by 2: a 3×3 convolution of stride 2 (padded at the far border), or average pooling."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, with_conv: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, with_conv: bool, dims: int = 2) -> None:
         super().__init__()
-        self.conv = initialise(Conv2d(in_channels, out_channels, 3, stride=2)) if with_conv else None
+        self.mean = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[dims]
+        self.conv = initialise(CONVOLUTIONS[dims](in_channels, out_channels, 3, stride=2)) if with_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 2) if self.conv is None else self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.mean(x, 2) if self.conv is None else self.conv(F.pad(x, (x.ndim - 2) * (0, 1)))
 
 
 class Upsample(nn.Module):
     """DDPM's upsampling by 2: repeat every pixel, then an optional 3×3 convolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, with_conv: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, with_conv: bool, dims: int = 2) -> None:
         super().__init__()
-        self.conv = conv3x3(in_channels, out_channels) if with_conv else nn.Identity()
+        self.conv = conv3x3(in_channels, out_channels, dims=dims) if with_conv else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 def resampling(
-    in_channels: int, out_channels: int, *, up: bool, with_conv: bool, taps: Sequence[float] | None
+    in_channels: int, out_channels: int, *, up: bool, with_conv: bool, taps: Sequence[float] | None, dims: int = 2
 ) -> nn.Module:
     """Up- or downsampling by 2, with a learned convolution or without; with a blur if there are ``taps``."""
     if taps is None:
-        return (Upsample if up else Downsample)(in_channels, out_channels, with_conv=with_conv)
+        return (Upsample if up else Downsample)(in_channels, out_channels, with_conv=with_conv, dims=dims)
     if with_conv:
-        return (FIRConvUp if up else FIRConvDown)(in_channels, out_channels, taps)
-    return (FIRUp if up else FIRDown)(taps)
+        return (FIRConvUp if up else FIRConvDown)(in_channels, out_channels, taps, dims=dims)
+    return (FIRUp if up else FIRDown)(taps, dims=dims)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -223,14 +227,15 @@ class _ResidualBlock(nn.Module):
         skip_rescale: bool,
         resample: nn.Module,
         shortcut: nn.Module,
+        dims: int = 2,
     ) -> None:
         super().__init__()
         self.norm1 = group_norm(in_channels)
-        self.conv1 = conv3x3(in_channels, out_channels)
+        self.conv1 = conv3x3(in_channels, out_channels, dims=dims)
         self.time = dense(temb_features, out_channels) if temb_features else None
         self.norm2 = group_norm(out_channels)
         self.dropout = Dropout(dropout)
-        self.conv2 = conv3x3(out_channels, out_channels, init_scale)
+        self.conv2 = conv3x3(out_channels, out_channels, init_scale, dims=dims)
         self.activation = activation
         self.resample = resample
         self.shortcut = shortcut
@@ -239,7 +244,7 @@ class _ResidualBlock(nn.Module):
     def forward(self, x: Tensor, temb: Tensor | None) -> Tensor:
         h = self.conv1(self.resample(norm_act(self.norm1, self.activation, x)))
         if self.time is not None:
-            h = h + self.time(self.activation(temb))[:, :, None, None]
+            h = h + self.time(self.activation(temb))[(..., *[None] * (h.ndim - 2))]
         h = self.conv2(norm_act(self.norm2, self.activation, h, self.dropout))
         return self.rescale * (self.shortcut(self.resample(x)) + h)
 
@@ -247,41 +252,46 @@ class _ResidualBlock(nn.Module):
 class DDPMBlock(_ResidualBlock):
     """The residual block of DDPM: no resampling; a 1×1 shortcut where the number of channels changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, **options) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, dims: int = 2, **options) -> None:
         # The source initialises this shortcut, as its other channel-mixing layers, with scale 0.1.
-        shortcut = conv1x1(in_channels, out_channels, 0.1) if in_channels != out_channels else nn.Identity()
-        super().__init__(in_channels, out_channels, resample=nn.Identity(), shortcut=shortcut, **options)
+        changes = in_channels != out_channels
+        shortcut = conv1x1(in_channels, out_channels, 0.1, dims=dims) if changes else nn.Identity()
+        super().__init__(in_channels, out_channels, resample=nn.Identity(), shortcut=shortcut, dims=dims, **options)
 
 
 class BigGANBlock(_ResidualBlock):
     """The residual block of BigGAN: ``resample`` is None or a module applied to both branches."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, resample: nn.Module | None = None, **options) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, resample: nn.Module | None = None, dims: int = 2, **options
+    ) -> None:
         changes = in_channels != out_channels or resample is not None
-        shortcut = conv1x1(in_channels, out_channels) if changes else nn.Identity()
-        super().__init__(in_channels, out_channels, resample=resample or nn.Identity(), shortcut=shortcut, **options)
+        options |= dict(resample=resample or nn.Identity(), dims=dims)
+        shortcut = conv1x1(in_channels, out_channels, dims=dims) if changes else nn.Identity()
+        super().__init__(in_channels, out_channels, shortcut=shortcut, **options)
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over all pixels with a residual connection, (B, C, H, W) → (B, C, H, W)."""
+    """Single-head self-attention over all pixels with a residual connection, (B, C, H, W) → (B, C, H, W), or over all
+    places along one or three axes."""
 
     recomputable = True
 
-    def __init__(self, channels: int, *, init_scale: float, skip_rescale: bool) -> None:
+    def __init__(self, channels: int, *, init_scale: float, skip_rescale: bool, dims: int = 2) -> None:
         super().__init__()
         self.norm = group_norm(channels)
-        self.query = conv1x1(channels, channels, 0.1)
-        self.key = conv1x1(channels, channels, 0.1)
-        self.value = conv1x1(channels, channels, 0.1)
-        self.out = conv1x1(channels, channels, init_scale)
+        self.query = conv1x1(channels, channels, 0.1, dims=dims)
+        self.key = conv1x1(channels, channels, 0.1, dims=dims)
+        self.value = conv1x1(channels, channels, 0.1, dims=dims)
+        self.out = conv1x1(channels, channels, init_scale, dims=dims)
         self.rescale = 1 / math.sqrt(2) if skip_rescale else 1.0
 
     def forward(self, x: Tensor) -> Tensor:
-        channels, height, width = x.shape[1:]
+        channels, *places = x.shape[1:]
         h = self.norm(x)
         # (B, HW, C): the order of channels-last memory, so that nothing is copied.
-        query, key, value = (layer(h).permute(0, 2, 3, 1).flatten(1, 2) for layer in (self.query, self.key, self.value))
+        query, key, value = (layer(h).movedim(1, -1).flatten(1, -2) for layer in (self.query, self.key, self.value))
         # Plain products: torch's fused kernels cannot be differentiated twice.
         weights = torch.softmax((channels**-0.5 * query) @ key.transpose(1, 2), dim=-1).to(value.dtype)
-        h = (weights @ value).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        h = (weights @ value).unflatten(1, places).movedim(-1, 1)
         return self.rescale * (x + self.out(h))

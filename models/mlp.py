@@ -1,4 +1,5 @@
-"""Small networks for points: of the 2-D examples (Chao et al., ICML 2023, Section 3.2) and of the tutorial."""
+"""Small networks for points and vectors: of the 2-D examples (Chao et al., ICML 2023, Section 3.2), of the tutorial and
+of data of shape (D,)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiment.registry import resolve
-from models.layers import PositionalEmbedding
+from models.layers import FourierEmbedding, PositionalEmbedding
 
 
 class Swish(nn.Module):
@@ -79,6 +80,8 @@ class TimeConditionalMLP(nn.Module):
         width: of z and of the label's features.
         depth: number of residual layers.
         input_scale: c, the size of typical points.
+        fourier_scale: if positive, the label is the noise's σ, embedded as random Fourier features of its logarithm at
+            frequencies of this standard deviation, and c = √(1 + σ²) in place of ``input_scale``.
     """
 
     def __init__(
@@ -90,10 +93,11 @@ class TimeConditionalMLP(nn.Module):
         width: int = 64,
         depth: int = 3,
         input_scale: float = 1.0,
+        fourier_scale: float = 0.0,
     ) -> None:
         super().__init__()
-        self.input_scale = input_scale
-        embedding = PositionalEmbedding(32)
+        self.input_scale, self.label_is_sigma = input_scale, fourier_scale > 0
+        embedding = FourierEmbedding(16, fourier_scale) if fourier_scale else PositionalEmbedding(32)
         self.label = nn.Sequential(embedding, nn.Linear(embedding.out_features, width))
         self.classes = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.first = nn.Linear(dimension, width)
@@ -108,8 +112,30 @@ class TimeConditionalMLP(nn.Module):
         if class_labels is not None:
             features = features + self.classes(class_labels)
         features = F.silu(features)
-        z = self.first(x / self.input_scale)
+        input_scale = (1 + label[:, None].to(x.dtype) ** 2).sqrt() if self.label_is_sigma else self.input_scale
+        z = self.first(x / input_scale)
         for modulation, layer in zip(self.modulations, self.layers, strict=True):
             scale, shift = modulation(features).chunk(2, dim=1)
             z = z + layer(F.silu((1 + scale) * z + shift))
         return self.last(F.silu(z))
+
+
+def vector_mlp(
+    dimension: int,
+    image_size: Sequence[int],
+    nf: int,
+    num_res_blocks: int,
+    embedding_type: str,
+    fourier_scale: float,
+    num_classes: int = 0,
+) -> TimeConditionalMLP:
+    """A ``TimeConditionalMLP`` with the options of the U-Net (configs/defaults.py), for data of shape (D,): ``nf`` is
+    its width, ``num_res_blocks`` its depth; the embedding 'fourier' is for VE, whose label is σ.
+
+    Raises:
+        ValueError: data of another shape.
+    """
+    if image_size != ():
+        raise ValueError("model.name='vector_mlp': is for vectors, data.shape=(D,); 'ncsnpp' is for all others")
+    scale = fourier_scale if embedding_type == "fourier" else 0.0
+    return TimeConditionalMLP(dimension, width=nf, depth=num_res_blocks, num_classes=num_classes, fourier_scale=scale)

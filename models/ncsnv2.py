@@ -266,6 +266,11 @@ class RefineNet(nn.Module):
         super().__init__()
         if nf < 2:
             raise ValueError(f"model.nf={nf}: NCSN and NCSNv2 standardise over channels and need at least 2")
+        if not isinstance(image_size, int):
+            raise ValueError(
+                f"data.shape={(num_channels, *image_size)}: NCSN and NCSNv2 are for square images; 'ncsnpp' and 'ddpm' "
+                "are for others"
+            )
         if conditional and num_levels is None:
             raise ValueError(
                 "training.continuous=True: model.name='ncsn' is conditioned on one of model.num_scales noise levels; "

@@ -68,9 +68,9 @@ class _Apart(nn.Module):
 class Combine(nn.Module):
     """A 1×1 convolution of the image is added to the features, or concatenated with them."""
 
-    def __init__(self, pyramid_channels: int, channels: int, *, concatenate: bool) -> None:
+    def __init__(self, pyramid_channels: int, channels: int, *, concatenate: bool, dims: int = 2) -> None:
         super().__init__()
-        self.conv = conv1x1(pyramid_channels, channels)
+        self.conv = conv1x1(pyramid_channels, channels, dims=dims)
         self.concatenate = concatenate
         self.out_channels = 2 * channels if concatenate else channels
 
@@ -105,8 +105,10 @@ class _Project(nn.Module):
 class _Projection(nn.Sequential):
     """conv(act(norm(h)))."""
 
-    def __init__(self, in_channels: int, out_channels: int, activation: nn.Module, scale: float = 1.0) -> None:
-        super().__init__(group_norm(in_channels), activation, conv3x3(in_channels, out_channels, scale))
+    def __init__(
+        self, in_channels: int, out_channels: int, activation: nn.Module, scale: float = 1.0, *, dims: int = 2
+    ) -> None:
+        super().__init__(group_norm(in_channels), activation, conv3x3(in_channels, out_channels, scale, dims=dims))
 
     def forward(self, h: Tensor) -> Tensor:
         norm, activation, conv = self
@@ -180,7 +182,9 @@ class UNet(nn.Module):
     The arguments are the fields of ``config.model`` (configs/defaults.py), and besides
 
     Args:
-        image_size: height and width of the images, divisible by 2^(levels − 1).
+        image_size: the lengths of one to three axes, (L,) of signals, (H, W) of images, (D, H, W) of volumes, each
+            divisible by 2^(levels − 1); or the height and width of square images. The first is the *resolution*, which
+            ``attn_resolutions`` speak of.
         num_channels: channels of the images.
         centered: images are in [−1, 1]; otherwise in [0, 1], and the network sees 2x − 1.
         num_levels: the number of noise levels whose index is the label; None: the label is a positive number.
@@ -195,7 +199,7 @@ class UNet(nn.Module):
     def __init__(
         self,
         *,
-        image_size: int,
+        image_size: int | Sequence[int],
         num_channels: int,
         centered: bool,
         nf: int,
@@ -226,12 +230,19 @@ class UNet(nn.Module):
             if given[field] not in allowed:
                 raise ValueError(f"model.{field}={given[field]!r}: allowed are {', '.join(allowed)}")
         levels = len(ch_mult)
-        if levels == 0 or image_size % 2 ** (levels - 1):
+        sizes = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        dims = len(sizes)
+        if not 1 <= dims <= 3:
+            raise ValueError(
+                f"data.shape={(num_channels, *sizes)}: model.name='ncsnpp' and 'ddpm' are for one to three axes beside "
+                "that of channels; 'vector_mlp' is for vectors"
+            )
+        if levels == 0 or any(size % 2 ** (levels - 1) for size in sizes):
             raise ValueError(
                 f"data.image_size={image_size} with {levels} levels (model.ch_mult={tuple(ch_mult)}): "
                 f"the size must be divisible by {2 ** max(levels - 1, 0)}"
             )
-        resolutions = [image_size // 2**level for level in range(levels)]
+        resolutions = [sizes[0] // 2**level for level in range(levels)]
         if missing := set(attn_resolutions) - set(resolutions):
             raise ValueError(
                 f"model.attn_resolutions={tuple(attn_resolutions)}: there is no resolution {min(missing)}; with "
@@ -245,9 +256,10 @@ class UNet(nn.Module):
                 "needs model.embedding_type='positional'"
             )
 
-        self.image_shape = (num_channels, image_size, image_size)
+        self.image_shape = (num_channels, *sizes)
         # Both are for comparisons alone: torch's own second derivatives are slower and otherwise the same.
-        self.memory_format, self.own_derivatives = torch.channels_last, True
+        self.memory_format = torch.channels_last if dims == 2 else torch.contiguous_format
+        self.own_derivatives = True
         self.compile_passes = False
         self.input_scale, self.input_shift = (1.0, 0.0) if centered else (2.0, -1.0)
         self.num_classes = num_classes
@@ -263,8 +275,9 @@ class UNet(nn.Module):
             self.time_mlp = nn.Sequential(dense(self.embedding.out_features, 4 * nf), act, dense(4 * nf, 4 * nf))
         self.class_embedding = nn.Embedding(num_classes + 1, 4 * nf) if num_classes else None
 
-        attention = partial(Attention, init_scale=init_scale, skip_rescale=skip_rescale)
-        resample = partial(resampling, taps=fir_kernel if fir else None)
+        convolution, projection = partial(conv3x3, dims=dims), partial(_Projection, dims=dims)
+        attention = partial(Attention, init_scale=init_scale, skip_rescale=skip_rescale, dims=dims)
+        resample = partial(resampling, taps=fir_kernel if fir else None, dims=dims)
         biggan = resblock_type == "biggan"
         block = partial(
             BigGANBlock if biggan else DDPMBlock,
@@ -273,6 +286,7 @@ class UNet(nn.Module):
             dropout=dropout,
             init_scale=init_scale,
             skip_rescale=skip_rescale,
+            dims=dims,
         )
 
         def attention_at(level: int, channels: int) -> nn.Module:
@@ -284,7 +298,7 @@ class UNet(nn.Module):
             return _WithoutTime(resample(channels, channels, up=up, with_conv=resamp_with_conv))
 
         # Encoder.
-        self.stem = conv3x3(num_channels, nf)
+        self.stem = convolution(num_channels, nf)
         self.encoder = nn.ModuleList()
         channels, skip_channels, pyramid_channels = nf, [nf], num_channels
         for level, multiplier in enumerate(ch_mult):
@@ -293,7 +307,7 @@ class UNet(nn.Module):
                 pyramid_down, merge = nn.Identity(), _Apart()
                 if progressive_input == "input_skip":
                     pyramid_down = resample(num_channels, num_channels, up=False, with_conv=False)
-                    merge = Combine(num_channels, width, concatenate=progressive_combine == "cat")
+                    merge = Combine(num_channels, width, concatenate=progressive_combine == "cat", dims=dims)
                     channels = merge.out_channels
                 elif progressive_input == "residual":
                     pyramid_down, merge = resample(pyramid_channels, width, up=False, with_conv=True), _Sum(rescale)
@@ -320,16 +334,16 @@ class UNet(nn.Module):
             if progressive == "output_skip":
                 if not lowest:
                     pyramid_up = resample(num_channels, num_channels, up=True, with_conv=False)
-                merge = _Project(_Projection(width, num_channels, act, init_scale), add=not lowest)
+                merge = _Project(projection(width, num_channels, act, init_scale), add=not lowest)
             elif progressive == "residual" and lowest:
-                merge = _Project(_Projection(width, width, act), add=False)
+                merge = _Project(projection(width, width, act), add=False)
             elif progressive == "residual":
                 pyramid_up, merge = resample(pyramid_channels, width, up=True, with_conv=True), _Sum(rescale)
             pyramid_channels = width
             attend = attention_at(level, width)
             up = resample_features(width, up=True) if level else _WithoutTime(nn.Identity())
             self.decoder.append(_LevelEnd(attend, pyramid_up, merge, up))
-        self.head = None if progressive == "output_skip" else _Projection(channels, num_channels, act, init_scale)
+        self.head = None if progressive == "output_skip" else projection(channels, num_channels, act, init_scale)
         if groups and nf % groups == 0:
             for norm in filter(lambda module: isinstance(module, nn.GroupNorm), self.modules()):
                 norm.num_groups = groups
@@ -340,12 +354,12 @@ class UNet(nn.Module):
         """The raw network output.
 
         Args:
-            x: images (B, C, H, W).
+            x: images (B, C, H, W), signals (B, C, L) or volumes (B, C, D, H, W).
             label: time labels (B,): σ, 999·t or an index, as the score model decides.
             class_labels: integers (B,), required exactly when the network has classes.
 
         Returns:
-            (B, C, H, W), the dtype of ``x``.
+            The shape and dtype of ``x``.
 
         Raises:
             ValueError: images of another shape, or class labels missing or unexpected.

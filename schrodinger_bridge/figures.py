@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from data.pixels import save_image_grid
+from data.format import save_grid
 from experiment.figures import COLOURS, new_figure, plane
 
 from .half_bridges import BridgeRun
@@ -32,8 +32,8 @@ def save_images(run: BridgeRun) -> None:
             states = states if direction == FORWARD else states.flip(0)
             times = [round(i * (len(states) - 1) / 7) for i in range(8)]
             for name, x in (("images", states[-1]), ("transitions", states[times, :8].transpose(0, 1).flatten(0, 1))):
-                levels = end.images.to_levels(x).permute(0, 2, 3, 1).numpy()
-                save_image_grid(run.workdir / f"{direction}_{name}.png", levels, end.images)
+                levels = end.images.to_data(x).permute(0, 2, 3, 1).numpy()
+                save_grid(run.workdir / f"{direction}_{name}.png", levels, end.images)
 
 
 def draw_comparison(rows: Sequence[Mapping]) -> Figure:

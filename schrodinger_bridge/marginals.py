@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from sklearn.datasets import make_s_curve, make_swiss_roll
 from torch import Tensor
 
-from data import ImageFormat, Split, load_dataset
+from data import DataFormat, Split, load_dataset
 from experiment.randomness import SampleGenerators, seed_from
 from experiment.registry import resolve
 
@@ -138,9 +138,9 @@ class ImageMarginal:
     def __init__(
         self, halves: tuple[Split, Split], class_label: int, *, centered: bool, name: str, field: str = "data"
     ) -> None:
-        self.halves, self.images = halves, ImageFormat.of(halves[0], centered=centered, dequantized=True)
+        self.halves, self.images = halves, DataFormat.of(halves[0], centered=centered, dequantized=True)
         self.name = name if class_label == -1 else f"{name}, class {class_label}"
-        self.shape = self.images.image_shape
+        self.shape = self.images.shape
         self.indices = [
             torch.arange(len(half)) if class_label == -1 else (half.labels == class_label).nonzero().flatten()
             for half in halves

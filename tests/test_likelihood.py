@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import likelihood
 from configs.defaults import base_config
+from data import DataFormat
 from experiment.randomness import SampleGenerators
 from likelihood import DIVERGENCES, TIMES, LikelihoodEvaluator, bits_per_dim
 from models.score import NoiseLevel, UnconstrainedScore
@@ -219,7 +220,7 @@ def test_probes_are_of_the_kind_asked_for():
 def test_bits_of_a_uniform_density_are_log2_of_the_levels(levels, centered):
     dimension = 48
     log_prob = torch.full((3,), -dimension * math.log(2.0 if centered else 1.0), dtype=torch.float64)
-    bits = bits_per_dim(log_prob, dimension, num_levels=levels, centered=centered)
+    bits = bits_per_dim(log_prob, dimension, DataFormat((1,), levels, None, centered, True).log2_unit)
     torch.testing.assert_close(bits, torch.full_like(bits, math.log2(levels)), rtol=1e-12, atol=0)
 
 
@@ -231,7 +232,7 @@ def test_bits_of_a_discrete_distribution_are_its_code_length(levels, centered):
     pixels = torch.randint(levels, (5, 7), generator=torch.Generator().manual_seed(0))
     width = (2.0 if centered else 1.0) / levels
     log_prob = torch.log(probabilities[pixels] / width).sum(1)
-    bits = bits_per_dim(log_prob, 7, num_levels=levels, centered=centered)
+    bits = bits_per_dim(log_prob, 7, DataFormat((7,), levels, None, centered, True).log2_unit)
     torch.testing.assert_close(bits, -torch.log2(probabilities[pixels]).mean(1), rtol=1e-12, atol=0)
 
 

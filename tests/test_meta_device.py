@@ -68,7 +68,7 @@ def score_of(overrides: dict | None = None) -> run_lib.TrainedScore:
 
 
 def batch(n: int = 4) -> Tensor:
-    return torch.empty((n, *IMAGES.image_shape), device=META)
+    return torch.empty((n, *IMAGES.shape), device=META)
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -140,7 +140,7 @@ def test_measurement(condition, conditioning):
     score, given = score_of(), CONDITIONED[condition]
     score.model.network.forward = lambda x, label: 0.5 * x
     options = {**score.config.sampling, **given, "conditioning": conditioning, "measurement_noise": 0.1}
-    operator = MEASUREMENTS[condition](options, IMAGES.image_shape, META)
+    operator = MEASUREMENTS[condition](options, IMAGES.shape, META)
     conditioned, projection = condition_on_measurement(
         options, score.sde, score, operator, operator(batch(2)), prior_variance=0.1
     )

@@ -108,8 +108,8 @@ def test_a_damaged_image_is_found_before_training(tmp_path, monkeypatch):
     damaged = tmp_path / "set/train/09.png"
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:-40])
-    decoded, decode_all = [], FileSplit.decode_all
-    monkeypatch.setattr(FileSplit, "decode_all", lambda split, told: decoded.append(split) or decode_all(split, told))
+    decoded, read_all = [], FileSplit.read_all
+    monkeypatch.setattr(FileSplit, "read_all", lambda split, told: decoded.append(split) or read_all(split, told))
 
     def train(steps: int) -> None:
         data = dict(data__dataset="folder", data__path=str(tmp_path / "set"), training__batch_size=2)
@@ -120,9 +120,9 @@ def test_a_damaged_image_is_found_before_training(tmp_path, monkeypatch):
     assert not (tmp_path / "w" / "config.json").exists()
     damaged.write_bytes(whole)
     train(1)
-    assert len(decoded) == 2
+    assert len(decoded) == 3  # and the test images
     train(2)
-    assert len(decoded) == 2
+    assert len(decoded) == 3
     damaged.write_bytes(whole[:-40])
     with pytest.raises(run_lib.InvalidRun, match=r"cannot read the image .*09\.png"):
         train(3)

@@ -339,7 +339,7 @@ def test_a_loaded_score_computes_what_evaluation_and_sampling_do(trained, tmp_pa
     assert score.config.to_dict() == tiny_config().to_dict() and score.shape == (1, 8, 8)
     levels, _ = run_lib.load_data(tiny_config())[1].batch(range(3))
     assert np.array_equal(score.bits_per_dim(levels, seed=42), bits)
-    assert torch.equal(score.images.to_levels(score.sample(16, seed=42)), images[:16])  # a batch of 16, as there
+    assert torch.equal(score.images.to_data(score.sample(16, seed=42)), images[:16])  # a batch of 16, as there
     assert score.sample(2, method="few_step", solver="heun", num_steps=2).shape == (2, 1, 8, 8)
     assert score.config.sampling.method == "pc"
     for options, message in (
@@ -389,7 +389,7 @@ def test_official_checkpoint_is_sampled_with_its_averages(tmp_path):
     assert np.array_equal(*samples) and samples[0].std() > 10
     score = run_lib.load(golden, config=config)
     assert score.step == 123
-    loaded = score.images.to_levels(score.sample(2, seed=config.seed)).permute(0, 2, 3, 1)
+    loaded = score.images.to_data(score.sample(2, seed=config.seed)).permute(0, 2, 3, 1)
     assert np.array_equal(loaded, samples[0])
     with pytest.raises(ValueError, match=r"ve_ncsnpp_cifar10\.pth is a public checkpoint: give load\(…, config=…\)"):
         run_lib.load(golden)

@@ -13,7 +13,8 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 import run_lib
-from data import Split, pixels
+from data import Split
+from data import format as pixels
 from experiment.figures import new_figure
 from experiment.randomness import SampleGenerators, uniform
 from likelihood import LIKELIHOOD_EPS as EPS
@@ -37,7 +38,7 @@ def run(folder: Path, update: Update, *, n_iters: int = 2000, num_steps: int = 5
     config = get_config()
     config.training.n_iters = n_iters
     train, test = run_lib.load_data(config)
-    levels, dimension = train.num_levels, math.prod(train.image_shape)
+    levels, dimension = train.num_levels, math.prod(train.shape)
 
     def points(split: Split, indices: Tensor, purpose: str) -> Tensor:
         """Dequantised images, as the model sees them."""
@@ -46,12 +47,12 @@ def run(folder: Path, update: Update, *, n_iters: int = 2000, num_steps: int = 5
         return pixels.scale(x, config.data.centered)
 
     def bits(log_prob: Tensor) -> Tensor:
-        return bits_per_dim(log_prob, dimension, num_levels=levels, centered=config.data.centered).double()
+        return bits_per_dim(log_prob, dimension, math.log2(2 / levels)).double()  # of [−1, 1]
 
     # Train, and sample.
     run_lib.train(config, folder / "run", run_lib.Runtime(device="cpu", on_progress=update))
     score = run_lib.load(folder / "run")
-    sde, drawn = score.sde, score.images.to_levels(score.sample(SAMPLES, num_steps=num_steps))
+    sde, drawn = score.sde, score.images.to_data(score.sample(SAMPLES, num_steps=num_steps))
 
     # Bits/dim of test images, and those under a Gaussian fitted to the training images, dequantised alike.
     indices = torch.arange(test_images) * (len(test) // test_images)

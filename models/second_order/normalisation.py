@@ -63,9 +63,9 @@ class Dropout(nn.Module):
         if not self.training or self.p == 0:
             return None
         keys = random_bits((len(x), 2), device=x.device) if self.keys is None else self.keys
-        channels, height, width = x.shape[1:]
+        channels, height, *others = x.shape[1:]
         compute = _compiled(_factor) if passes_are_compiled() else _factor
-        return compute(keys, channels, height, width, self.p, x.dtype)
+        return compute(keys, channels, height, math.prod(others), self.p, x.dtype).view_as(x)
 
 
 def _factor(keys: Tensor, channels: int, height: int, width: int, p: float, dtype: torch.dtype) -> Tensor:
@@ -371,8 +371,10 @@ class _Product(Function):
 
 
 def norm_act(norm: GroupNorm, activation: nn.Module, x: Tensor, dropout: Dropout | None = None) -> Tensor:
-    """``dropout(activation(norm(x)))`` for images (B, C, H, W)."""
+    """``dropout(activation(norm(x)))`` for images (B, C, H, W), signals (B, C, L) or volumes (B, C, D, H, W)."""
     if is_higher_order() and isinstance(activation, nn.SiLU):
+        if x.ndim != 4:  # no neighbours are looked at
+            return norm_act(norm, activation, x.flatten(2)[..., None], dropout).reshape(x.shape)
         factor = None if dropout is None else dropout.factor(x)
         options = norm.num_groups, norm.eps, factor, passes_are_compiled()
         return _NormAct.apply(x, view(norm.weight), view(norm.bias), *options)[0]

@@ -117,7 +117,9 @@ def view(parameter: Tensor | None) -> Tensor | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Convolution
+# Convolution, in one, two or three dimensions
+
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class _Convolution(Function):
@@ -133,7 +135,7 @@ class _Convolution(Function):
         kept = (None, None, weight) if constant else (g, x, weight)
         ctx.save_for_backward(*(None if i == one else operand for i, operand in enumerate(kept)))
         if one == 0:
-            return F.conv2d(x, weight, bias, *geometry)
+            return CONVOLUTIONS[x.ndim - 2](x, weight, bias, *geometry)
         return _convolution_backward(g, x, weight, geometry, (one == 1, one == 2, False))[one - 1]
 
     @staticmethod
@@ -146,7 +148,7 @@ class _Convolution(Function):
         asked = wanted(ctx, "", "", "", "cotangents", "cotangents", "weights", "weights")[3:]
         if ctx.one == 0 and not torch.is_grad_enabled():
             return None, None, None, None, *_convolution_backward(*operands, geometry, asked[1:])
-        gradients = [None, None, None, c.sum((0, 2, 3)) if asked[3] else None]
+        gradients = [None, None, None, c.sum((0, *range(2, c.ndim))) if asked[3] else None]
         for i in range(3):
             if asked[i] and i != ctx.one:
                 given = [*operands]
@@ -157,7 +159,8 @@ class _Convolution(Function):
 
 def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """An image in the memory format of another."""
-    channels_last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    image = like.ndim == 4 and not like.is_contiguous()
+    channels_last = image and like.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
@@ -168,14 +171,14 @@ def _convolution_backward(
     stride, padding, dilation, groups = geometry
     if len(weight) == 1:  # a clone in channels-last format has strides that torch's kernel refuses
         weight = weight.contiguous()
-    bias_sizes, output_padding = [len(weight)], [0, 0]
+    bias_sizes, output_padding = [len(weight)], [0] * (x.ndim - 2)
     return torch.ops.aten.convolution_backward(
         g, x, weight, bias_sizes, stride, padding, dilation, False, output_padding, groups, list(asked)
     )
 
 
-class Conv2d(nn.Conv2d):
-    """torch's, zeros outside of the image."""
+class _Layer:
+    """torch's convolution, zeros outside of the image."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not is_higher_order():
@@ -184,28 +187,42 @@ class Conv2d(nn.Conv2d):
         return _Convolution.apply(0, geometry, False, None, x, view(self.weight), view(self.bias))
 
 
+class Conv1d(_Layer, nn.Conv1d):
+    pass
+
+
+class Conv2d(_Layer, nn.Conv2d):
+    pass
+
+
+class Conv3d(_Layer, nn.Conv3d):
+    pass
+
+
 def blur(x: Tensor, kernel: Tensor, *, stride: int, padding: int = 0) -> Tensor:
-    """Each channel of x (B, C, H, W) correlated with a constant kernel (k, l), every ``stride``-th pixel of it."""
+    """Each channel of x (B, C, ...) correlated with a constant kernel of as many axes, every ``stride``-th pixel."""
     if is_higher_order():
         return _Convolution.apply(0, _geometry(x, stride, padding), True, None, x, _for_channels(kernel, x), None)
-    return _precise(F.conv2d, x, kernel, stride, padding)
+    return _precise(CONVOLUTIONS[kernel.ndim], x, kernel, stride, padding)
 
 
 def blur_transposed(x: Tensor, kernel: Tensor, *, stride: int, padding: int = 0) -> Tensor:
-    """The transpose of ``blur``: (B, C, H, W) → (B, C, stride(H − 1) + k − 2·padding, ...)."""
+    """The transpose of ``blur``: (B, C, H, ...) → (B, C, stride(H − 1) + k − 2·padding, ...)."""
     if is_higher_order():
         size = (stride * (n - 1) + k - 2 * padding for n, k in zip(x.shape[2:], kernel.shape, strict=True))
         given = x, _empty((*x.shape[:2], *size), x), _for_channels(kernel, x)
         return _Convolution.apply(1, _geometry(x, stride, padding), True, *given, None)
-    return _precise(F.conv_transpose2d, x, kernel, stride, padding)
+    transposed = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[kernel.ndim]
+    return _precise(transposed, x, kernel, stride, padding)
 
 
 def _for_channels(kernel: Tensor, x: Tensor) -> Tensor:
-    return kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
+    return kernel.to(x.dtype).expand(x.shape[1], 1, *kernel.shape)
 
 
 def _geometry(x: Tensor, stride: int, padding: int) -> tuple:
-    return (stride, stride), (padding, padding), (1, 1), x.shape[1]
+    dims = x.ndim - 2
+    return (stride,) * dims, (padding,) * dims, (1,) * dims, x.shape[1]
 
 
 def _precise(function: Callable[..., Tensor], x: Tensor, kernel: Tensor, stride: int, padding: int) -> Tensor:
@@ -233,5 +250,5 @@ class _Concatenate(Function):
 
 
 def concatenate(*parts: Tensor) -> Tensor:
-    """Tensors (B, C_i, H, W) → (B, ΣC_i, H, W)."""
+    """Tensors (B, C_i, ...) → (B, ΣC_i, ...)."""
     return _Concatenate.apply(*parts) if is_higher_order() else torch.cat(parts, dim=1)

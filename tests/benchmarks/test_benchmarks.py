@@ -16,7 +16,7 @@ from benchmarks.measure import in_turn, operations_of
 from configs.defaults import base_config
 from configs.digits import get_config
 from conservativeness import asymmetry
-from data import ImageFormat
+from data import DataFormat
 from experiment.randomness import SampleGenerators, rademacher_like
 from losses import make_objective
 from models import EMA
@@ -260,7 +260,7 @@ def test_benchmark_of_the_input():
 def test_public_loader_gives_the_set(dequantized):
     """Batches of images as the model sees them, without end, each image of the set as often as chance has it."""
     split, _ = run_lib.load_data(small_config(), run_lib.Runtime("cpu"))
-    images = ImageFormat.of(split, centered=False, dequantized=dequantized)
+    images = DataFormat.of(split, centered=False, dequantized=dequantized)
     labels, levels = [], images.to_model(split.images, dequantize=False)
     for batch, found in itertools.islice(data_pipeline.public_loader(split, images, 100, False), 20):
         assert batch.shape == (100, 1, 8, 8) and batch.dtype == torch.float32

@@ -232,6 +232,6 @@ def test_samples_of_a_run_are_the_cpus(trained):
     found = []
     for device in ("cpu", "cuda"):
         score = run_lib.load(trained[0], device=device)
-        found.append(score.images.to_levels(score.sample(8, num_steps=10).cpu()).int())
+        found.append(score.images.to_data(score.sample(8, num_steps=10).cpu()).int())
     assert found[0].float().std() > 1
     assert (found[0] - found[1]).abs().max() <= 1

@@ -37,7 +37,7 @@ def test_folder_with_halves_and_classes(tmp_path):
     save(tmp_path / "other/f.png", pixels[0])
     train, test = load_dataset("folder", image_size=8, num_channels=3, path=tmp_path)
     assert (train.name, test.name) == (f"{tmp_path.name}-train", f"{tmp_path.name}-test")
-    assert train.image_shape == (3, 8, 8) and train.num_levels == 256 and train.num_classes == test.num_classes == 3
+    assert train.shape == (3, 8, 8) and train.num_levels == 256 and train.num_classes == test.num_classes == 3
     images, labels = train.batch([2, 0])  # sorted by name: cat/deep/er/A.BMP, dog/a.png, owl/b.png
     assert labels.tolist() == [2, 0] and images.dtype == torch.uint8
     assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), pixels[[0, 1]])
@@ -241,11 +241,11 @@ def test_folder_unreadable_images(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read the image .*e\.png"):
         test.batch([0, 1])
     with pytest.raises(UnreadableImage, match=r"cannot read the image .*e\.png: [^;]*$"):
-        test.decode_all()
+        test.read_all()
     (tmp_path / "test/f.png").write_bytes(buffer.getvalue()[:-40])
     seen = []
     with pytest.raises(UnreadableImage, match=r"cannot read the image .*e\.png: .*; and 1 more"):
-        load_dataset(**request)[1].decode_all(seen.append)
+        load_dataset(**request)[1].read_all(seen.append)
     assert seen == [3]
 
 
@@ -279,9 +279,9 @@ def test_folder_pixels_that_show_through_or_are_dark(tmp_path):
     assert colour[:, 7, 0].tolist() == [round(0.2 * c + 0.8 * 255) for c in (200, 0, 0)]
     assert grey_image[:, :4].eq(255).all() and grey_image[:, 4:6].eq(round(0.299 * 200)).all()
     assert indexed[:, 0, 0].tolist() == [255] * 3 and indexed[:, 0, 1].tolist() == [40, 50, 60]
-    train.decode_all()
+    train.read_all()
     with pytest.raises(ValueError, match="no pixel is above level 1 of 255"):
-        test.decode_all()
+        test.read_all()
 
 
 def test_folder_layouts_that_are_refused(tmp_path):

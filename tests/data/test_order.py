@@ -35,7 +35,7 @@ def test_any_step_is_available_without_replay():
 class CountedFiles:
     """Images made when asked for, each of one value, and a record of which; not a ``TensorSplit``."""
 
-    num_levels, num_classes, image_shape, fingerprint, name = 256, None, (1, 2, 2), "x", "counted"
+    num_levels, num_classes, shape, fingerprint, name = 256, None, (1, 2, 2), "x", "counted"
 
     def __init__(self, size: int) -> None:
         self.size, self.read, self.threads = size, [], set()
@@ -80,7 +80,7 @@ def test_files_are_decoded_once_and_one_step_ahead():
 def test_an_unreadable_image_is_reported_by_its_own_step(tmp_path):
     for k in range(4):
         save(tmp_path / f"{k}.png", np.full((2, 2), k, np.uint8))
-    split = FileSplit("files", tmp_path, [f"{k}.png" for k in range(4)], None, image_shape=(1, 2, 2))
+    split = FileSplit("files", tmp_path, [f"{k}.png" for k in range(4)], None, shape=(1, 2, 2))
     bad = int(batch_indices(0, 2, 1, 4))
     (tmp_path / f"{bad}.png").write_bytes(b"nothing")
     batches = TrainingBatches(split, seed=0, batch_size=1)

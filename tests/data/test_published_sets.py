@@ -182,7 +182,7 @@ def test_celeba_is_cropped_to_the_central_140_pixels(tmp_path, monkeypatch):
         save(base / "img_align_celeba" / name, face, format="png")
     train, test = load_dataset("CELEBA", image_size=64, num_channels=3, root=tmp_path)
     assert (len(train), len(test)) == (3, 2)
-    assert train.num_classes is None and train.image_shape == (3, 64, 64)
+    assert train.num_classes is None and train.shape == (3, 64, 64)
     for split, values in ((train, [0, 20, 40]), (test, [80, 100])):
         images, labels = split.batch(torch.arange(len(split)))
         assert torch.equal(images, torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 64, 64))

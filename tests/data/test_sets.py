@@ -27,7 +27,7 @@ def test_digits_split_is_fixed_stratified_and_complete():
 
     train, test = load_dataset("digits", image_size=8, num_channels=1)
     assert (len(train), len(test)) == (1437, 360)
-    assert train.image_shape == test.image_shape == (1, 8, 8)
+    assert train.shape == test.shape == (1, 8, 8)
     assert (train.num_levels, train.num_classes) == (17, 10)
     assert (train.name, test.name) == ("digits-train", "digits-test")
     # Pinned: any change of the split, of scikit-learn's data or of the hash shows here.
@@ -69,11 +69,11 @@ def test_factory_reads_the_config_and_ignores_case():
         get_dataset(config)
     config.data.resize = True
     train, _ = get_dataset(config)
-    assert train.image_shape == (1, 16, 16) and train.images.max() <= 16
+    assert train.shape == (1, 16, 16) and train.images.max() <= 16
 
 
 def test_wrong_requests_are_refused():
-    known = "data.dataset='cifar11': allowed are digits, npz, folder, mnist, cifar10, cifar100, svhn, "
+    known = "data.dataset='cifar11': allowed are digits, npz, folder, array, mnist, cifar10, cifar100, svhn, "
     refused(ValueError, known, dataset="cifar11", image_size=8, num_channels=1)
     refused(ValueError, "data.num_channels=3", "1-channel", dataset="digits", image_size=8, num_channels=3)
     refused(ValueError, "data.path=a.npz", "digits", dataset="digits", image_size=8, num_channels=1, path="a.npz")
@@ -103,7 +103,7 @@ def test_a_set_of_ones_own_by_its_import_path(monkeypatch):
     monkeypatch.setattr(sets, "of_a_test", load, raising=False)
     request = {"image_size": 4, "num_channels": 1, "path": "x.dat", "root": "", "download": False, "resize": True}
     train, test = load_dataset("data.sets:of_a_test", **request)
-    assert (len(train), len(test)) == (3, 2) and requests == [request]
+    assert (len(train), len(test)) == (3, 2) and requests == [request | {"shape": (1, 4, 4), "num_levels": 0}]
     request["dataset"] = "data.sets:of_a_test"
     refused(ValueError, "data.image_size=5", "mine", "4x4", **request | {"image_size": 5})
     refused(ValueError, "data.num_channels=3", "1-channel", **request | {"num_channels": 3})

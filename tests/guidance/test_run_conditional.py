@@ -15,7 +15,8 @@ from user_classes import Moments
 
 import run_lib
 from checkpoints import read_checkpoint
-from data import evenly_spaced, pixels
+from data import evenly_spaced
+from data import format as pixels
 from experiment.randomness import SampleGenerators
 from features import quality
 from guidance.classifier import ClassifierTraining, NoiseConditionalClassifier
@@ -147,7 +148,7 @@ def test_classifier_free_samples(conditional, tmp_path):
     assert metrics["nfe_sampling"] == 7 and np.array_equal(images_of(zero), images_of(free))
     assert len({f.name for f in (folder, three, guided, zero, free)}) == 5
     score = run_lib.load(conditional)
-    loaded = score.images.to_levels(score.sample(16, seed=42, class_label=3)).permute(0, 2, 3, 1)
+    loaded = score.images.to_data(score.sample(16, seed=42, class_label=3)).permute(0, 2, 3, 1)
     assert np.array_equal(loaded, images_of(three)[:16])
 
 

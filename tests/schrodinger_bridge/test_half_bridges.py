@@ -311,7 +311,7 @@ def test_images_of_one_class():
             allowed = {bytes(image.numpy()) for image in half.images[half.labels == label]}
             x = marginal.sample(40, (0,), test=test)
             assert x.shape == (40, 1, 8, 8) and -1 < x.min() < -0.9 and 0.7 < x.max() < 1
-            assert all(bytes(image.numpy()) in allowed for image in marginal.images.to_levels(x))
+            assert all(bytes(image.numpy()) in allowed for image in marginal.images.to_data(x))
     assert torch.equal(first.sample(9, (0,))[2:5], first.sample(9, (0,), slice(2, 5)))
 
 

@@ -21,7 +21,7 @@ import features.classifier
 from checkpoints import read_checkpoint
 from configs.wasserstein import cifar10
 from configs.wasserstein.digits import MODELS, get_config
-from data.pixels import scale, to_unit_interval, unscale
+from data.format import scale, to_unit_interval, unscale
 from evaluation import fid, fid_with_error, frechet_distance
 from exact.distributions import Gaussian
 from sampling import ODESampler, PCSampler

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from data import ImageFormat, TensorSplit
-from data.pixels import random_flip, scale, to_pixels, to_unit_interval, unscale
+from data import DataFormat, TensorSplit
+from data.format import random_flip, scale, to_pixels, to_unit_interval, unscale
 from experiment.randomness import SampleGenerators, uniform
 
 
@@ -55,22 +55,22 @@ def test_scale():
 @pytest.mark.parametrize("dequantized", [False, True])
 def test_an_image_format_is_the_way_to_the_model_and_back(centered, dequantized):
     levels = (torch.arange(3 * 16) % 17).to(torch.uint8).reshape(3, 1, 4, 4)
-    images = ImageFormat.of(TensorSplit("x", levels, None, num_levels=17), centered=centered, dequantized=dequantized)
-    assert ImageFormat(**json.loads(json.dumps(images.as_dict()))) == images
-    assert (images.image_shape, images.dimension, images.num_classes) == ((1, 4, 4), 16, None)
+    images = DataFormat.of(TensorSplit("x", levels, None, num_levels=17), centered=centered, dequantized=dequantized)
+    assert DataFormat.from_dict(json.loads(json.dumps(images.as_dict()))) == images
+    assert (images.shape, images.dimension, images.num_classes) == ((1, 4, 4), 16, None)
     streams = ((0, "x"), range(3))
     noise = uniform(levels.shape, SampleGenerators(*streams))
     expected = to_unit_interval(levels, 17, dequantization=noise if dequantized else None)
     x = images.to_model(levels, SampleGenerators(*streams))
-    assert torch.equal(x, scale(expected, centered)) and torch.equal(images.to_levels(x), levels)
+    assert torch.equal(x, scale(expected, centered)) and torch.equal(images.to_data(x), levels)
     # Likelihoods are of dequantised levels, whatever the model learned.
     x = images.to_model(levels, SampleGenerators(*streams), dequantize=True)
     assert torch.equal(x, scale(to_unit_interval(levels, 17, dequantization=noise), centered))
     # Without random numbers, the middle of the cell (k + ½)/L.
     middle = (levels + 0.5) / 17 if dequantized else levels / 16
     torch.testing.assert_close(unscale(images.to_model(levels), centered), middle)
-    with pytest.raises(ValueError, match="257 grey levels: allowed are 2 to 256"):
-        ImageFormat((1, 4, 4), 257, None, centered, dequantized)
+    with pytest.raises(ValueError, match="65537 levels: allowed are 2 to 65536"):
+        DataFormat((1, 4, 4), 2**16 + 1, None, centered, dequantized)
 
 
 def test_random_flip_mirrors_about_half_the_images():
