@@ -6,6 +6,7 @@ import experiment  # noqa: F401 -- before all else
 
 # isort: split
 import json
+import logging
 import os
 import sys
 
@@ -45,31 +46,40 @@ def main(argv: list[str]) -> None:
         FLAGS.device, FLAGS.precision, FLAGS.accumulation_steps, compile=FLAGS.compile, cache_dir=FLAGS.cache_dir
     )
     run = FLAGS.config, FLAGS.workdir, runtime
+    written, then = FLAGS.workdir, "--mode=eval"
     if FLAGS.dry_run:
         _print(run_lib.dry_run(*run))
+        written, then = "nothing", "--mode=train"
     elif FLAGS.mode == "train":
         run_lib.train(*run)
+        written += "/checkpoints"
     elif FLAGS.mode == "eval":
         _print(run_lib.evaluate(*run, FLAGS.checkpoint))
+        written, then = f"{written}/eval", ""
     elif FLAGS.mode == "train_classifier":
         _print(run_lib.train_classifier(*run))
+        written, then = f"{written}/classifier", "--mode=sample --config.sampling.condition=class"
     elif FLAGS.mode == "stats":
-        _print(run_lib.statistics(*run))
+        written = run_lib.statistics(*run)
+        _print(written)
+        then += f" --cache_dir={FLAGS.cache_dir}" if FLAGS.cache_dir else ""
     else:
-        folder = run_lib.sample(*run, FLAGS.checkpoint)
+        written = folder = run_lib.sample(*run, FLAGS.checkpoint)
         if (folder / "metrics.json").exists():
             _print(json.loads((folder / "metrics.json").read_text()))
         _print(folder)
+    command = f"main.py --workdir={FLAGS.workdir} {then}" if then else f"-m report.main {FLAGS.workdir}"
+    logging.info("written: %s; next: python %s", written, command)
 
 
 def _print(result: object) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     if not isinstance(result, dict):
-        print(result)
+        print(result, flush=True)
         return
     for name, value in sorted(result.items()):
-        print(f"{name:24} {value:.6g}" if isinstance(value, float) else f"{name:24} {value}")
+        print(f"{name:24} {value:.6g}" if isinstance(value, float) else f"{name:24} {value}", flush=True)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ from checkpoints import (
 from configs.checks import check, item_shape
 from configs.defaults import FIELDS
 from configs.stored import config_of
-from data.format import GRID_IMAGES, DataFormat, is_picture, save_grid
+from data.format import GRID_IMAGES, DataFormat, is_picture, save_grid, unscale
 from data.sets import evenly_spaced
 from experiment.files import check_folder, differences, parse_json, read_json, write_arrays, write_json, write_text
 from experiment.randomness import SampleGenerators, normal_like, uniform
@@ -63,7 +63,7 @@ from experiment.runtime import (
     within_memory,
 )
 from models import make_network, make_score_model
-from models.score import ConservativeScore, ScoreModel
+from models.score import ScoreModel, UnconstrainedScore
 from sde_lib import SDE, expand, make_sde
 
 if TYPE_CHECKING:
@@ -92,6 +92,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+OUTSIDE = (-0.5, 1.5)
+"""Half the range of grey levels beyond black and white: no digit, photograph or their noise is there."""
 
 EVALUATION_VERSION = 4
 """To be raised when a fix changes what sampling, likelihood or asymmetry compute, which is then computed again."""
@@ -145,6 +148,7 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
         with checked():
             loop = trainer(config, workdir, runtime, claim)
         _write_config(config, loop.workdir, runtime)
+        _announce(loop, config, "train", runtime)
         loop.run()
 
 
@@ -162,6 +166,7 @@ def dry_run(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
     """
     with checked():
         loop = trainer(config, workdir, runtime)
+    _announce(loop, config, "try", runtime)
     device, steps = runtime.torch_device, config.training.qc_interval if config.training.qc_weight else 1
     first, seconds = loop.step, 0.0
     for _ in range(2):
@@ -177,8 +182,19 @@ def dry_run(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
         "seconds_per_step": seconds,
         "hours_for_the_rest": seconds * max(config.training.n_iters - first, 0) / 3600,
         "memory_gib": memory / 2**30,
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"{device}, {torch.get_num_threads()} threads",
+        "device": runtime.where,
     }
+
+
+def _announce(loop: Trainer, config: ConfigDict, what: str, runtime: Runtime) -> None:
+    parameters = sum(p.numel() for p in loop.model.parameters())
+    steps = f"step {loop.step} to {loop.n_iters} of {loop.batch_size} images of {_named_data(config)}"
+    runtime.announce(f"{what} a network of {parameters:,} parameters, {steps}", loop.workdir)
+
+
+def _named_data(config: ConfigDict) -> str:
+    data = config.data
+    return f"{data.dataset}, {data.num_channels}×{data.image_size}×{data.image_size}"
 
 
 def trainer(
@@ -423,6 +439,13 @@ def evaluate(
         metrics |= _kept_metrics(path, enabled)
         metrics |= {"checkpoint_step": score.step, "test_images": len(test_data)}
         files: dict[str, dict] = {}
+        of = {
+            "bits/dim of {} test images": enabled.enable_bpd and (enabled.nll_images or len(test_data)),
+            "asymmetry of {} of them": enabled.enable_asymmetry and (enabled.asym_images or len(test_data)),
+            f"{{}} samples by {sampler}": enabled.enable_sampling and enabled.num_samples,
+        }
+        wanted = ", ".join(text.format(count) for text, count in of.items() if count)
+        runtime.announce(f"evaluate {score.description}: {wanted or 'nothing'}", workdir)
         if enabled.enable_bpd:
             measured, files["nll.npz"] = _evaluate_nll(score, test_data)
             metrics |= measured
@@ -430,9 +453,9 @@ def evaluate(
             measured, files["asymmetry.npz"] = _evaluate_asymmetry(score, test_data)
             metrics |= measured
         if enabled.enable_sampling:
-            arrays = _draw_samples(score, sampler)
+            arrays = _draw_samples(score, sampler, enabled.num_samples)
             count = len(arrays["nfe"])
-            metrics |= {"nfe_sampling": float(arrays["nfe"].mean()), "num_samples": count}
+            metrics |= _of_samples(arrays)
             if config.sampling.method == "pc":
                 metrics["sampling_steps"] = sampler.num_steps
             images = arrays.get("images")  # in another process than the main one those of its share, if it has any
@@ -462,8 +485,8 @@ METRICS = {
         *("asym", "asym_se", "nasym", "nasym_se", "asym_images", "asym_levels", "asym_first_level", "asym_probes"),
     ),
     "enable_sampling": (
-        *("sampler", "sampling_steps", "nfe_sampling", "num_samples", "fid", "kid", "kid_se", "inception_score"),
-        *("inception_score_std", "precision", "recall", "density", "coverage"),
+        *("sampler", "sampling_steps", "nfe_sampling", "num_samples", "outside_range", "fid", "kid", "kid_se"),
+        *("inception_score", "inception_score_std", "precision", "recall", "density", "coverage"),
         *("features", "feature_test_accuracy", "reference", "num_reference", "backend"),
         *("sliced_w2", "sliced_w2_se", "sliced_w2_training_data", "marginal_w1", "marginal_w1_se"),
         *("spectrum_error", "spectrum_error_se"),
@@ -580,13 +603,19 @@ def _evaluate_asymmetry(score: TrainedScore, data: Split) -> tuple[dict, dict[st
     return metrics, curves
 
 
-def _draw_samples(score: TrainedScore, sampler) -> dict[str, np.ndarray]:
+def _draw_samples(score: TrainedScore, sampler, count: int) -> dict[str, np.ndarray]:
     def compute(indices: range) -> dict[str, np.ndarray]:
-        images, nfe = score.draw(indices, sampler, progress=score.runtime.shows_progress)
-        return {"images": images, "nfe": np.full(len(images), nfe)}
+        images, nfe, outside = score.draw(indices, sampler, progress=score.runtime.shows_progress)
+        of_levels = {} if score.images.num_levels is None else {"outside": outside}
+        return {"images": images, "nfe": np.full(len(images), nfe), **of_levels}
 
-    count, settings = score.config.eval.num_samples, _sampling_identity(score)
+    settings = {**_sampling_identity(score), "range": OUTSIDE}
     return score.stage("sample_items", count, settings, compute, large=("images",))
+
+
+def _of_samples(arrays: dict[str, np.ndarray]) -> dict[str, float | int | None]:
+    outside = float(arrays["outside"].mean()) if "outside" in arrays else None
+    return {"nfe_sampling": float(arrays["nfe"].mean()), "num_samples": len(arrays["nfe"]), "outside_range": outside}
 
 
 def _as_file(arrays: np.ndarray, images: DataFormat) -> dict[str, object]:
@@ -617,6 +646,7 @@ def _compare_distributions(
 def _sampling_identity(score: TrainedScore) -> dict:
     """What decides samples, beside weights and model."""
     settings = json.loads(score.config.sampling.to_json())
+    del settings["num_samples"]
     if not settings["condition"]:
         from guidance.conditions import CONDITION_FIELDS
 
@@ -644,6 +674,7 @@ def statistics(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runti
         train_data, test_data = load_data(config, runtime)
         cache_dir = _cache_dir(Path(workdir), runtime)
         quality = SampleQuality(config.eval, train_data, test_data, cache_dir, runtime, seed=config.seed)
+    runtime.announce(f"features of {len(train_data)} training images of {_named_data(config)}", cache_dir)
     return quality.reference()[0]
 
 
@@ -657,7 +688,7 @@ def sample(
 ) -> Path:
     """Draw samples from a checkpoint under ``config.sampling.condition``; return their folder.
 
-    A condition on a class, or none, gives ``eval.num_samples`` samples and needs no data set:
+    A condition on a class, or none, gives ``sampling.num_samples`` samples and needs no data set:
 
         W/samples/NAME/samples.npz       images (N, H, W, C), num_levels, nfe and, if they are of classes, labels (N,);
                                          of data that are no grey or colour images, samples (N, ...) in their own units
@@ -675,7 +706,7 @@ def sample(
         with checked():
             _check_request(config, workdir, checkpoint)
             sampler = build_sampler(config, build_sde(config))
-            name, data, measured, identity = sampler.slug, None, None, {"num_samples": config.eval.num_samples}
+            name, data, measured, identity = sampler.slug, None, None, {"num_samples": sampling.num_samples}
             if sampling.condition:
                 name += f"-{sampling.condition.rpartition(':')[2]}"
             if sampling.condition not in ("", "class", "class_free"):
@@ -689,16 +720,19 @@ def sample(
                 identity = measured.identity()
         settings = {**score.identity(), **_sampling_identity(score), **identity}
         folder = workdir / "samples" / f"step_{score.step:08d}-{name}-{_digest(settings)[:8]}"
+        count = sampling.num_samples if measured is None else sampling.num_images * sampling.samples_per_image
+        runtime.announce(f"{count} samples by {sampler}, of {score.description}", folder)
         if measured is not None:
             measured.sample(folder, _sampling_identity(score))
         else:
-            arrays = _draw_samples(score, sampler)
-            nfe, count = float(arrays["nfe"].mean()), len(arrays["nfe"])
+            arrays = _draw_samples(score, sampler, count)
             if runtime.is_main:
+                metrics = {"sampler": str(sampler), **_of_samples(arrays)}
                 labels = {"labels": score.wanted_labels(range(count)).cpu().numpy()} if sampling.condition else {}
-                write_arrays(folder / "samples.npz", **_as_file(arrays["images"], score.images), nfe=nfe, **labels)
-                save_grid(folder / "grid.png", arrays["images"], score.images)
-                write_json(folder / "metrics.json", {"nfe_sampling": nfe, "num_samples": count})
+                nfe, drawn = metrics["nfe_sampling"], arrays["images"]
+                write_arrays(folder / "samples.npz", **_as_file(drawn, score.images), nfe=nfe, **labels)
+                save_grid(folder / "grid.png", drawn, score.images)
+                write_json(folder / "metrics.json", metrics)
         if runtime.is_main:
             write_json(folder / "settings.json", settings)
         runtime.accelerator.wait_for_everyone()
@@ -736,6 +770,11 @@ class TrainedScore:
         self.runtime, self.workdir = runtime, workdir
         self.trained_on: str | None = None  # the fingerprint of the training data, if it is known
         self.classifier: torch.nn.Module | None = None  # where sampling is guided by it
+
+    @property
+    def description(self) -> str:
+        """In words: of how many parameters, at which step."""
+        return f"a network of {sum(p.numel() for p in self.model.parameters()):,} parameters, step {self.step}"
 
     @property
     def sde(self) -> SDE:
@@ -779,7 +818,7 @@ class TrainedScore:
         """
         score = copy.copy(self)
         score.config = config = self.config.copy_and_resolve_references()
-        if unknown := options.keys() - config.sampling.keys():
+        if unknown := options.keys() - config.sampling.keys() | options.keys() & {"num_samples"}:
             raise ValueError(f"sampling.{min(unknown)}: no such field")
         config.sampling.update(options)
         check(config)
@@ -791,12 +830,15 @@ class TrainedScore:
         sampler = build_sampler(config, self.sde)
         return sampler(score._sampling_score(range(n)), like, generator, progress=progress).x
 
-    def draw(self, indices: Sequence[int], sampler, *, progress: bool = False) -> tuple[np.ndarray, float]:
-        """Samples number ``indices`` as files have them, and network evaluations per sample."""
+    def draw(self, indices: Sequence[int], sampler, *, progress: bool = False) -> tuple[np.ndarray, float, np.ndarray]:
+        """Samples number ``indices`` as files have them; network evaluations per sample; and in which samples of levels
+        (B,) a value was outside of ``OUTSIDE`` before it was clipped, the lowest level being 0 and the highest 1."""
         generator = SampleGenerators((self.config.seed, "samples"), indices)
         like = torch.zeros((len(indices), *self.shape), device=self.device)
         samples = sampler(self._sampling_score(indices), like, generator, progress=progress)
-        return self.images.to_arrays(self.images.to_data(samples.x)), samples.nfe
+        values, (low, high) = unscale(samples.x.flatten(1), self.images.centered), OUTSIDE
+        outside = ((values < low) | (values > high)).any(1).cpu().numpy()
+        return self.images.to_arrays(self.images.to_data(samples.x)), samples.nfe, outside
 
     def wanted_labels(self, indices: Sequence[int]) -> Tensor:
         """The classes (B,) that ``sampling.condition`` wants of samples number ``indices``."""
@@ -1041,6 +1083,7 @@ def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime =
             seed=config.seed,
             runtime=runtime,
         )
+    _announce(training.trainer, config, "train a classifier:", runtime)
     training.trainer.run()
     return training.test()
 
@@ -1223,10 +1266,10 @@ def _convert(state: dict | list, path: Path, model: ScoreModel, optimizer: torch
     """A public checkpoint as one of ours."""
     from models.published import convert_public_checkpoint
 
-    if isinstance(model, ConservativeScore):
+    if not isinstance(model, UnconstrainedScore):
         raise CheckpointError(
-            f"{path} is in the public format, whose conservative models are ∇(−‖h/σ‖²/(2σ)) and not Eq. 10: "
-            "model.parameterization must be unconstrained"
+            f"{path} is in the public format, whose conservative models are ∇(−‖h/σ‖²/(2σ)) and not Eq. 10, and which "
+            "knows no others: model.parameterization must be unconstrained"
         )
     return convert_public_checkpoint(state, path, model, optimizer)
 

@@ -78,8 +78,8 @@ def run(workdir: str, *, num_samples: int = 1000, device: str = "cpu", compile: 
     }
     rows, paper = [], None
     for name, timed in in_turn(variants, len(parts), runtime.torch_device).items():
-        images = torch.from_numpy(np.concatenate([levels for levels, _ in timed.results])).permute(0, 3, 1, 2)
-        nfe = sum(nfe * len(levels) for levels, nfe in timed.results) / num_samples
+        images = torch.from_numpy(np.concatenate([levels for levels, *_ in timed.results])).permute(0, 3, 1, 2)
+        nfe = sum(nfe * len(levels) for levels, nfe, _ in timed.results) / num_samples
         fid, error = fid_with_error(real, extract_features(quality.extractor, images, BATCH).pool)
         seconds = sum(timed.seconds)
         paper = paper or (seconds, fid, error)

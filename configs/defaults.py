@@ -11,6 +11,7 @@ from configs.ranges import Range, at_least, choices, fraction, import_paths, not
 
 IMAGE_SETS = ("digits", "npz", "folder", "MNIST", "CIFAR10", "CIFAR100", "SVHN", "IMAGENET32", "CELEBA")
 NETWORKS = ("ddpm", "ncsn", "ncsnpp", "ncsnv2", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256", "vector_mlp")
+PARAMETERIZATIONS = ("unconstrained", "conservative", "preconditioned")
 PREDICTORS = ("euler_maruyama", "reverse_diffusion", "ancestral_sampling", "exponential_integrator")
 PREDICTORS += ("probability_flow", "none")
 ODE_SOLVERS = ("rk45", "heun", "adams")
@@ -80,7 +81,7 @@ FIELDS: dict[str, Field] = {
     "optim.warmup": Field(5000, "steps over which the learning rate rises", _STEPS_OR_0),
     "optim.grad_clip": Field(1.0, "largest norm of the gradient", _GRAD_CLIPS),
     "model.name": Field("ncsnpp", "the network; ncsnpp is also DDPM++", choices(*NETWORKS, or_path=True)),
-    "model.parameterization": Field("unconstrained", "of the score", choices("unconstrained", "conservative")),
+    "model.parameterization": Field("unconstrained", "of the score", choices(*PARAMETERIZATIONS)),
     "model.schedule": Field("", "noise over time; empty: geometric for VE, linear for VP and sub-VP", _SCHEDULES),
     "model.sigma_min": Field(0.01, "VE: σ at t = 0", positive),
     "model.sigma_max": Field(50.0, "VE: σ at t = 1", positive),
@@ -110,6 +111,7 @@ FIELDS: dict[str, Field] = {
     "model.init_scale": Field(0.0, "initial scale of the last layer of every branch", not_negative),
     "model.num_classes": Field(0, "of the data set, for a network that is given the class; 0: it is not", _CLASSES),
     "sampling.method": Field("pc", "kind of sampler", choices("pc", "ode", "few_step", or_path=True)),
+    "sampling.num_samples": Field(64, "samples of --mode=sample, without a measurement", at_least(1)),
     "sampling.num_steps": Field(0, "steps; 0: model.num_scales", at_least(0)),
     "sampling.noise_removal": Field(True, "remove the noise that is left, by Tweedie's formula"),
     "sampling.predictor": Field("reverse_diffusion", "of pc", choices(*PREDICTORS, or_path=True)),

@@ -14,6 +14,8 @@ from configs.presets import preset
 DIGITS = {
     "data": dict(dataset="digits", image_size=8, num_channels=1, random_flip=False, uniform_dequantization=True),
     "model": dict(nf=16, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0, sigma_max=10.0),
+    # Without it every group norm forgets ‖x‖, which varies by 9 % in so few dimensions, and ODE samples are noise.
+    "model.parameterization": "preconditioned",
     "optim": dict(lr=1e-3, warmup=200),
     "training": dict(batch_size=128, n_iters=2500, eval_freq=200, snapshot_freq=600, snapshot_freq_for_preemption=200),
     "classifier": dict(nf=32, ch_mult=(1, 2), num_res_blocks=1, n_iters=1500, lr=1e-3, save_freq=250),

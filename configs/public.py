@@ -19,7 +19,8 @@ class Public(NamedTuple):
     same: tuple | Mapping[object, object] = ()
 
 
-_SCORE = {False: "unconstrained", True: "conservative", "score_model": "unconstrained", "energy_model": "conservative"}
+_NO_ENERGY = ("unconstrained", "preconditioned")
+_SCORE = {False: _NO_ENERGY, True: "conservative", "score_model": _NO_ENERGY, "energy_model": "conservative"}
 _REFINE = ("ncsn", "ncsnv2", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256")
 _ONE_EVALUATION, _PLOTS = "--checkpoint=FILE, one evaluation for each", "figures, which --mode=table draws"
 
@@ -66,7 +67,7 @@ PUBLIC = {
     "sampling.last_step_snr": Public("sampling.noise_removal, by Tweedie's formula"),
     "sampling.probability_flow": Public("sampling.predictor=probability_flow, or sampling.method=ode", (False,)),
     "sampling.score_restore_path": Public("the flag --checkpoint", ("", None)),
-    "sampling.shape": Public("eval.num_samples; in the plane data.num_test"),
+    "sampling.shape": Public("eval.num_samples, sampling.num_samples; in the plane data.num_test"),
     "sampling.width": Public(_PLOTS),
     "training.continuouse": Public("training.continuous", {}),
     "training.deterministic": Public("results that always follow from the seed", (False, True)),

@@ -17,6 +17,7 @@ import re
 import runpy
 import signal
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -62,13 +63,27 @@ def command(run: Callable[..., object]) -> None:
             define.get(type(default), flags.DEFINE_string)(name, default, text)
 
     def main(argv: list[str]) -> None:
+        from experiment.runtime import Runtime  # with torch, which main.py's flags need not wait for
+
         given = {name: _value(name, parameter.default) for name, parameter in named.items()}
         try:
             bound = signature.bind(*argv[1:], **given)
         except TypeError as error:
             raise ValueError(f"{error}") from None
+        where = (
+            f"{given['jobs']} process(es) of one thread"
+            if "jobs" in given
+            else Runtime(given.get("device", "cpu")).where
+        )
+        folder = Path(given.get("workdir") or given.get("output") or "")
+        about = (inspect.getmodule(run).__doc__ or "").partition("\n")[0]
+        logging.info("%s\non %s%s", about, where, f"; writes to {folder}" if folder.name else "")
+        started = time.time()
         if (result := run(*bound.args, **bound.kwargs)) is not None:
-            print(result)
+            print(result, flush=True)
+        if folder.name:
+            new = [path.name for path in folder.glob("[!.]*") if path.is_file() and path.stat().st_mtime >= started - 1]
+            logging.info("written to %s: %s", folder, ", ".join(sorted(new)) or "nothing that was not there")
 
     run_main(main, words=len(named) < len(signature.parameters))
 

@@ -174,6 +174,20 @@ class Runtime:
     def shows_progress(self) -> bool:
         return self.is_main and self.on_progress is None
 
+    @property
+    def where(self) -> str:
+        """Device, threads, processes and precision, in words."""
+        device, count = self.torch_device, self.accelerator.num_processes
+        words = [torch.cuda.get_device_name(device) if device.type == "cuda" else device.type]
+        if device.type == "cpu":
+            words.append(f"{torch.get_num_threads()} thread(s)")
+        return ", ".join([*words, *([f"{count} processes"] if count > 1 else []), self.numbers])
+
+    def announce(self, what: str, workdir: str | Path) -> None:
+        """The first two lines of a command: what it does and how much of it; where, and what it writes to."""
+        if self.shows_progress:
+            logger.info("%s\non %s; writes to %s", what, self.where, workdir)
+
     def progress(self, *, initial: int = 0, **options) -> tqdm:
         """A progress bar of the main process, or in its place calls of ``on_progress``; options are tqdm's."""
         bar = _ProgressBar(initial=initial, disable=not self.shows_progress, dynamic_ncols=True, **options)

@@ -12,7 +12,14 @@ from experiment.registry import resolve
 from models.ema import EMA
 from models.mlp import NoiseConditionalMLP, TimeConditionalMLP, vector_mlp
 from models.ncsnv2 import NCSN, NCSNv2
-from models.score import ConservativeScore, NoiseLevel, ScoreModel, UnconstrainedScore, make_score_model
+from models.score import (
+    ConservativeScore,
+    NoiseLevel,
+    PreconditionedScore,
+    ScoreModel,
+    UnconstrainedScore,
+    make_score_model,
+)
 from models.second_order.normalisation import Dropout, set_dropout_keys
 from models.second_order.recompute import recompute_activations
 from models.unet import DDPM, UNet
@@ -23,6 +30,7 @@ __all__ = [
     "ConservativeScore",
     "Dropout",
     "NoiseLevel",
+    "PreconditionedScore",
     "ScoreModel",
     "UnconstrainedScore",
     "make_network",

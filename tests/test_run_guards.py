@@ -64,7 +64,7 @@ def test_samples_under_other_settings_go_to_another_folder(tmp_path):
     config = tiny_config(training__n_iters=2)
     run_lib.train(config, tmp_path, CPU)
     folders = []
-    for change in ({}, {"sampling.snr": 0.3}, {"seed": 7}, {"eval.num_samples": 4}):
+    for change in ({}, {"sampling.snr": 0.3}, {"seed": 7}, {"sampling.num_samples": 4}):
         other = config.copy_and_resolve_references()
         other.update_from_flattened_dict(change)
         folders.append(run_lib.sample(other, tmp_path, CPU))

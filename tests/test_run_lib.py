@@ -45,6 +45,7 @@ TINY = {
     "eval.features": "user_classes:moments",
     "eval.batch_size": 16,
     "eval.num_samples": 20,
+    "sampling.num_samples": 20,
     "eval.asym_levels": 2,
     "eval.asym_images": 3,
 }
@@ -372,7 +373,7 @@ def test_official_checkpoint_is_sampled_with_its_averages(tmp_path):
     config = importlib.import_module("configs.ve.cifar10_ncsnpp_continuous").get_config()
     config.model.update(nf=8, num_res_blocks=1)
     config.data.update(dataset="npz", path=str(tmp_path / "images.npz"))
-    config.sampling.num_steps, config.eval.num_samples = 2, 2
+    config.sampling.update(num_steps=2, num_samples=2)
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", train_images=images, test_images=images)
     golden = ROOT / "tests" / "models" / "published" / "ve_ncsnpp_cifar10.pth"
@@ -409,7 +410,7 @@ def test_networks_without_the_fields_of_the_unet_train_resume_and_sample(name, t
         config.data.update(dataset="digits", image_size=8, num_channels=1)
         if "ch_mult" in config.model:
             config.model.update(num_res_blocks=1)
-        fields = TINY | {"model.num_scales": 30, "sampling.n_steps_each": 2, "eval.num_samples": 2} | overrides
+        fields = TINY | {"model.num_scales": 30, "sampling.n_steps_each": 2, "sampling.num_samples": 2} | overrides
         known = {field: value for field, value in fields.items() if field.split(".")[1] in config[field.split(".")[0]]}
         config.update_from_flattened_dict(known)
         return config

@@ -37,6 +37,7 @@ TINY = {
     "eval.features": "inception",
     "eval.batch_size": 7,
     "eval.num_samples": 20,
+    "sampling.num_samples": 20,
 }
 has_tensorflow = all(importlib.util.find_spec(name) for name in ("tensorflow", "tensorflow_gan"))
 
@@ -114,7 +115,7 @@ def test_finished_results_stay(trained, tmp_path, moments, caplog):
         return {path: path.read_bytes() for path in (workdir / "eval").rglob("*") if path.is_file()}
 
     before = contents()
-    run_lib.sample(config(trained, eval__num_samples=4), workdir, CPU)
+    run_lib.sample(config(trained, sampling__num_samples=4), workdir, CPU)
     assert before.items() <= contents().items()
     # Of the same weights, what is not measured again stays.
     assert evaluated(trained, workdir, cache, eval__enable_sampling=False) == first

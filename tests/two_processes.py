@@ -51,6 +51,7 @@ SETTINGS = {
     "eval.batch_size": 8,
     "eval.nll_images": 35,
     "eval.num_samples": 21,
+    "sampling.num_samples": 21,
     "eval.asym_levels": 3,
     "eval.asym_images": 7,
 }

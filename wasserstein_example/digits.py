@@ -136,7 +136,7 @@ def sample(
         except (OSError, ValueError):  # there is none yet, or it is damaged
             is_ode = sampler == "heun"
             method = {"method": "ode", "solver": sampler} if is_ode else {"method": "pc", "predictor": sampler}
-            config.sampling.update(num_steps=steps, **method)
+            config.sampling.update(num_steps=steps, num_samples=count, **method)
             runtime = Runtime(device, cache_dir=cache_dir, on_progress=lambda images, cost=cost: update(images * cost))
             drawn = read_arrays(run_lib.sample(config, workdir, runtime) / "samples.npz")
             images = torch.from_numpy(drawn["images"]).permute(0, 3, 1, 2)

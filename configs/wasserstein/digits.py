@@ -13,7 +13,7 @@ from configs.fields import apply, choose
 from configs.wasserstein.cifar10 import MODELS, VP
 
 CHANGES = {
-    "model.ema_rate": 0.999,
+    "model": dict(ema_rate=0.999, parameterization="unconstrained"),
     "training": dict(n_iters=1000, eval_freq=500, snapshot_freq=0, snapshot_freq_for_preemption=250),
     "training.snapshot_sampling": False,
     # The sampler that the theory analyses; for VE it is reverse diffusion.

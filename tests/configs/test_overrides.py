@@ -139,7 +139,7 @@ def test_an_absurd_flag_is_refused_in_one_line_or_taken(name):
         ("--flagfile=nothing", "Unable to open flagfile"),
         ("--config.optim.amsgrad=True", "--config.optim.amsgrad=True: is of the public code; here there is Adam as it"),
         ("--config.eval.noise_levels=5", "here there is eval.asym_levels, which is 20"),
-        ("--config.model.energy=True", "here there is model.parameterization, which is 'unconstrained'"),
+        ("--config.model.energy=True", "here there is model.parameterization, which is 'preconditioned'"),
         ("--config.model.normalization=InstanceNorm++", "here there is model.name, which is 'ncsnpp'"),
         ("--config.sampling.probability_flow=True", "sampling.predictor=probability_flow, or sampling.method=ode"),
     ],

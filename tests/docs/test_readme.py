@@ -54,7 +54,7 @@ def test_first_steps(
     """Train, evaluate, sample and report as in the README, in small; then its Python code on the run that they made."""
     small = ("training.n_iters=2", "training.batch_size=8", "training.snapshot_sampling=False", "sampling.num_steps=2")
     small += ("eval.enable_sampling=False", "eval.nll_images=2", "eval.asym_images=2", "eval.asym_levels=1")
-    small += ("eval.num_samples=4", "likelihood.num_steps=4", "model.nf=8")
+    small += ("sampling.num_samples=4", "likelihood.num_steps=4", "model.nf=8")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     forget_accelerator()

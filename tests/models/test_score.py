@@ -10,7 +10,7 @@ from oracles import SDES, random
 from torch import Tensor, nn
 
 from conservativeness import jvp_and_vjp
-from models import NETWORKS, ConservativeScore, UnconstrainedScore, make_network, make_score_model
+from models import NETWORKS, ConservativeScore, PreconditionedScore, UnconstrainedScore, make_network, make_score_model
 from models.layers import PositionalEmbedding
 from models.score import NoiseLevel
 
@@ -95,6 +95,23 @@ def test_unconstrained_score(name, sign):
         std = ladder.std[[0, 12, 24]][:, None, None, None]
         assert discrete.dtype == torch.float32  # tables of double precision do not promote the output
         torch.testing.assert_close(discrete.double(), sign * h / std, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ve", "vp", "subvp"])
+def test_preconditioned_score_of_gaussian_data(name):
+    """Data N(m, ¼): x_t ~ N(αm, v), so h is constant, and the network is given x of variance 1."""
+    x, t, sde = random(3, 1, 2, 2), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), SDES[name]
+    alpha, std = (a[:, None, None, None] for a in (sde.mean_coefficient(t), sde.std(t)))
+    v, given = alpha**2 / 4 + std**2, []
+
+    def network(y: Tensor, label: Tensor) -> Tensor:
+        given.append(y)
+        return 0.3 * std / v.sqrt() / 0.5  # m = 0.3
+
+    score = PreconditionedScore(nn.Module(), NoiseLevel(sde))
+    score.network.forward = network
+    torch.testing.assert_close(score(x, t), -(x - 0.3 * alpha) / v, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(given[0], x / v.sqrt(), rtol=1e-12, atol=1e-12)
 
 
 def test_conservative_score_of_a_linear_network():
@@ -231,7 +248,11 @@ def test_networks_that_make_no_sense(name, options, message):
 @pytest.mark.parametrize(
     ("sde", "options", "message"),
     [
-        ("ve", dict(parameterization="free"), "model.parameterization='free': allowed are unconstrained, conservative"),
+        (
+            "ve",
+            dict(parameterization="free"),
+            "model.parameterization='free': allowed are unconstrained, conservative, preconditioned",
+        ),
         ("vp", dict(scale_by_sigma=True), "model.scale_by_sigma=True: only for VE"),
         (
             "ve",

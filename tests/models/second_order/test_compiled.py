@@ -31,6 +31,7 @@ def small_config(model: str = "u", **overrides):
     config.training.update(batch_size=8, n_iters=4, log_freq=1, eval_freq=2, snapshot_sampling=False)
     config.sampling.num_steps = 3
     config.eval.update(num_samples=4, batch_size=3)
+    config.sampling.num_samples = 4
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in overrides.items()})
     return config
 
