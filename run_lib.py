@@ -46,6 +46,8 @@ from checkpoints import (
     weights_digest,
 )
 from configs.checks import check
+from configs.defaults import FIELDS
+from configs.fields import flatten
 from configs.stored import config_of
 from data.pixels import GRID_IMAGES, ImageFormat, save_image_grid
 from data.sets import evenly_spaced
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from conservativeness import Asymmetry
     from data import Split
     from losses import Objective
+    from models.published import Foreign
     from training import Trainer
 
 __all__ = [
@@ -135,6 +138,8 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
         FloatingPointError: the loss, or what training comes to, is not finite; that is not saved.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
+    with checked():
+        config = _as_published(config, config.training.init_from, with_sampling=False)
     with contextlib.ExitStack() as stack:
 
         def claim() -> None:
@@ -194,8 +199,9 @@ def trainer(
     from models import EMA, recompute_activations
     from training import Hook, Trainer
 
-    training, workdir, device = config.training, Path(workdir), runtime.torch_device
     check(config)
+    config = _as_published(config, config.training.init_from, with_sampling=False)
+    training, workdir, device = config.training, Path(workdir), runtime.torch_device
     _check_workdir(config, workdir, FREE_IN_TRAINING)
     if config.sampling.condition not in ("", "class_free"):
         raise ValueError(f"sampling.condition={config.sampling.condition!r}: not while training")
@@ -307,7 +313,7 @@ def _state_to_begin_with(config: ConfigDict, model: ScoreModel, optimizer: torch
     """Weights, averages, optimiser and step of another run, as the paper starts QC from U."""
     if not config.training.init_from:
         return None
-    state, path = _read(config.training.init_from, "training.init_from=", step=None)
+    state, path = _read(config.training.init_from, "training.init_from=", config=config)
     if not _is_own(state, path):
         state = _convert(state, path, model, optimizer)
         if state["optimizer"] is None:
@@ -381,6 +387,7 @@ def evaluate(
     workdir, enabled = Path(workdir), config.eval
     with contextlib.ExitStack() as stack:
         with checked():
+            config = _as_published(config, checkpoint)
             if config.sampling.condition not in ("", "class", "class_free"):
                 raise ValueError(f"sampling.condition={config.sampling.condition!r}: only with --mode=sample")
             if runtime.compile and not enabled.enable_sampling and runtime.torch_device.type == "cpu":
@@ -617,9 +624,11 @@ def sample(
         InvalidRun: bad config, data, checkpoint or working directory.
         FloatingPointError: samples are not finite.
     """
-    workdir, sampling = Path(workdir), config.sampling
+    workdir = Path(workdir)
     with contextlib.ExitStack() as stack:
         with checked():
+            config = _as_published(config, checkpoint)
+            sampling = config.sampling
             _check_request(config, workdir, checkpoint)
             sampler = build_sampler(config, build_sde(config))
             name, data, measured, identity = sampler.slug, None, None, {"num_samples": config.eval.num_samples}
@@ -868,16 +877,19 @@ def load(
     Nothing is written or locked, and no data set is read.
 
     Args:
-        path: a run's folder, one of its checkpoint files, or a public ``.pth``.
+        path: a run's folder, one of its checkpoint files, a public ``.pth``, or another published model
+            (docs/published_models.md).
         step: which checkpoint of the folder; the newest by default.
         device: where to compute.
-        config: of a public ``.pth``, which does not say how its network is built; of one of ours, in place of its own.
+        config: of a public ``.pth``, which does not say how its network is built; of one of ours, in place of its own;
+            of another model, for what that does not say itself.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it cannot be read.
         ValueError: a public checkpoint without its config.
     """
-    state, path = _read(path, "", step)
+    config = _as_published(config, path)
+    state, path = _read(path, "", step, config)
     if config is None:
         if not _is_own(state, path):
             raise ValueError(f"{path} is a public checkpoint: give load(…, config=…) the config it was trained with")
@@ -889,7 +901,7 @@ def load(
 def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | None, runtime: Runtime) -> TrainedScore:
     """The score of a checkpoint, for evaluation and sampling; with the classifier that guides it, if one does."""
     _check_request(config, workdir, checkpoint)
-    state, path = _read(checkpoint or workdir, "--checkpoint=" if checkpoint else "--workdir=", step=None)
+    state, path = _read(checkpoint or workdir, "--checkpoint=" if checkpoint else "--workdir=", config=config)
     score = _score_from_state(state, path, config, runtime.torch_device)
     score.runtime, score.workdir = runtime, workdir
     runtime.check_agreement("the checkpoint's step", score.step, workdir)
@@ -913,17 +925,21 @@ def _check_request(config: ConfigDict, workdir: Path, checkpoint: str | Path | N
     check(config)
     _check_workdir(config, workdir, FREE_IN_EVALUATION)
     source, flag = Path(checkpoint or workdir), "--checkpoint=" if checkpoint else "--workdir="
-    if not (source.is_file() or (source / "checkpoints").is_dir()):
+    if not (source.is_file() or (source / "checkpoints").is_dir() or (checkpoint and _published(checkpoint))):
         raise CheckpointError(f"{flag}{source}: no checkpoint there; train first")
 
 
-def _read(path: str | Path, flag: str, step: int | None) -> tuple[dict | list, Path]:
+def _read(
+    path: str | Path, flag: str, step: int | None = None, config: ConfigDict | None = None
+) -> tuple[dict | list, Path]:
     """The checkpoint in a file, or the one in a run's folder of a step, by default the newest, which in a folder of the
-    public codes is the one of the highest number; and its file.
+    public codes is the one of the highest number; or the model of another project, with its config; and its file.
 
     Raises:
         CheckpointError: there is none, which ``flag`` named, or it cannot be read.
     """
+    if (published := _published(path)) is not None:
+        return published.state(config), published.path
     path = Path(path)
     if path.is_file():
         return read_checkpoint(path), path
@@ -937,6 +953,24 @@ def _read(path: str | Path, flag: str, step: int | None) -> tuple[dict | list, P
         newest = max(public, key=lambda file: int(file.stem[11:]))
         return read_checkpoint(newest), newest
     return state, store.path(state["step"])
+
+
+def _published(path: str | Path) -> Foreign | None:
+    """The model of another project at a path; None if there is a run of ours, a checkpoint file, or nothing."""
+    if not str(path) or Path(path).is_file() or (Path(path) / "checkpoints").is_dir():
+        return None
+    from models.published import read_foreign
+
+    return read_foreign(path)
+
+
+def _as_published(config: ConfigDict | None, path: str | Path | None, **options: bool) -> ConfigDict | None:
+    """A config with what a model of another project that is at a path says of itself, if there is one and the config
+    has none of it yet."""
+    if path is None or (config is not None and "architecture" in config.model):
+        return config
+    published = _published(path)
+    return config if published is None else published.config(config, **options)
 
 
 def _score_from_state(state: dict | list, path: Path, config: ConfigDict, device: torch.device) -> TrainedScore:
@@ -1041,6 +1075,7 @@ def build_score_model(config: ConfigDict, sde: SDE, images: ImageFormat, copies:
         parameterization=model.parameterization,
         num_scales=num_scales,
         scale_by_sigma=model.scale_by_sigma,
+        prediction=model.get("prediction", ""),
     )
 
 
@@ -1133,7 +1168,10 @@ def _check_workdir(config: ConfigDict, workdir: Path, free_fields: tuple[str, ..
         return
     if not isinstance(stored := read_json(path), dict):
         raise ValueError(f"{path} is damaged: it holds no object")
-    if different := differences(stored, json.loads(config.to_json()), free_fields):
+    given = json.loads(config.to_json())
+    # A field that is newer than the run had its default.
+    stored = {name: FIELDS[name].default for name in flatten(given) if name in FIELDS} | flatten(stored)
+    if different := differences(stored, given, free_fields):
         raise ValueError(f"--workdir={workdir} holds another run: {different}")
 
 
