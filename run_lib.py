@@ -70,6 +70,7 @@ from sde_lib import SDE, expand, make_sde
 if TYPE_CHECKING:
     from conservativeness import Asymmetry
     from data import Split
+    from features.quality import SampleQuality
     from losses import Objective
     from models.published import Foreign
     from training import Trainer
@@ -111,7 +112,7 @@ FREE_IN_EVALUATION = (
 )
 
 
-def _in_all_processes(recipe: Callable) -> Callable:
+def in_all_processes(recipe: Callable) -> Callable:
     """Of a recipe: every process is given the same, and when one ends, all do."""
 
     @functools.wraps(recipe)
@@ -129,7 +130,7 @@ def _in_all_processes(recipe: Callable) -> Callable:
 # Training
 
 
-@_in_all_processes
+@in_all_processes
 def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> None:
     """Train until ``config.training.n_iters`` steps are done, resuming from the newest checkpoint in ``workdir``.
 
@@ -152,7 +153,7 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
         loop.run()
 
 
-@_in_all_processes
+@in_all_processes
 def dry_run(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> dict[str, float | str]:
     """Build what ``train`` would, do the steps from one QC term to the next twice, and say what they take; nothing is
     written.
@@ -365,7 +366,7 @@ def _check_data(record: dict, train_data: Split, workdir: Path, runtime: Runtime
 # Evaluation
 
 
-@_in_all_processes
+@in_all_processes
 def evaluate(
     config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), checkpoint: str | Path | None = None
 ) -> dict:
@@ -420,24 +421,14 @@ def evaluate(
         metrics |= {"checkpoint_step": score.step, "test_images": len(test_data)}
         files: dict[str, dict] = {}
         if enabled.enable_bpd:
-            measured, files["nll.npz"] = _evaluate_nll(score, test_data)
+            measured, files["nll.npz"] = evaluate_nll(score, test_data)
             metrics |= measured
         if enabled.enable_asymmetry:
             measured, files["asymmetry.npz"] = _evaluate_asymmetry(score, test_data)
             metrics |= measured
         if enabled.enable_sampling:
-            arrays = _draw_samples(score, sampler)
-            count = len(arrays["nfe"])
-            metrics |= {"nfe_sampling": float(arrays["nfe"].mean()), "num_samples": count}
-            if config.sampling.method == "pc":
-                metrics["sampling_steps"] = sampler.num_steps
-            key = score.stage_key("sample_features", count, _sampling_identity(score))
-            labels = score.wanted_labels(range(count)) if config.sampling.condition else None
-            images = arrays.get("images")  # in another process than the main one those of its share, if it has any
-            metrics |= quality.measure(
-                images, count, folder / "stages", key, None if labels is None else labels.cpu().numpy()
-            )
-            files["samples.npz"] = {"images": images, "num_levels": score.images.num_levels}
+            measured, files["samples.npz"] = evaluate_samples(score, sampler, quality)
+            metrics |= measured
         if runtime.is_main:
             write_json(path, metrics)
             _write_newest(folder, metrics, files, score.images)
@@ -489,7 +480,7 @@ def _write_newest(folder: Path, metrics: dict, files: dict[str, dict], images: I
     write_json(folder / "metrics.json", metrics)
 
 
-def _evaluate_nll(score: TrainedScore, data: Split) -> tuple[dict, dict[str, np.ndarray]]:
+def evaluate_nll(score: TrainedScore, data: Split) -> tuple[dict, dict[str, np.ndarray]]:
     """Bits per dimension of the uniformly dequantised test set, the whole or ``nll_images`` of it: metrics, and by
     image.
 
@@ -560,6 +551,21 @@ def _evaluate_asymmetry(score: TrainedScore, data: Split) -> tuple[dict, dict[st
     return metrics, curves
 
 
+def evaluate_samples(score: TrainedScore, sampler, quality: SampleQuality) -> tuple[dict, dict[str, object]]:
+    """FID and its relatives of ``eval.num_samples`` samples: metrics, and the images, which in another process than the
+    main one are those of its share, if it has any."""
+    arrays = _draw_samples(score, sampler)
+    count = len(arrays["nfe"])
+    metrics: dict = {"nfe_sampling": float(arrays["nfe"].mean()), "num_samples": count}
+    if score.config.sampling.method == "pc":
+        metrics["sampling_steps"] = sampler.num_steps
+    key = score.stage_key("sample_features", count, _sampling_identity(score))
+    labels = score.wanted_labels(range(count)).cpu().numpy() if score.config.sampling.condition else None
+    images = arrays.get("images")
+    metrics |= quality.measure(images, count, score.workdir / "eval" / "stages", key, labels)
+    return metrics, {"images": images, "num_levels": score.images.num_levels}
+
+
 def _draw_samples(score: TrainedScore, sampler) -> dict[str, np.ndarray]:
     def compute(indices: range) -> dict[str, np.ndarray]:
         images, nfe = score.draw(indices, sampler, progress=score.runtime.shows_progress)
@@ -580,7 +586,7 @@ def _sampling_identity(score: TrainedScore) -> dict:
     return identity if score.classifier is None else {**identity, "classifier": weights_digest(score.classifier)}
 
 
-@_in_all_processes
+@in_all_processes
 def statistics(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> Path:
     """Compute the features of the training images that samples are compared with; return the file that keeps them.
 
@@ -606,7 +612,7 @@ def statistics(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runti
 # Sampling
 
 
-@_in_all_processes
+@in_all_processes
 def sample(
     config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), checkpoint: str | Path | None = None
 ) -> Path:
@@ -999,7 +1005,7 @@ def _score_from_state(state: dict | list, path: Path, config: ConfigDict, device
 # The classifier of noised images
 
 
-@_in_all_processes
+@in_all_processes
 def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> dict[str, float]:
     """Train ``config.classifier`` for ``n_iters`` steps in all; return loss and accuracy on test images at some times.
 
