@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 
 .PHONY: install test demo figures wasserstein clean
 
-# Installs again when requirements.txt has changed.
+# Installs again when what is required has changed.
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.txt requirements-published.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-published.txt
 	touch $@
 
 test: install

@@ -20,14 +20,19 @@ define_config(
     "The experiment, by default that of the run in --workdir; override fields: --config.x.y=VALUE.", in_workdir=True
 )
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
-MODES = ["train", "eval", "sample", "stats", "train_classifier"]
-flags.DEFINE_enum("mode", None, MODES, "What to do; stats is for the data's features that FID needs.")
+MODES = ["train", "eval", "sample", "stats", "train_classifier", "audit"]
+flags.DEFINE_enum(
+    "mode", None, MODES, "What to do; stats is for the data's features that FID needs, audit for published models."
+)
 flags.DEFINE_string("device", "auto", "auto, cpu, cuda or mps.")
 flags.DEFINE_string("precision", "tf32", "fp32; tf32, the same but on GPUs that have it; bf16 or fp16 (mixed).")
 flags.DEFINE_bool("compile", False, "Have training and samplers run a compiled network (torch.compile).")
 flags.DEFINE_bool("dry_run", False, "Do a few steps of training, say what time and memory they take, and keep nothing.")
 flags.DEFINE_integer("accumulation_steps", 1, "Split each process's share of a batch into so many passes.")
 flags.DEFINE_string("checkpoint", None, "File to evaluate or sample from; default: the newest in the workdir.")
+flags.DEFINE_list(
+    "model", [], "With --mode=audit: runs, files, folders and names of models, the first to compare with."
+)
 flags.DEFINE_string("cache_dir", "", "Where eval and stats keep features of the data, which several runs can share.")
 flags.mark_flags_as_required(["workdir", "mode"])
 
@@ -35,9 +40,11 @@ flags.mark_flags_as_required(["workdir", "mode"])
 def main(argv: list[str]) -> None:
     if FLAGS.checkpoint and FLAGS.mode not in ("eval", "sample"):
         sys.exit("--checkpoint: only for --mode=eval or sample; training starts from --config.training.init_from")
+    if bool(FLAGS.model) != (FLAGS.mode == "audit"):
+        sys.exit("--model: for --mode=audit, which needs it")
     if FLAGS.dry_run and FLAGS.mode != "train":
         sys.exit("--dry_run: only for --mode=train")
-    if FLAGS.compile and FLAGS.mode in ("stats", "train_classifier"):
+    if FLAGS.compile and FLAGS.mode in ("stats", "train_classifier", "audit"):
         sys.exit(f"--compile: not for --mode={FLAGS.mode}, which does not run the score's network")
 
     import run_lib  # imports torch, which --help and a mistyped flag need not wait for
@@ -59,6 +66,11 @@ def main(argv: list[str]) -> None:
     elif FLAGS.mode == "train_classifier":
         _print(run_lib.train_classifier(*run))
         written, then = f"{written}/classifier", "--mode=sample --config.sampling.condition=class"
+    elif FLAGS.mode == "audit":
+        from report.audit import audit
+
+        _print(audit(*run, ",".join(FLAGS.model)))
+        then = ""
     elif FLAGS.mode == "stats":
         written = run_lib.statistics(*run)
         _print(written)

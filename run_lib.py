@@ -47,6 +47,7 @@ from checkpoints import (
 )
 from configs.checks import check, item_shape
 from configs.defaults import FIELDS
+from configs.fields import flatten
 from configs.stored import config_of
 from data.format import GRID_IMAGES, DataFormat, is_picture, save_grid, unscale
 from data.sets import evenly_spaced
@@ -69,7 +70,9 @@ from sde_lib import SDE, expand, make_sde
 if TYPE_CHECKING:
     from conservativeness import Asymmetry
     from data import Split
+    from features.quality import SampleQuality
     from losses import Objective
+    from models.published import Foreign
     from training import Trainer
 
 __all__ = [
@@ -112,7 +115,7 @@ FREE_IN_EVALUATION = (
 )
 
 
-def _in_all_processes(recipe: Callable) -> Callable:
+def in_all_processes(recipe: Callable) -> Callable:
     """Of a recipe: every process is given the same, and when one ends, all do."""
 
     @functools.wraps(recipe)
@@ -130,7 +133,7 @@ def _in_all_processes(recipe: Callable) -> Callable:
 # Training
 
 
-@_in_all_processes
+@in_all_processes
 def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> None:
     """Train until ``config.training.n_iters`` steps are done, resuming from the newest checkpoint in ``workdir``.
 
@@ -139,6 +142,8 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
         FloatingPointError: the loss, or what training comes to, is not finite; that is not saved.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
+    with checked():
+        config = _as_published(config, config.training.init_from, with_sampling=False)
     with contextlib.ExitStack() as stack:
 
         def claim() -> None:
@@ -152,7 +157,7 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
         loop.run()
 
 
-@_in_all_processes
+@in_all_processes
 def dry_run(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> dict[str, float | str]:
     """Build what ``train`` would, do the steps from one QC term to the next twice, and say what they take; nothing is
     written.
@@ -211,8 +216,9 @@ def trainer(
     from models import EMA, recompute_activations
     from training import Hook, Trainer
 
-    training, workdir, device = config.training, Path(workdir), runtime.torch_device
     check(config)
+    config = _as_published(config, config.training.init_from, with_sampling=False)
+    training, workdir, device = config.training, Path(workdir), runtime.torch_device
     _check_workdir(config, workdir, FREE_IN_TRAINING)
     if config.sampling.condition not in ("", "class_free"):
         raise ValueError(f"sampling.condition={config.sampling.condition!r}: not while training")
@@ -328,7 +334,7 @@ def _state_to_begin_with(config: ConfigDict, model: ScoreModel, optimizer: torch
     """Weights, averages, optimiser and step of another run, as the paper starts QC from U."""
     if not config.training.init_from:
         return None
-    state, path = _read(config.training.init_from, "training.init_from=", step=None)
+    state, path = _read(config.training.init_from, "training.init_from=", config=config)
     if not _is_own(state, path):
         state = _convert(state, path, model, optimizer)
         if state["optimizer"] is None:
@@ -378,7 +384,7 @@ def _check_data(record: dict, train_data: Split, workdir: Path, runtime: Runtime
 # Evaluation
 
 
-@_in_all_processes
+@in_all_processes
 def evaluate(
     config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), checkpoint: str | Path | None = None
 ) -> dict:
@@ -400,6 +406,7 @@ def evaluate(
     workdir, enabled = Path(workdir), config.eval
     with contextlib.ExitStack() as stack:
         with checked():
+            config = _as_published(config, checkpoint)
             if config.sampling.condition not in ("", "class", "class_free"):
                 raise ValueError(f"sampling.condition={config.sampling.condition!r}: only with --mode=sample")
             if runtime.compile and not enabled.enable_sampling and runtime.torch_device.type == "cpu":
@@ -409,7 +416,7 @@ def evaluate(
                 )
             _check_request(config, workdir, checkpoint)
             train_data, test_data = load_data(config, runtime)
-            sampler = build_sampler(config, build_sde(config))
+            sampler, quality = build_sampler(config, build_sde(config)), None
             if enabled.enable_sampling and is_picture(train_data):
                 from features.quality import SampleQuality
 
@@ -447,29 +454,14 @@ def evaluate(
         wanted = ", ".join(text.format(count) for text, count in of.items() if count)
         runtime.announce(f"evaluate {score.description}: {wanted or 'nothing'}", workdir)
         if enabled.enable_bpd:
-            measured, files["nll.npz"] = _evaluate_nll(score, test_data)
+            measured, files["nll.npz"] = evaluate_nll(score, test_data)
             metrics |= measured
         if enabled.enable_asymmetry:
             measured, files["asymmetry.npz"] = _evaluate_asymmetry(score, test_data)
             metrics |= measured
         if enabled.enable_sampling:
-            arrays = _draw_samples(score, sampler, enabled.num_samples)
-            count = len(arrays["nfe"])
-            metrics |= _of_samples(arrays)
-            if config.sampling.method == "pc":
-                metrics["sampling_steps"] = sampler.num_steps
-            images = arrays.get("images")  # in another process than the main one those of its share, if it has any
-            if score.images.is_picture:
-                key = score.stage_key("sample_features", count, _sampling_identity(score))
-                labels = score.wanted_labels(range(count)) if config.sampling.condition else None
-                metrics |= quality.measure(
-                    images, count, folder / "stages", key, None if labels is None else labels.cpu().numpy()
-                )
-            elif runtime.is_main:
-                measured, files["distributions.npz"] = _compare_distributions(score, images, train_data, test_data)
-                metrics |= measured
-            if runtime.is_main:
-                files["samples.npz"] = _as_file(images, score.images)
+            measured, of_samples = evaluate_samples(score, sampler, quality, (train_data, test_data))
+            metrics, files = metrics | measured, files | of_samples
         if runtime.is_main:
             write_json(path, metrics, checksum=True)
             _write_newest(folder, metrics, files, score.images)
@@ -527,7 +519,7 @@ def _write_newest(folder: Path, metrics: dict, files: dict[str, dict], images: D
     write_json(folder / "metrics.json", metrics)
 
 
-def _evaluate_nll(score: TrainedScore, data: Split) -> tuple[dict, dict[str, np.ndarray]]:
+def evaluate_nll(score: TrainedScore, data: Split) -> tuple[dict, dict[str, np.ndarray]]:
     """Nats per dimension of the test set, the whole or ``nll_images`` of it; of levels, uniformly dequantised, also
     bits: metrics, and by item.
 
@@ -603,6 +595,29 @@ def _evaluate_asymmetry(score: TrainedScore, data: Split) -> tuple[dict, dict[st
     return metrics, curves
 
 
+def evaluate_samples(
+    score: TrainedScore, sampler, quality: SampleQuality | None, data: tuple[Split, Split] = ()
+) -> tuple[dict, dict[str, dict]]:
+    """How good ``eval.num_samples`` samples are: ``quality`` measures FID and its relatives of images; of other data,
+    given in their two halves, it is how far the samples' distribution is from that of the second; metrics, and what is
+    kept of them, by file."""
+    runtime, arrays = score.runtime, _draw_samples(score, sampler, score.config.eval.num_samples)
+    metrics, files = _of_samples(arrays), {}
+    count, images = metrics["num_samples"], arrays.get("images")  # in other processes those of their share, if any
+    if score.config.sampling.method == "pc":
+        metrics["sampling_steps"] = sampler.num_steps
+    if quality is not None:
+        key = score.stage_key("sample_features", count, _sampling_identity(score))
+        labels = score.wanted_labels(range(count)).cpu().numpy() if score.config.sampling.condition else None
+        metrics |= quality.measure(images, count, score.workdir / "eval" / "stages", key, labels)
+    elif runtime.is_main:
+        measured, files["distributions.npz"] = _compare_distributions(score, images, *data)
+        metrics |= measured
+    if runtime.is_main:
+        files["samples.npz"] = _as_file(images, score.images)
+    return metrics, files
+
+
 def _draw_samples(score: TrainedScore, sampler, count: int) -> dict[str, np.ndarray]:
     def compute(indices: range) -> dict[str, np.ndarray]:
         images, nfe, outside = score.draw(indices, sampler, progress=score.runtime.shows_progress)
@@ -655,7 +670,7 @@ def _sampling_identity(score: TrainedScore) -> dict:
     return identity if score.classifier is None else {**identity, "classifier": weights_digest(score.classifier)}
 
 
-@_in_all_processes
+@in_all_processes
 def statistics(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> Path:
     """Compute the features of the training images that samples are compared with; return the file that keeps them.
 
@@ -682,7 +697,7 @@ def statistics(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runti
 # Sampling
 
 
-@_in_all_processes
+@in_all_processes
 def sample(
     config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), checkpoint: str | Path | None = None
 ) -> Path:
@@ -701,9 +716,11 @@ def sample(
         InvalidRun: bad config, data, checkpoint or working directory.
         FloatingPointError: samples are not finite.
     """
-    workdir, sampling = Path(workdir), config.sampling
+    workdir = Path(workdir)
     with contextlib.ExitStack() as stack:
         with checked():
+            config = _as_published(config, checkpoint)
+            sampling = config.sampling
             _check_request(config, workdir, checkpoint)
             sampler = build_sampler(config, build_sde(config))
             name, data, measured, identity = sampler.slug, None, None, {"num_samples": sampling.num_samples}
@@ -954,16 +971,19 @@ def load(
     Nothing is written or locked, and no data set is read.
 
     Args:
-        path: a run's folder, one of its checkpoint files, or a public ``.pth``.
+        path: a run's folder, one of its checkpoint files, a public ``.pth``, or another published model
+            (docs/published_models.md).
         step: which checkpoint of the folder; the newest by default.
         device: where to compute.
-        config: of a public ``.pth``, which does not say how its network is built; of one of ours, in place of its own.
+        config: of a public ``.pth``, which does not say how its network is built; of one of ours, in place of its own;
+            of another model, for what that does not say itself.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it cannot be read.
         ValueError: a public checkpoint without its config.
     """
-    state, path = _read(path, "", step)
+    config = _as_published(config, path)
+    state, path = _read(path, "", step, config)
     if config is None:
         if not _is_own(state, path):
             raise ValueError(f"{path} is a public checkpoint: give load(…, config=…) the config it was trained with")
@@ -975,7 +995,7 @@ def load(
 def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | None, runtime: Runtime) -> TrainedScore:
     """The score of a checkpoint, for evaluation and sampling; with the classifier that guides it, if one does."""
     _check_request(config, workdir, checkpoint)
-    state, path = _read(checkpoint or workdir, "--checkpoint=" if checkpoint else "--workdir=", step=None)
+    state, path = _read(checkpoint or workdir, "--checkpoint=" if checkpoint else "--workdir=", config=config)
     score = _score_from_state(state, path, config, runtime.torch_device)
     score.runtime, score.workdir = runtime, workdir
     runtime.check_agreement("the checkpoint's step", score.step, workdir)
@@ -999,17 +1019,21 @@ def _check_request(config: ConfigDict, workdir: Path, checkpoint: str | Path | N
     check(config)
     _check_workdir(config, workdir, FREE_IN_EVALUATION)
     source, flag = Path(checkpoint or workdir), "--checkpoint=" if checkpoint else "--workdir="
-    if not (source.is_file() or (source / "checkpoints").is_dir()):
+    if not (source.is_file() or (source / "checkpoints").is_dir() or (checkpoint and _published(checkpoint))):
         raise CheckpointError(f"{flag}{source}: no checkpoint there; train first")
 
 
-def _read(path: str | Path, flag: str, step: int | None) -> tuple[dict | list, Path]:
+def _read(
+    path: str | Path, flag: str, step: int | None = None, config: ConfigDict | None = None
+) -> tuple[dict | list, Path]:
     """The checkpoint in a file, or the one in a run's folder of a step, by default the newest, which in a folder of the
-    public codes is the one of the highest number; and its file.
+    public codes is the one of the highest number; or the model of another project, with its config; and its file.
 
     Raises:
         CheckpointError: there is none, which ``flag`` named, or it cannot be read.
     """
+    if (published := _published(path)) is not None:
+        return published.state(config), published.path
     path = Path(path)
     if path.is_file():
         return read_checkpoint(path), path
@@ -1023,6 +1047,24 @@ def _read(path: str | Path, flag: str, step: int | None) -> tuple[dict | list, P
         newest = max(public, key=lambda file: int(file.stem[11:]))
         return read_checkpoint(newest), newest
     return state, store.path(state["step"])
+
+
+def _published(path: str | Path) -> Foreign | None:
+    """The model of another project at a path; None if there is a run of ours, a checkpoint file, or nothing."""
+    if not str(path) or Path(path).is_file() or (Path(path) / "checkpoints").is_dir():
+        return None
+    from models.published import read_foreign
+
+    return read_foreign(path)
+
+
+def _as_published(config: ConfigDict | None, path: str | Path | None, **options: bool) -> ConfigDict | None:
+    """A config with what a model of another project that is at a path says of itself, if there is one and the config
+    has none of it yet."""
+    if path is None or (config is not None and "architecture" in config.model):
+        return config
+    published = _published(path)
+    return config if published is None else published.config(config, **options)
 
 
 def _score_from_state(state: dict | list, path: Path, config: ConfigDict, device: torch.device) -> TrainedScore:
@@ -1051,7 +1093,7 @@ def _score_from_state(state: dict | list, path: Path, config: ConfigDict, device
 # The classifier of noised images
 
 
-@_in_all_processes
+@in_all_processes
 def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime()) -> dict[str, float]:
     """Train ``config.classifier`` for ``n_iters`` steps in all; return loss and accuracy on test images at some times.
 
@@ -1137,6 +1179,7 @@ def build_score_model(config: ConfigDict, sde: SDE, images: DataFormat, copies: 
         parameterization=model.parameterization,
         num_scales=num_scales,
         scale_by_sigma=model.scale_by_sigma,
+        prediction=model.get("prediction", ""),
     )
 
 
@@ -1232,11 +1275,8 @@ def _check_workdir(config: ConfigDict, workdir: Path, free_fields: tuple[str, ..
     if not isinstance(stored := read_json(path), dict):
         raise ValueError(f"{path} is damaged: it holds no object")
     given = json.loads(config.to_json())
-    for name, field in FIELDS.items():  # which an earlier version did not have
-        section, _, key = name.rpartition(".")
-        part, kept = (tree.get(section) if section else tree for tree in (given, stored))
-        if isinstance(part, dict) and isinstance(kept, dict) and key not in kept and part.get(key) == field.default:
-            del part[key]
+    # A field that is newer than the run had its default.
+    stored = {name: FIELDS[name].default for name in flatten(given) if name in FIELDS} | flatten(stored)
     if different := differences(stored, given, free_fields):
         raise ValueError(f"--workdir={workdir} holds another run: {different}")
 

@@ -13,6 +13,7 @@ family    drift rate f          diffusion g²                marginal
 VE        0                     dσ²/dt                      α = 1, σ = σ(t)
 VP        β/2                   β                           α = e^{−B/2}, σ² = 1 − e^{−B}
 sub-VP    β/2                   β (1 − e^{−2B})             α = e^{−B/2}, σ = 1 − e^{−B}
+flow      1/(1 − t)             2t/(1 − t)                  α = 1 − t, σ = t
 ========  ====================  ==========================  =====================
 
 with B(t) = ∫₀ᵗ β. A schedule is a frozen dataclass with three closed forms: σ(t), d(σ²)/dt and the inverse of σ for
@@ -33,9 +34,11 @@ import abc
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from experiment.randomness import Generator, normal_like
@@ -316,6 +319,49 @@ class CosineBeta(BetaSchedule):
         return 2 / self.RATE * (torch.atan2(sine, cosine) - self.START) + (integral - before) / self.beta_max
 
 
+@dataclass(frozen=True)
+class LadderBeta(BetaSchedule):
+    """The noise of DDPM's N steps, 0 < β_i < 1, at times i/(N − 1): e^{−B} = ᾱ_i = Π_{j≤i} (1 − β_j), so that it is not
+    0 at t = 0. Between two of these times the log-SNR λ = ln ᾱ/(1 − ᾱ) is linear in t."""
+
+    betas: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.betas) < 2 or not all(0 < beta < 1 for beta in self.betas):
+            raise ValueError("model.betas: need 2 or more numbers between 0 and 1")
+
+    @cached_property
+    def _log_snr(self) -> Tensor:
+        log_mean_squared = torch.log1p(-torch.tensor(self.betas, dtype=torch.float64)).cumsum(0)
+        return log_mean_squared - torch.log(-torch.expm1(log_mean_squared))
+
+    def _interval(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where t is from one of the N times to the next, from 0 to 1, and λ at both."""
+        levels, position = self._log_snr.to(t.device, t.dtype), t * (len(self.betas) - 1)
+        before = position.floor().clamp(0, len(self.betas) - 2).long()
+        return position - before, levels[before], levels[before + 1]
+
+    def beta(self, t: Tensor) -> Tensor:
+        part, start, end = self._interval(t)
+        return (start - end) * (len(self.betas) - 1) * torch.sigmoid(-torch.lerp(start, end, part))
+
+    def integral(self, t: Tensor) -> Tensor:
+        part, start, end = self._interval(t)
+        return F.softplus(-torch.lerp(start, end, part), threshold=50)
+
+    def time(self, integral: Tensor) -> Tensor:
+        log_snr = -torch.log(torch.expm1(integral))
+        levels = self._log_snr.to(integral.device, integral.dtype)
+        after = torch.searchsorted(-levels, -log_snr.contiguous()).clamp(1, len(levels) - 1)
+        start, end = levels[after - 1], levels[after]
+        return (after - 1 + (start - log_snr) / (start - end)) / (len(levels) - 1)
+
+
+@dataclass(frozen=True)
+class StraightPath:
+    """α = 1 − t, σ = t, from data to noise along straight lines, as flow matching has it."""
+
+
 SIGMA_SCHEDULES: dict[str, type[SigmaSchedule]] = {
     "geometric": GeometricSigma,
     "constant": ConstantDiffusionSigma,
@@ -564,7 +610,58 @@ class SubVP(VP):
         raise ValueError("training.sde='subvpsde' has no discrete-time model: set training.continuous=True")
 
 
-FAMILIES: dict[str, type[SDE]] = {"vesde": VE, "vpsde": VP, "subvpsde": SubVP}
+class LadderVP(VP):
+    """VP of the noise levels of a discrete-time model; t = 0 is the lowest of them."""
+
+    schedules: ClassVar = {"ladder": LadderBeta}
+    sampling_eps = 0.0
+    schedule: LadderBeta
+
+    def ladder(self, num_scales: int) -> Ladder:
+        if num_scales != len(self.schedule.betas):
+            raise ValueError(f"model.num_scales={num_scales}: model.betas are {len(self.schedule.betas)}")
+        times = torch.linspace(0, self.end_time, num_scales, dtype=torch.float64)
+        return Ladder(times, self.mean_coefficient(times), self.std(times))
+
+
+class Flow(SDE):
+    """x_t = (1 − t) x_0 + t z, which flow matching and rectified flows learn: Lipman, Chen, Ben-Hamu, Nickel, Le
+    (ICLR 2023) and Liu, Gong, Liu (ICLR 2023). It ends at t = 0.999, where some of the data is left."""
+
+    name = "flow"
+    schedules: ClassVar = {"linear": StraightPath}
+    sampling_eps = 1e-3
+    end_time = 0.999
+    prior_std = 0.999
+
+    def drift_rate(self, t: Tensor) -> Tensor:
+        return 1 / (1 - t)
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        return torch.sqrt(2 * t / (1 - t))
+
+    def mean_coefficient(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def std(self, t: Tensor) -> Tensor:
+        return t
+
+    def transition_variance(self, s: Tensor, t: Tensor) -> Tensor:
+        # t² − s² (1 − t)²/(1 − s)², of which (t − s)/(1 − s) is a factor.
+        return (t - s) / (1 - s) * (t + s * (1 - t) / (1 - s))
+
+    def frozen_score_weight(self, s: Tensor, t: Tensor) -> Tensor:
+        # ∫ₛᵗ (1 − s)/(1 − v) · 2v/(1 − v) dv.
+        return 2 * ((t - s) / (1 - t) + (1 - s) * torch.log1p(-(t - s) / (1 - s)))
+
+    def time_at_noise_ratio(self, ratio: Tensor) -> Tensor:
+        return ratio / (1 + ratio)
+
+    def ladder(self, num_scales: int) -> Ladder:
+        raise ValueError("training.sde='flow' has no discrete-time model: set training.continuous=True")
+
+
+FAMILIES: dict[str, type[SDE]] = {"vesde": VE, "vpsde": VP, "subvpsde": SubVP, "flow": Flow}
 
 
 def make_sde(family: str, schedule: str, constants: Mapping[str, float]) -> SDE:

@@ -17,6 +17,7 @@ PREDICTORS += ("probability_flow", "none")
 ODE_SOLVERS = ("rk45", "heun", "adams")
 VE_SCHEDULES = ("geometric", "constant", "square_root", "polynomial")
 VP_SCHEDULES = ("linear", "constant", "power", "exponential", "cosine")
+PREDICTIONS = ("scaled_score", "score", "epsilon", "sample", "v_prediction", "velocity", "velocity_to_data")
 MEASUREMENTS = ("inpaint", "colorize", "super_resolution", "ct", "linear")
 
 _SEEDS = Range("integers of 64 bits", lambda value: -(2**63) <= value < 2**63)
@@ -52,7 +53,7 @@ FIELDS: dict[str, Field] = {
     "data.centered": Field(False, "levels in [-1, 1] instead of [0, 1]"),
     "data.random_flip": Field(True, "flip training images at random"),
     "data.uniform_dequantization": Field(False, "in training; likelihood is always of dequantised data"),
-    "training.sde": Field("vesde", "the forward process", choices("subvpsde", "vesde", "vpsde", or_path=True)),
+    "training.sde": Field("vesde", "the forward process", choices("flow", "subvpsde", "vesde", "vpsde", or_path=True)),
     "training.continuous": Field(True, "continuous time, instead of model.num_scales noise levels"),
     "training.batch_size": Field(128, "images of a step, over all processes", at_least(1)),
     "training.n_iters": Field(1300001, "steps in all", _STEPS),
@@ -98,6 +99,7 @@ FIELDS: dict[str, Field] = {
     "model.nonlinearity": Field("swish", "activation", choices("elu", "relu", "lrelu", "swish", or_path=True)),
     "model.conditional": Field(True, "give the noise level to the blocks"),
     "model.scale_by_sigma": Field(True, "VE: divide the network by σ"),
+    "model.prediction": Field("", "what the network predicts; empty: what its family does", choices("", *PREDICTIONS)),
     "model.embedding_type": Field("fourier", "embedding of the noise level", choices("fourier", "positional")),
     "model.fourier_scale": Field(16.0, "standard deviation of the Fourier frequencies", positive),
     "model.resblock_type": Field("biggan", "kind of residual block", choices("ddpm", "biggan")),

@@ -22,10 +22,30 @@ family         continuous time             discrete time          unconstrained 
 VE             σ(t)                        N − 1 − i (σ falling)  h/σ
 VP             999·t                       i                      −h/σ
 sub-VP         999·t                       none                   −h/σ
+flow           t                           none                   velocity, below
 =============  ==========================  =====================  ===================
 
 with i the index of the noise level. A discrete-time model has N of them, the ladder; between two of its times i is
 interpolated, which the positional embedding allows: an ODE solver needs a score that is continuous in t.
+
+What other networks predict (``PREDICTIONS``) says as much of x_t = α x_0 + σ ε:
+
+==================  =========================================  =======================
+prediction          h estimates, given x_t                     score
+==================  =========================================  =======================
+scaled_score        σ s                                        h/σ
+score               s                                          h
+epsilon             ε                                          −h/σ
+sample              x_0                                        (α h − x)/σ²
+v_prediction        v = α ε − σ x_0, so that ε = α v + σ x     −(α h + σ x)/σ
+velocity            u = α̇ x_0 + σ̇ ε = −f x − ½ g² s            −2 (h + f x)/g²
+velocity_to_data    −u, and is told 1 − t                      2 (h − f x)/g²
+==================  =========================================  =======================
+
+v is of processes with α² + σ² = 1. The formula for u is ε = (α u − α̇ x)/(α σ̇ − α̇ σ), because α̇ = −f α and
+α σ̇ − α̇ σ = α g²/(2σ).
+
+Sources: Salimans, Ho (ICLR 2022), for v; Lipman, Chen, Ben-Hamu, Nickel, Le (ICLR 2023), for u.
 """
 
 from __future__ import annotations
@@ -42,25 +62,38 @@ CONTINUOUS_LABELS: dict[str, Callable[[SDE, Tensor], Tensor]] = {
     "ve": lambda sde, t: sde.std(t),
     "vp": lambda sde, t: 999 * t,
     "subvp": lambda sde, t: 999 * t,
+    "flow": lambda sde, t: t,
 }
 # Of the real-valued index and the number N of levels.
 DISCRETE_LABELS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "ve": lambda index, n: n - 1 - index,
     "vp": lambda index, n: index,
 }
-# A VE network predicts −z (score times σ), a VP network the noise z itself.
-NETWORK_SIGN = {"ve": 1.0, "vp": -1.0, "subvp": -1.0}
+# The score (B, ...) of a network's output h at x (B, ...) and t (B,), by what h predicts; σ is (B, 1, ...).
+PREDICTIONS: dict[str, Callable[[SDE, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "scaled_score": lambda sde, h, x, t, std: h / std,
+    "score": lambda sde, h, x, t, std: h,
+    "epsilon": lambda sde, h, x, t, std: -h / std,
+    "sample": lambda sde, h, x, t, std: (expand(sde.mean_coefficient(t), x) * h - x) / std**2,
+    "v_prediction": lambda sde, h, x, t, std: -expand(sde.mean_coefficient(t), x) * h / std - x,
+    "velocity": lambda sde, h, x, t, std: -2 * (h - sde.drift(x, t)) / expand(sde.diffusion(t) ** 2, x),
+    "velocity_to_data": lambda sde, h, x, t, std: 2 * (h + sde.drift(x, t)) / expand(sde.diffusion(t) ** 2, x),
+}
+# Of the networks that are trained here and of the public codes' checkpoints.
+USUAL_PREDICTION = {"ve": "scaled_score", "vp": "epsilon", "subvp": "epsilon", "flow": "velocity"}
 
 
 class NoiseLevel(nn.Module):
     """Maps a time t (B,) to the network's label (B,) and the scale σ (B,) of the noise.
 
     ``num_scales`` is None for a model of continuous time, or the number N of levels of a discrete-time one.
+    ``backwards``: the label is that of 1 − t instead, for a network of continuous time whose data is at t = 1.
     """
 
-    def __init__(self, sde: SDE, num_scales: int | None = None) -> None:
+    def __init__(self, sde: SDE, num_scales: int | None = None, *, backwards: bool = False) -> None:
         super().__init__()
         self.sde = sde
+        self.backwards = backwards
         self.num_scales = num_scales
         if num_scales is not None:
             if num_scales < 2:
@@ -70,7 +103,7 @@ class NoiseLevel(nn.Module):
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
         std = self.sde.std(t)
         if self.num_scales is None:
-            return CONTINUOUS_LABELS[self.sde.name](self.sde, t), std
+            return CONTINUOUS_LABELS[self.sde.name](self.sde, 1 - t if self.backwards else t), std
         return DISCRETE_LABELS[self.sde.name](self._index(t), self.num_scales), std
 
     def _index(self, t: Tensor) -> Tensor:
@@ -114,16 +147,15 @@ class ScoreModel(nn.Module):
 
 
 class UnconstrainedScore(ScoreModel):
-    """s = ±h/σ, or with ``divide_by_sigma=False`` the network itself: s = ±h."""
+    """The score that follows from what the network predicts, a key of ``PREDICTIONS``; by default the family's own."""
 
-    def __init__(self, network: nn.Module, noise_level: NoiseLevel, *, divide_by_sigma: bool = True) -> None:
+    def __init__(self, network: nn.Module, noise_level: NoiseLevel, *, prediction: str = "") -> None:
         super().__init__(network, noise_level)
-        self.divide_by_sigma = divide_by_sigma
-        self.sign = NETWORK_SIGN[noise_level.sde.name]
+        self.prediction = prediction or USUAL_PREDICTION[noise_level.sde.name]
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         h, std = self.residual(x, t, class_labels)
-        return self.sign * (h / std if self.divide_by_sigma else h)
+        return PREDICTIONS[self.prediction](self.sde, h, x, t, std)
 
 
 class ConservativeScore(ScoreModel):
@@ -164,6 +196,7 @@ def make_score_model(
     parameterization: str,
     num_scales: int | None = None,
     scale_by_sigma: bool | None = None,
+    prediction: str = "",
 ) -> ScoreModel:
     """The score model around a network.
 
@@ -172,19 +205,26 @@ def make_score_model(
         parameterization: 'unconstrained', 'conservative' or 'preconditioned'.
         num_scales: None for a model of continuous time, or the number of levels of a discrete-time one.
         scale_by_sigma: of VE, whether an unconstrained score is h/σ (the default) or h.
+        prediction: what the network predicts, a key of ``PREDICTIONS``; by default as ``scale_by_sigma`` says.
 
     Raises:
         ValueError: unknown parameterisation, or one that contradicts the rest, naming the config fields.
     """
     if sde.name != "ve" and scale_by_sigma:
         raise ValueError(f"model.scale_by_sigma=True: only for VE; a {sde.name} network is divided by σ by its score")
-    divide = sde.name != "ve" or scale_by_sigma is not False
+    if sde.name == "ve" and scale_by_sigma is False:
+        prediction = prediction or "score"
+    if prediction and prediction not in PREDICTIONS:
+        raise ValueError(f"model.prediction={prediction!r}: allowed are {', '.join(PREDICTIONS)}")
+    noise_level = NoiseLevel(sde, num_scales, backwards=prediction == "velocity_to_data")
     if parameterization == "unconstrained":
-        return UnconstrainedScore(network, NoiseLevel(sde, num_scales), divide_by_sigma=divide)
+        return UnconstrainedScore(network, noise_level, prediction=prediction)
     others = {"conservative": ConservativeScore, "preconditioned": PreconditionedScore}
     if parameterization not in others:
         allowed = ", ".join(("unconstrained", *others))
         raise ValueError(f"model.parameterization={parameterization!r}: allowed are {allowed}")
-    if not divide:
+    if prediction == "score":
         raise ValueError(f"model.scale_by_sigma=False: a {parameterization} model always divides by σ")
-    return others[parameterization](network, NoiseLevel(sde, num_scales))
+    if prediction:
+        raise ValueError(f"model.prediction={prediction!r}: a {parameterization} model has its own form")
+    return others[parameterization](network, noise_level)

@@ -22,11 +22,15 @@ from sde_lib import (
     ConstantDiffusionSigma,
     CosineBeta,
     ExponentialBeta,
+    Flow,
     GeometricSigma,
+    LadderBeta,
+    LadderVP,
     LinearBeta,
     PolynomialSigma,
     PowerBeta,
     SquareRootDiffusionSigma,
+    StraightPath,
     SubVP,
     make_sde,
 )
@@ -402,7 +406,7 @@ def test_schedule_by_name(family, schedules):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(family="vpsd"), "training.sde='vpsd': allowed are vesde, vpsde, subvpsde, or module:attribute"),
+        (dict(family="vpsd"), "training.sde='vpsd': allowed are vesde, vpsde, subvpsde, flow, or module:attribute"),
         (dict(family="vesde", sigma_min=0.0), "model.sigma_min=0.0"),
         (dict(family="vesde", sigma_min=8.0), "sigma_min < sigma_max"),
         (dict(family="vesde", sigma_max=math.inf), "model.sigma_max=inf"),
@@ -422,3 +426,47 @@ def test_schedules_that_make_no_sense(fields, message):
     with pytest.raises(ValueError) as error:
         made(**fields)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+LADDER = tuple(torch.linspace(1e-3, 0.1, 40, dtype=torch.float64).tolist())
+
+
+@pytest.mark.parametrize("sde", [Flow(StraightPath()), LadderVP(LadderBeta(LADDER))], ids=["flow", "ladder"])
+def test_processes_of_other_projects(sde):
+    """Drift and diffusion are those of the marginals, and everything else follows from them as for the others."""
+    t, h = torch.tensor([0.11, 0.52, 0.83], dtype=torch.float64), 1e-6
+    mean, std = sde.mean_coefficient, sde.std
+    rate, variance_rate = ((f(t + h) - f(t - h)) / (2 * h) for f in (mean, lambda t: std(t) ** 2))
+    torch.testing.assert_close(-sde.drift_rate(t) * mean(t), rate, rtol=1e-7, atol=0)
+    torch.testing.assert_close(
+        sde.diffusion(t) ** 2 - 2 * sde.drift_rate(t) * std(t) ** 2, variance_rate, rtol=1e-6, atol=0
+    )
+    s = 0.6 * t
+    a, b = sde.transition(s, t)
+    torch.testing.assert_close(b**2, std(t) ** 2 - (a * std(s)) ** 2, rtol=1e-10, atol=0)
+    torch.testing.assert_close(sde.time_at_noise_ratio(std(t) / mean(t)), t, rtol=1e-9, atol=0)
+    v = s + (t - s) * torch.linspace(0, 1, 200_001, dtype=torch.float64)[:, None]
+    values = mean(s) / mean(v) * sde.diffusion(v) ** 2
+    torch.testing.assert_close(
+        sde.frozen_score_weight(s, t),
+        torch.trapezoid(values, v, dim=0),
+        rtol=1e-4 if sde.name == "vp" else 1e-8,
+        atol=0,
+    )
+
+
+def test_ladder_between_its_levels():
+    """Levels are Π(1 − β) at i/(N − 1), in single precision too; halfway between two the log-SNR is the mean."""
+    sde = LadderVP(LadderBeta(LADDER))
+    remaining = torch.cumprod(1 - torch.tensor(LADDER, dtype=torch.float64), 0)
+    time, mean, std = sde.ladder(40)
+    torch.testing.assert_close(mean**2, remaining, rtol=1e-12, atol=0)
+    torch.testing.assert_close(std**2, 1 - remaining, rtol=1e-12, atol=0)
+    torch.testing.assert_close(sde.std(time.float()).double(), std, rtol=1e-5, atol=0)
+    log_snr = torch.log(remaining / (1 - remaining))
+    middle = sde.schedule.integral((time[1:] + time[:-1]) / 2)
+    torch.testing.assert_close(-torch.log(torch.expm1(middle)), (log_snr[1:] + log_snr[:-1]) / 2, rtol=1e-10, atol=0)
+    with pytest.raises(ValueError, match=r"model\.num_scales=9: model\.betas are 40"):
+        sde.ladder(9)
+    with pytest.raises(ValueError, match=r"model\.betas: need 2 or more numbers between 0 and 1"):
+        LadderBeta((0.1, 1.0))

@@ -44,7 +44,15 @@ POINTS = {
     "model.width": Field(128, "units of a layer", at_least(1)),
     "model.depth": Field(3, "hidden layers", at_least(1)),
 }
-_UNREAD = ("random_flip", "uniform_dequantization", "parameterization", "schedule", "scale_by_sigma", "num_classes")
+_UNREAD = (
+    "random_flip",
+    "uniform_dequantization",
+    "parameterization",
+    "schedule",
+    "scale_by_sigma",
+    "num_classes",
+    "prediction",
+)
 _UNREAD += ("sigma_min", "sigma_max", "beta_min", "beta_max", "rho", "num_scales")
 IMAGES = {
     name: field

@@ -101,7 +101,7 @@ def test_no_field_takes_another_type_nan_or_an_infinity(table):
         ({"optim.optimizer": "SGD"}, "optim.optimizer='SGD': allowed is Adam"),
         ({"data.num_channels": 0}, "data.num_channels=0: at least 1, at most 8,192"),
         ({"model.progressive_combine": "mean"}, "model.progressive_combine='mean': allowed are sum, cat"),
-        ({"training.sde": "foo"}, "training.sde='foo': allowed are subvpsde, vesde, vpsde, or module:attribute"),
+        ({"training.sde": "foo"}, "training.sde='foo': allowed are flow, subvpsde, vesde, vpsde, or module:attribute"),
         ({"model.schedule": "x"}, "polynomial, linear, power, exponential, cosine, or module:attribute, or empty"),
         (
             {"sampling.condition": "paint"},

@@ -86,8 +86,8 @@ def test_unconstrained_score(name, sign):
     h, std = network(x, t), SDES[name].std(t)[:, None, None, None]
     score = UnconstrainedScore(network, NoiseLevel(SDES[name]))(x, t)
     torch.testing.assert_close(score, sign * h / std, rtol=1e-12, atol=1e-14)
-    undivided = UnconstrainedScore(network, NoiseLevel(SDES[name]), divide_by_sigma=False)(x, t)
-    assert torch.equal(undivided, sign * h)
+    undivided = UnconstrainedScore(network, NoiseLevel(SDES[name]), prediction="score")(x, t)
+    assert torch.equal(undivided, h)
     if name != "subvp":
         ladder = SDES[name].ladder(25)
         times = ladder.time[[0, 12, 24]].float()
@@ -198,14 +198,14 @@ def test_conservative_score_does_not_lose_a_tangent(grad_mode):
 
 def test_score_models_by_name():
     network = Linear()
-    for sde, scale_by_sigma, divided in (
-        ("ve", None, True),
-        ("ve", True, True),
-        ("ve", False, False),
-        ("vp", None, True),
+    for sde, scale_by_sigma, prediction in (
+        ("ve", None, "scaled_score"),
+        ("ve", True, "scaled_score"),
+        ("ve", False, "score"),
+        ("vp", None, "epsilon"),
     ):
         model = make_score_model(SDES[sde], network, parameterization="unconstrained", scale_by_sigma=scale_by_sigma)
-        assert type(model) is UnconstrainedScore and model.divide_by_sigma == divided
+        assert type(model) is UnconstrainedScore and model.prediction == prediction
         assert model.sde is SDES[sde] and model.network is network and model.noise_level.num_scales is None
     model = make_score_model(SDES["vp"], network, parameterization="conservative", num_scales=30)
     assert type(model) is ConservativeScore and model.noise_level.num_scales == 30

@@ -1,0 +1,77 @@
+"""Models of other projects as checkpoints of ours: what a config says of them, and their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+from torch import Tensor
+
+from checkpoints import CHECKPOINT_VERSION
+from configs.checks import item_shape
+from configs.defaults import base_config
+from configs.ranges import is_import_path
+from data.format import DataFormat
+from models.published import diffusers, given
+
+
+class Foreign(NamedTuple):
+    """A published model: where it was found, fields of its config, and what reads its weights, under the names of the
+    network that ``model.name`` makes of these fields."""
+
+    path: Path
+    fields: Mapping[str, object]
+    weights: Callable[[], Mapping[str, Tensor]]
+
+    def config(self, config: ConfigDict | None, *, with_sampling: bool = True) -> ConfigDict:
+        """A config, by default the usual one, that describes this model."""
+        config = base_config() if config is None else ConfigDict(config.to_dict())
+        with config.unlocked():
+            for name, value in self.fields.items():
+                section, _, key = name.partition(".")
+                if with_sampling or section != "sampling":
+                    config[section][key] = value
+        return config
+
+    def state(self, config: ConfigDict | None) -> dict:
+        """What ``read_checkpoint`` would find of it, if it were ours; the config, see ``config``, has what the model
+        does not say of itself."""
+        config = self.config(config)
+        data = config.data
+        images = DataFormat(
+            item_shape(data),
+            num_levels=256,
+            num_classes=None,
+            centered=data.centered,
+            dequantized=data.uniform_dequantization,
+        )
+        weights = {f"network.{name}": tensor for name, tensor in self.weights().items()}
+        return {
+            "version": CHECKPOINT_VERSION,
+            "step": 0,
+            "model": weights,
+            "ema": {"num_updates": 0, "model": weights},
+            "optimizer": None,
+            "scaler": None,
+            "sums": {},
+            "log_size": 0,
+            "hooks_done": True,
+            "record": {"config": config.to_json(), "images": images.as_dict(), "data": None},
+        }
+
+
+def read_foreign(path: str | Path) -> Foreign | None:
+    """The published model at a path: a folder of diffusers, or its name on the hub after ``diffusers:``; a
+    ``module:attribute``. None if it is nothing of the kind.
+
+    Raises:
+        CheckpointError, ValueError: it is, and cannot be read.
+    """
+    if is_import_path(str(path)) and not str(path).startswith(diffusers.PREFIX) and not Path(path).exists():
+        return Foreign(Path(path), given.fields(str(path)), given.Given(str(path)).state_dict)
+    if (folders := diffusers.find(path)) is not None:
+        return Foreign(folders[0], diffusers.fields(*folders), partial(diffusers.weights, folders[0]))
+    return None
