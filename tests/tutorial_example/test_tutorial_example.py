@@ -27,18 +27,18 @@ from tutorial_example.sdes import euler_maruyama_marginal
 
 # Arguments of run, in capitals constants of the module; the steps that are then reported.
 SMALL = {
-    "score_matching": (dict(n_iters=40, seeds=2, test_points=2000), 400),
-    "langevin": (dict(n_iters=30, duration=8.0, particles=2000, STEP_SIZES=(0.2, 0.1, 0.05)), 30 + 3 * 280),
-    "scarce_data": (dict(n_iters=40, num_train=2000), 120),
-    "annealed_langevin": (dict(n_iters=30, particles=500, seeds=(1, 2), STEPS=50), 2 * 30 + 6 * 500),
-    "ddpm": (dict(n_iters=40, samples=400), 40 + 2999),
-    "sdes": (dict(num_steps=200, samples=2000), 3 * (200 + 201 + 401)),
+    "score_matching": (dict(n_iters=20, seeds=2, test_points=2000), 200),
+    "langevin": (dict(n_iters=20, duration=4.0, particles=2000, STEP_SIZES=(0.2, 0.1, 0.05)), 20 + 3 * 140),
+    "scarce_data": (dict(n_iters=20, num_train=2000), 60),
+    "annealed_langevin": (dict(n_iters=10, particles=500, seeds=(1, 2), STEPS=25), 2 * 10 + 6 * 250),
+    "ddpm": (dict(n_iters=40, samples=400, LEVELS=200, SHOWN=(0, 50, 199)), 40 + 599),
+    "sdes": (dict(num_steps=100, samples=2000), 3 * (100 + 101 + 201)),
     "discretisation": (dict(fine_steps=2048), 14),
-    "probability_flow": (dict(n_iters=40, points=30, BETWEEN=5, TOLERANCE=3e-6), 40 + 4),
+    "probability_flow": (dict(n_iters=20, points=10, BETWEEN=3, TOLERANCE=1e-5), 20 + 4),
     "epsilon_and_score": (dict(points=500, TIMES=4), 12),
-    "conditional": (dict(n_iters=30, num_steps=80, samples=2000), 90 + 6 * 81),
-    "posterior": (dict(samples=200, num_steps=60), 24 * 61),
-    "digits": (dict(n_iters=3, num_steps=6, test_images=2), 3),
+    "conditional": (dict(n_iters=10, num_steps=80, samples=2000), 30 + 6 * 81),
+    "posterior": (dict(samples=200, num_steps=40), 24 * 41),
+    "digits": (dict(n_iters=2, num_steps=3, test_images=2, SAMPLES=4, PAIRS=1, BETWEEN=2), 2),
 }
 # A model trained for so little has not learned what is claimed of it, nor are so few steps and samples as good.
 NEEDS_TRAINING = ("error of the score", "learned", "classifier-free", "ε beyond the least", "bits/dim", "σ = 10")
