@@ -26,6 +26,7 @@ absent = any(importlib.util.find_spec(name) is None for name in ("tensorflow", "
 def with_tensorflow(test):
     return pytest.mark.slow(pytest.mark.skipif(absent, reason="TensorFlow is not installed")(test))
 
+
 PROGRAM = """
 import json, sys
 from pathlib import Path
