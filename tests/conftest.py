@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,6 +59,11 @@ def pytest_xdist_make_scheduler(config, log) -> object:
             return file if file.endswith(SHARING) else nodeid
 
     return Scheduling(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported is no garbage: accelerate, and what measures memory, look through all of it every time."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -110,7 +110,7 @@ def test_every_solver(solver):
         # Over t the rate at t = eps is 5e4, more than steps of equal size can take.
         if solver == "adams" and time == "t":
             continue
-        evaluate = evaluator("vp", solver=solver, time=time, rtol=1e-6, atol=1e-6, num_steps=500)
+        evaluate = evaluator("vp", solver=solver, time=time, rtol=1e-6, atol=1e-6, num_steps=250)
         result = evaluate(gaussian.score, x)
         exact = gaussian.log_prob(x, times(EPS, x))
         torch.testing.assert_close(with_the_exact_prior(result, gaussian, sde), exact, rtol=0, atol=1e-3)
@@ -136,11 +136,11 @@ def test_order_in_the_logarithm_of_the_ratio(family, solver, order):
     x = 1.5 * torch.randn(8, 2, dtype=torch.float64)
     exact = mixture.log_prob(x, times(EPS, x))
     errors = []
-    for steps in (160, 640):
+    for steps in (160, 320):
         result = evaluator(family, time="log_ratio", solver=solver, num_steps=steps)(mixture.score, x)
         errors.append((with_the_exact_prior(result, mixture, sde) - exact).square().mean().sqrt().item())
-    assert errors[-1] < 2e-4
-    assert math.log2(errors[0] / errors[-1]) / 2 > order - 0.25, errors
+    assert errors[-1] < 1e-3
+    assert math.log2(errors[0] / errors[-1]) > order - 0.25, errors
 
 
 @every_family

@@ -122,46 +122,45 @@ def test_killed_at_any_moment_and_resumed_ends_with_identical_weights(tmp_path):
 
 
 def test_a_conservative_model_resumes(tmp_path):
-    for folder, n_iters in (("whole", 4), ("parts", 1), ("parts", 4)):
+    for folder, n_iters in (("whole", 2), ("parts", 1), ("parts", 2)):
         run_lib.train(tiny_config("c", training__n_iters=n_iters), tmp_path / folder, CPU)
-    assert_identical(weights(tmp_path / "whole", 4), weights(tmp_path / "parts", 4))
+    assert_identical(weights(tmp_path / "whole", 2), weights(tmp_path / "parts", 2))
 
 
-def test_truncated_newest_checkpoint_falls_back_and_still_ends_the_same(tmp_path, caplog):
-    run_lib.train(tiny_config(), tmp_path / "whole", CPU)
+def test_truncated_newest_checkpoint_falls_back_and_still_ends_the_same(trained, tmp_path, caplog):
     run_lib.train(tiny_config(training__n_iters=8), tmp_path / "cut", CPU)
     newest = tmp_path / "cut" / "checkpoints" / "step_00000008.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
     run_lib.train(tiny_config(), tmp_path / "cut", CPU)
     assert "step_00000008.pt" in caplog.text and "falling back" in caplog.text
-    assert_identical(weights(tmp_path / "whole", 12), weights(tmp_path / "cut", 12))
-    assert without_times(rows(tmp_path / "whole")) == without_times(rows(tmp_path / "cut"))
+    assert_identical(weights(trained, 12), weights(tmp_path / "cut", 12))
+    assert without_times(rows(trained)) == without_times(rows(tmp_path / "cut"))
 
 
-def test_a_finished_run_is_left_alone(tmp_path):
-    run_lib.train(tiny_config(), tmp_path, CPU)
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
-    run_lib.train(tiny_config(), tmp_path, CPU)
-    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+def test_a_finished_run_is_left_alone(trained):
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()}
+    run_lib.train(tiny_config(), trained, CPU)
+    assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()}
 
 
 def test_accumulation_gives_the_same_training(tmp_path):
     """And one runtime does not change what another does in the same process."""
-    config = tiny_config("qc", training__n_iters=4)
+    config = tiny_config("qc", training__n_iters=2)
     for folder, passes in (("one", 1), ("four", 4), ("again", 1)):
         runtime = run_lib.Runtime(device="cpu", accumulation_steps=passes) if passes > 1 else CPU
         run_lib.train(config, tmp_path / folder, runtime)
-    one, four = weights(tmp_path / "one", 4), weights(tmp_path / "four", 4)
+    one, four = weights(tmp_path / "one", 2), weights(tmp_path / "four", 2)
     for name in one:
         if name.startswith("model"):
             torch.testing.assert_close(four[name], one[name], rtol=1e-4, atol=1e-5, msg=name)
-    assert_identical(one, weights(tmp_path / "again", 4))
+    assert_identical(one, weights(tmp_path / "again", 2))
 
 
 def test_mixed_precision_trains_alike(tmp_path, forget_accelerator):
     """bfloat16 keeps 8 bits: the losses of the first steps agree to a few per cent. What the QC term is computed from
     is in float32: until the weights part, after the first step without it, the losses are the same."""
-    config = tiny_config("qc", model__init_scale=1.0, training__log_freq=1, training__qc_interval=2)
+    settings = dict(training__n_iters=4, training__log_freq=1, training__qc_interval=2)
+    config = tiny_config("qc", model__init_scale=1.0, **settings)
     run_lib.train(config, tmp_path / "fp32", CPU)
     forget_accelerator()
     run_lib.train(config, tmp_path / "bf16", run_lib.Runtime(device="cpu", precision="bf16"))
@@ -173,15 +172,14 @@ def test_mixed_precision_trains_alike(tmp_path, forget_accelerator):
     assert "qc" not in full[1] and mixed[1]["dsm"] != full[1]["dsm"]
 
 
-def test_qc_continues_a_u_run(tmp_path):
+def test_qc_continues_a_u_run(trained, tmp_path):
     """init_from takes weights, averages, optimiser and step; with λ = 0 it is the U run itself going on."""
-    run_lib.train(tiny_config(), tmp_path / "u", CPU)
-    start = str(tmp_path / "u" / "checkpoints" / "step_00000006.pt")
+    start = str(trained / "checkpoints" / "step_00000006.pt")
     control = tiny_config(training__init_from=start)
     run_lib.train(control, tmp_path / "control", CPU)
-    assert_identical(weights(tmp_path / "u", 12), weights(tmp_path / "control", 12))
+    assert_identical(weights(trained, 12), weights(tmp_path / "control", 12))
     run_lib.train(tiny_config("qc", training__init_from=start), tmp_path / "qc", CPU)
-    qc, u = weights(tmp_path / "qc", 12), weights(tmp_path / "u", 12)
+    qc, u = weights(tmp_path / "qc", 12), weights(trained, 12)
     assert any(not torch.equal(qc[name], u[name]) for name in u)
     assert min(row["step"] for row in rows(tmp_path / "qc")) > 6
     assert all("qc" in row for row in rows(tmp_path / "qc") if "loss" in row)
@@ -203,7 +201,7 @@ def evaluated(trained: Path, workdir: Path, **overrides) -> dict:
 
 def test_evaluation_does_not_depend_on_the_batch_size(trained, tmp_path, monkeypatch):
     """Batches of 1, 3 and all: the same images, bits and asymmetries, the last partial batch included."""
-    _shorten_test_set(monkeypatch, 5)
+    _shorten_test_set(monkeypatch, 5, training_images=40)
     results = {}
     for batch_size in (1, 3, 64):
         settings = dict(eval__batch_size=batch_size, eval__num_samples=5, eval__asym_probes=2)
@@ -225,12 +223,14 @@ def test_evaluation_does_not_depend_on_the_batch_size(trained, tmp_path, monkeyp
                 assert results[batch_size][0][name] == pytest.approx(value, rel=2e-3), name
 
 
-def _shorten_test_set(monkeypatch, size: int) -> None:
+def _shorten_test_set(monkeypatch, size: int, training_images: int | None = None) -> None:
     original = data.load_dataset
 
     def shortened(*arguments, **options):
         train, test = original(*arguments, **options)
-        test.images, test.labels, test.fingerprint = test.images[:size], test.labels[:size], f"short{size}"
+        for split, count in ((train, training_images), (test, size)):
+            if count:
+                split.images, split.labels, split.fingerprint = split.images[:count], split.labels[:count], f"{count}"
         return train, test
 
     monkeypatch.setattr(data, "load_dataset", shortened)
@@ -410,23 +410,22 @@ def test_networks_without_the_fields_of_the_unet_train_resume_and_sample(name, t
         config.data.update(dataset="digits", image_size=8, num_channels=1)
         if "ch_mult" in config.model:
             config.model.update(num_res_blocks=1)
-        fields = TINY | {"model.num_scales": 30, "sampling.n_steps_each": 2, "sampling.num_samples": 2} | overrides
+        fields = TINY | {"model.num_scales": 30, "sampling.n_steps_each": 1, "sampling.num_samples": 2} | overrides
         known = {field: value for field, value in fields.items() if field.split(".")[1] in config[field.split(".")[0]]}
         config.update_from_flattened_dict(known)
         return config
 
-    for folder, n_iters in (("whole", 3), ("parts", 1), ("parts", 3)):
+    for folder, n_iters in (("whole", 2), ("parts", 1), ("parts", 2)):
         run_lib.train(config(**{"training.n_iters": n_iters}), tmp_path / folder, CPU)
-    assert_identical(weights(tmp_path / "whole", 3), weights(tmp_path / "parts", 3))
+    assert_identical(weights(tmp_path / "whole", 2), weights(tmp_path / "parts", 2))
     folder = run_lib.sample(config(), tmp_path / "whole", CPU)
     with np.load(folder / "samples.npz", allow_pickle=False) as file:
         assert file["images"].shape == (2, 8, 8, 1)
 
 
-def test_settings_of_the_optimiser_are_those_of_the_config(tmp_path):
+def test_settings_of_the_optimiser_are_those_of_the_config(trained, tmp_path):
     """init_from brings the moments of another run, not its settings."""
-    run_lib.train(tiny_config(), tmp_path / "u", CPU)
-    start = str(tmp_path / "u" / "checkpoints" / "step_00000006.pt")
+    start = str(trained / "checkpoints" / "step_00000006.pt")
     run_lib.train(tiny_config(training__init_from=start, optim__weight_decay=0.5), tmp_path / "decayed", CPU)
     state = read_checkpoint(tmp_path / "decayed" / "checkpoints" / "step_00000012.pt")
     assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
@@ -506,17 +505,25 @@ def test_a_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(tmp_path, m
 
 
 def test_training_loads_what_it_needs(tmp_path):
+    """Nor does ``data`` load what some sets need, or TensorBoard TensorFlow, as it does where that is installed."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", train_images=images, test_images=images)
     program = f"""
 import sys
+import data
 sys.path.insert(0, "tests")
+def loaded(*names):
+    return set(names) & set(sys.modules)
+assert not loaded("torchvision", "sklearn", "scipy"), loaded("torchvision", "sklearn", "scipy")
 import test_run_lib
-def loaded():
-    return {{"evaluation", "likelihood", "guidance", "features", "exact"}} & set(sys.modules)
-assert not loaded(), loaded()
-test_run_lib.run_lib.train(test_run_lib.tiny_config(training__n_iters=1), {str(tmp_path)!r}, test_run_lib.CPU)
-assert not loaded(), loaded()
+NEEDLESS = "evaluation", "likelihood", "guidance", "features", "exact", "tensorflow"
+assert not loaded(*NEEDLESS), loaded(*NEEDLESS)
+options = dict(training__n_iters=1, data__dataset="npz", data__path={str(tmp_path / "images.npz")!r})
+test_run_lib.run_lib.train(test_run_lib.tiny_config(**options), {str(tmp_path / "w")!r}, test_run_lib.CPU)
+assert not loaded(*NEEDLESS), loaded(*NEEDLESS)
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), check=True)
+    assert list((tmp_path / "w" / "tensorboard").iterdir())
 
 
 def test_help_is_light():
@@ -550,7 +557,7 @@ def test_bad_flags_answer_in_one_line(arguments, message, tmp_path):
 
 def test_a_dry_run_measures_and_keeps_nothing(tmp_path):
     """Two of its steps are of the QC term and its interval; a run that has begun is left as it is."""
-    config = tiny_config("qc", training__qc_interval=2)
+    config = tiny_config("qc", training__qc_interval=2, training__n_iters=4)
     found = run_lib.dry_run(config, tmp_path / "new", CPU)
     assert not (tmp_path / "new").exists()
     assert found["parameters"] == sum(

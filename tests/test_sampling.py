@@ -70,16 +70,16 @@ def test_pc_sampler_reproduces_a_gaussian(family, predictor, corrector, exact_la
     samples = coarse(gaussian.score, torch.zeros(3000, 2, dtype=torch.float64), torch.Generator().manual_seed(0))
     assert_moments_match(samples.x, *exact_law(coarse, gaussian))
 
-    # With many steps these are the moments of the noised data. Allowances: the first-order error of 200 steps, or of
-    # 600 of the probability flow, where no noise corrects earlier errors; the prior, off by 1e-3; for Langevin steps
+    # With many steps these are the moments of the noised data. Allowances: the first-order error of 100 steps, or of
+    # 300 of the probability flow, where no noise corrects earlier errors; the prior, off by 1e-3; for Langevin steps
     # alone, what sizes of (0.5 σ)² still miss where σ is far below the data's own width, as it is sooner for sub-VP.
     if predictor == "none":
         fine = PCSampler(sde, predictor, corrector, num_steps=50, snr=0.5, n_steps_each=20, noise_removal=False)
         allowance = 0.14 if family == "subvp" else 0.03
     else:
-        steps = 600 if predictor == "probability_flow" else 200
+        steps = 300 if predictor == "probability_flow" else 100
         fine = PCSampler(sde, predictor, corrector, num_steps=steps, snr=0.1, noise_removal=False)
-        allowance = 0.045
+        allowance = 0.09
     target = gaussian.moments(sde.sampling_eps)
     mean, covariance = exact_law(fine, gaussian)
     assert (mean - target[0]).abs().max() < allowance
@@ -124,7 +124,7 @@ def test_langevin_corrector_at_a_fixed_time():
 def test_predictors_are_of_weak_first_order(family, predictor, exact_law):
     sde = SDES[family]
     gaussian = gaussian_2d(sde)
-    steps = (50, 100, 200, 400)
+    steps = (50, 100, 200)
     errors = []
     for n in steps:
         _, covariance = exact_law(PCSampler(sde, predictor, "none", num_steps=n, noise_removal=False), gaussian)
@@ -281,7 +281,7 @@ class Recorded:
         return self.score(x, t)
 
 
-@pytest.mark.parametrize("levels", [50, 1000])
+@pytest.mark.parametrize("levels", [50, 300])
 def test_ancestral_sampling_of_a_discrete_vp_model_is_ddpm(levels):
     # Ho et al. (2020), Algorithm 2 with the posterior variance, in ε = −√(1 − ᾱ) s: every index once, N − 1 first.
     sde = SDES["vp"]
@@ -365,7 +365,7 @@ def test_heun_sampler_is_of_second_order(family):
     prior = sde.prior_sample(like, torch.Generator().manual_seed(0))
     one = torch.ones(5, dtype=torch.float64)
     expected = gaussian.flow(prior, one, sde.sampling_eps * one)
-    steps, errors = (100, 200, 400, 800), []
+    steps, errors = (100, 200, 400), []
     for n in steps:
         samples = ODESampler(sde, "heun", num_steps=n)(gaussian.score, like, torch.Generator().manual_seed(0))
         errors.append((samples.x - expected).abs().max().item())

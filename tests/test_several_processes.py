@@ -23,12 +23,17 @@ from experiment.files import read_arrays, write_arrays
 LAST = SETTINGS["training.n_iters"]
 
 
-def launched(*command: str) -> subprocess.CompletedProcess:
+def launched(*command: str | Path) -> subprocess.CompletedProcess:
     # Processes on CPUs: also where there is a GPU, which two could not share.
     environ = {**environment(), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "tests")}
     return subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, env=environ, capture_output=True, text=True, errors="replace"
     )
+
+
+def on_two_processes(part: str, folder: Path) -> subprocess.CompletedProcess:
+    program = ROOT / "tests/two_processes.py"
+    return launched("torch.distributed.run", "--standalone", "--nproc_per_node=2", program, part, folder)
 
 
 def what_it_said(finished: subprocess.CompletedProcess) -> str:
@@ -37,19 +42,16 @@ def what_it_said(finished: subprocess.CompletedProcess) -> str:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    """The folder in which two processes have trained all runs and half evaluated one."""
+    """The folder in which two processes have trained all runs, and sampled from one."""
     folder = tmp_path_factory.mktemp("two")
-    name = "qc, begun by one process"
+    name = "c, begun by one process"
     config = config_of(name)
     config.training.n_iters = BEGUN
     run_lib.train(config, folder / name, runtime_of(name))
     # The last step of a shorter run has a row of its own in the log: go on from the checkpoint before it.
     (folder / name / "checkpoints" / f"step_{BEGUN:08d}.pt").unlink()
-    finished = launched(
-        "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "tests/two_processes.py"), str(folder)
-    )
-    # It ends by being killed, and not before.
-    assert finished.returncode == 1 and "Signal 9 (SIGKILL)" in finished.stderr, what_it_said(finished)
+    finished = on_two_processes("train", folder)
+    assert finished.returncode == 0, what_it_said(finished)
     return folder
 
 
@@ -120,6 +122,8 @@ def test_same_samples(two, trained_by_one):
 @pytest.mark.slow
 def test_killed_evaluation_goes_on_under_another_launcher(two, trained_by_one):
     """accelerate launch finishes what torchrun began: finished batches are kept, and all is as one process has it."""
+    killed = on_two_processes("evaluate", two)
+    assert killed.returncode == 1 and "Signal 9 (SIGKILL)" in killed.stderr, what_it_said(killed)
     workdir, cache = two / "u", two / "cache"
     stages = workdir / "eval" / "stages"
     parts = sorted((stages / "parts").rglob("*.npz"), key=lambda path: int(path.stem.split("-")[0]))

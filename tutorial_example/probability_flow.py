@@ -22,6 +22,7 @@ from tutorial_example.common import SDES, Result, Update, constant, generator, s
 
 BETWEEN, WIDTH = 21, 2.8
 TOLERANCE = 1e-8  # of the solver that goes there and back
+PIECES = 60  # of a trajectory that is drawn
 
 
 @torch.no_grad()
@@ -87,7 +88,7 @@ def run(folder: Path, update: Update, *, n_iters: int = 4000, points: int = 1000
         # The picture: trajectories from the prior, some interpolations, errors of the likelihood.
         y = sde.prior_sample(torch.empty(40, 2, dtype=torch.float64), generator("probability_flow", "latents"))
         path = [y.to(x.dtype)]
-        for t, s in itertools.pairwise(torch.linspace(end, EPS, 61, dtype=torch.float64).tolist()):
+        for t, s in itertools.pairwise(torch.linspace(end, EPS, PIECES + 1, dtype=torch.float64).tolist()):
             path.append(follow_flow(sde, score, path[-1], t, s, 1e-4))
         common.draw_density(axes[0], mixture, EPS, WIDTH, f"from latents (•) to data (×), {kind} score")
         axes[0].plot(*torch.stack(path).permute(2, 0, 1), color=COLOURS[0], linewidth=0.6)

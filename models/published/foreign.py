@@ -30,7 +30,7 @@ class Foreign(NamedTuple):
         """A config, by default the usual one, that describes this model."""
         config = base_config() if config is None else ConfigDict(config.to_dict())
         with config.unlocked():
-            for name, value in self.fields.items():
+            for name, value in {"model.parameterization": "unconstrained", **self.fields}.items():
                 section, _, key = name.partition(".")
                 if with_sampling or section != "sampling":
                     config[section][key] = value

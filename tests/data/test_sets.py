@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 import ml_collections
 import numpy as np
@@ -79,13 +76,6 @@ def test_wrong_requests_are_refused():
     refused(ValueError, "data.path=a.npz", "digits", dataset="digits", image_size=8, num_channels=1, path="a.npz")
     refused(ValueError, "data.path is not set", dataset="npz", image_size=8, num_channels=1, path="")
     refused(ValueError, "data.path is not set", dataset="folder", image_size=8, num_channels=1)
-
-
-def test_slow_imports_wait_until_needed():
-    code = "import sys, data; print([m for m in ('torchvision', 'sklearn', 'scipy') if m in sys.modules])"
-    root = Path(sets.__file__).parents[1]
-    answer = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == "[]"
 
 
 def pictures(size: int = 4, count: int = 3) -> TensorSplit:

@@ -33,6 +33,12 @@ def test_all_programs_can_be_interrupted_from_the_first_import_on():
         assert first and first[1] == "experiment", path
 
 
+def test_mistake_in_a_list_is_answered_in_one_line(tmp_path):
+    program = "from experiment.command_line import command\ndef run(workdir, steps=(8, 16)): raise SystemExit('work')\n"
+    said = answer(f"import sys; sys.argv += ['--workdir={tmp_path}', '--steps=8,x']\n{program}command(run)")
+    assert said == "error: --steps=8,x: allowed are integers, separated by commas\n"
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

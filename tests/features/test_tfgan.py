@@ -1,6 +1,7 @@
 """tensorflow-gan, the second implementation of FID, KID and the inception score, and its own Inception from a folder.
 
-TensorFlow is loaded once, in a process of its own, whose answers the tests share.
+TensorFlow is loaded once, in a process of its own, whose answers the tests share; that takes longer than the fast suite
+has time for.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from evaluation import OWN_BACKEND, Features, kid, sample_quality
 from features import tfgan
 
 ROOT = Path(__file__).parents[2]
-installed = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("tensorflow", "tensorflow_gan")),
-    reason="TensorFlow is not installed",
-)
+absent = any(importlib.util.find_spec(name) is None for name in ("tensorflow", "tensorflow_gan"))
+
+
+def with_tensorflow(test):
+    return pytest.mark.slow(pytest.mark.skipif(absent, reason="TensorFlow is not installed")(test))
+
 
 PROGRAM = """
 import json, sys
@@ -109,7 +112,7 @@ def answered(arrays, tmp_path_factory) -> tuple[dict, Path]:
     return json.loads(answer.stdout.splitlines()[-1]), folder
 
 
-@installed
+@with_tensorflow
 @pytest.mark.parametrize("case", ["few", "many"])
 def test_both_backends_give_the_same_numbers(case, arrays, answered):
     generated = Features(arrays[f"{case}_generated"], arrays[f"{case}_logits"])
@@ -123,12 +126,12 @@ def test_both_backends_give_the_same_numbers(case, arrays, answered):
         assert answered[0]["subset_kid"] == pytest.approx(expected, rel=1e-6)
 
 
-@installed
+@with_tensorflow
 def test_inception_score_of_certain_and_of_uniform_predictions(answered):
     assert answered[0]["score"] == {"one_hot": pytest.approx(8, rel=1e-12), "uniform": pytest.approx(1, rel=1e-12)}
 
 
-@installed
+@with_tensorflow
 def test_features_of_a_saved_model(arrays, answered):
     import saved_model
 
@@ -145,7 +148,7 @@ def test_features_of_a_saved_model(arrays, answered):
     assert first == again and len({first, other_levels, other_files}) == 3
 
 
-@installed
+@with_tensorflow
 def test_saved_models_of_another_kind_are_refused(answered):
     errors = answered[0]["errors"]
     assert len(errors) == 2
@@ -153,7 +156,7 @@ def test_saved_models_of_another_kind_are_refused(answered):
         assert f"{name}: it does not map images to pool_3 and logits" in error and "\n" not in error
 
 
-@installed
+@with_tensorflow
 def test_tensorflow_is_not_loaded_before_it_is_asked_for(answered):
     assert answered[0]["loaded_too_early"] is False
 

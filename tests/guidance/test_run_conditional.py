@@ -94,7 +94,7 @@ def test_labels_belong_to_their_images(tmp_path, monkeypatch):
 
 
 # Trained a little, so that samples are not black and white alone.
-TRAINED = dict(training__n_iters=60, optim__warmup=0, optim__lr=3e-3, model__dropout=0.0, training__snapshot_freq=0)
+TRAINED = dict(training__n_iters=30, optim__warmup=0, optim__lr=3e-3, model__dropout=0.0, training__snapshot_freq=0)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def images_of(folder: Path) -> np.ndarray:
 def test_classifier_free_samples(conditional, tmp_path):
     workdir = copy_of(conditional, tmp_path / "w")
     folder, metrics = sampled(conditional_config(), workdir, CPU)
-    assert name_of(folder) == "step_00000060-pc-reverse_diffusion-langevin-3-class_free"
+    assert name_of(folder) == "step_00000030-pc-reverse_diffusion-langevin-3-class_free"
     with np.load(folder / "samples.npz", allow_pickle=False) as file:
         assert file["labels"].tolist() == [i % 10 for i in range(20)] and file["images"].shape == (20, 8, 8, 1)
     assert metrics["nfe_sampling"] == 7
@@ -168,15 +168,19 @@ def test_the_share_of_samples_that_are_of_the_class_asked_for(conditional, tmp_p
 def test_likelihood_and_asymmetry_are_given_the_labels(conditional, tmp_path):
     """In batches of any size; and a class gives another score than none does."""
     values = {}
-    for name, batch_size in (("in two", 5), ("in one", 8)):
+    for name, batch_size in (("in two", 3), ("in one", 4)):
         config = conditional_config(
-            eval__nll_images=8, eval__asym_images=2, eval__enable_sampling=False, eval__batch_size=batch_size
+            eval__nll_images=4,
+            eval__asym_images=2,
+            eval__asym_probes=2,
+            eval__enable_sampling=False,
+            eval__batch_size=batch_size,
         )
         values[name] = run_lib.evaluate(config, copy_of(conditional, tmp_path / name), CPU)
     for metric in ("nll_bits_per_dim", "asym"):
         assert values["in two"][metric] == pytest.approx(values["in one"][metric], rel=2e-3)
     score = run_lib.load(conditional)
-    indices = [i * 360 // 8 for i in range(8)]
+    indices = [i * 360 // 4 for i in range(4)]
     levels, labels = run_lib.load_data(config)[1].batch(indices)
     bits, _ = score.bits_and_nfe(levels, SampleGenerators((42, "likelihood"), indices), labels)
     with np.load(tmp_path / "in one" / "eval" / "nll.npz", allow_pickle=False) as file:
@@ -349,7 +353,7 @@ def gaussian_score(monkeypatch) -> None:
 @pytest.mark.parametrize("method", [dict(sampling__method="ode", sampling__solver="heun"), {}])
 def test_pseudoinverse_guidance_of_images(unconditional, tmp_path, gaussian_score, method):
     settings = dict(sampling__condition="super_resolution", sampling__conditioning="pigdm") | method
-    settings |= dict(sampling__num_steps=100, sampling__corrector="none")
+    settings |= dict(sampling__num_steps=50, sampling__corrector="none")
     _, near, _ = measured(unconditional, tmp_path / "w", **settings)
     _, far, _ = measured(unconditional, tmp_path / "w", sampling__guidance_weight=0.0, **settings)
     assert near["misfit_rms"] < 0.05 < 0.1 < far["misfit_rms"]
@@ -357,7 +361,7 @@ def test_pseudoinverse_guidance_of_images(unconditional, tmp_path, gaussian_scor
 
 def test_diffusion_posterior_sampling_of_images(unconditional, tmp_path, gaussian_score):
     settings = dict(sampling__condition="inpaint", sampling__conditioning="dps")
-    settings |= dict(sampling__num_steps=100, sampling__corrector="none")
+    settings |= dict(sampling__num_steps=50, sampling__corrector="none")
     _, near, _ = measured(unconditional, tmp_path / "w", sampling__guidance_weight=0.2, **settings)
     folder, far, _ = measured(unconditional, tmp_path / "w", sampling__guidance_weight=0.0, **settings)
     assert name_of(folder).endswith("-inpaint-dps") and near["misfit_rms"] < 0.2 * far["misfit_rms"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import shutil
@@ -28,14 +27,6 @@ from schrodinger_bridge.metrics import mean_squared_displacement, wasserstein
 from schrodinger_bridge.process import BACKWARD, FORWARD, LABEL_RANGE, TransitionMean
 
 plane = importlib.import_module("configs.dsb.2d")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_search_for_garbage():
-    """accelerate searches all of memory for it after every half-bridge: of a test session that takes half a second."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 TINY_IMAGES = {name: value for name, value in BRIDGE.items() if name not in ("model.width", "model.depth")}

@@ -34,8 +34,9 @@ PLAN = [("exponential_integrator", 2), ("exponential_integrator", 20), ("ancestr
 
 
 def tiny_config(process: str):
-    """8 steps of training, which are next to none, and 40 samples."""
+    """8 steps of training, which are next to none, of a small network, and 40 samples."""
     config = get_config(process)
+    config.model.update(nf=8, num_res_blocks=1)
     config.training.update(n_iters=8, batch_size=4, snapshot_freq_for_preemption=1)
     config.eval.update(num_samples=40, batch_size=20)
     return config

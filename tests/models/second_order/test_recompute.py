@@ -91,7 +91,7 @@ def test_memory_falls(model, small_unet):
 def test_many_probes_take_the_memory_of_one(small_unet):
     x0 = torch.rand(4, 1, 8, 8)
     peaks = []
-    for probes in (1, 6):
+    for probes in (1, 4):
         objective = objective_of(small_unet, "qc", recompute=False, dtype=torch.float32, qc_probes=probes)
         peaks.append(peak_memory(lambda o=objective: gradients_and_loss(o, x0), torch.device("cpu")))
     assert peaks[1] < 1.2 * peaks[0]
