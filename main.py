@@ -19,8 +19,10 @@ define_config(
     "The experiment, by default that of the run in --workdir; override fields: --config.x.y=VALUE.", in_workdir=True
 )
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
-MODES = ["train", "eval", "sample", "stats", "train_classifier"]
-flags.DEFINE_enum("mode", None, MODES, "What to do; stats is for the data's features that FID needs.")
+MODES = ["train", "eval", "sample", "score", "stats", "train_classifier"]
+flags.DEFINE_enum(
+    "mode", None, MODES, "What to do; score writes a row per test item, stats the data's features that FID needs."
+)
 flags.DEFINE_string("device", "auto", "auto, cpu, cuda or mps.")
 flags.DEFINE_string("precision", "tf32", "fp32; tf32, the same but on GPUs that have it; bf16 or fp16 (mixed).")
 flags.DEFINE_bool("compile", False, "Have training and samplers run a compiled network (torch.compile).")
@@ -32,8 +34,10 @@ flags.mark_flags_as_required(["workdir", "mode"])
 
 
 def main(argv: list[str]) -> None:
-    if FLAGS.checkpoint and FLAGS.mode not in ("eval", "sample"):
-        sys.exit("--checkpoint: only for --mode=eval or sample; training starts from --config.training.init_from")
+    if FLAGS.checkpoint and FLAGS.mode not in ("eval", "sample", "score"):
+        sys.exit(
+            "--checkpoint: only for --mode=eval, sample or score; training starts from --config.training.init_from"
+        )
     if FLAGS.dry_run and FLAGS.mode != "train":
         sys.exit("--dry_run: only for --mode=train")
     if FLAGS.compile and FLAGS.mode in ("stats", "train_classifier"):
@@ -51,6 +55,8 @@ def main(argv: list[str]) -> None:
         run_lib.train(*run)
     elif FLAGS.mode == "eval":
         _print(run_lib.evaluate(*run, FLAGS.checkpoint))
+    elif FLAGS.mode == "score":
+        _print(run_lib.score(*run, FLAGS.checkpoint))
     elif FLAGS.mode == "train_classifier":
         _print(run_lib.train_classifier(*run))
     elif FLAGS.mode == "stats":
