@@ -354,8 +354,7 @@ def compare_distributions(
     real, generated = sets.values()
 
     def marginal_w1(real: np.ndarray, generated: np.ndarray) -> float:
-        levels = (np.arange(1000) + 0.5) / 1000
-        columns = (np.quantile(np.moveaxis(x, 1, 0).reshape(x.shape[1], -1), levels, axis=1) for x in (real, generated))
+        columns = (_quantiles(np.moveaxis(x, 1, -1).reshape(-1, x.shape[1]), 1000) for x in (real, generated))
         return float(np.abs(np.subtract(*columns)).mean())
 
     def spectrum_error(real: np.ndarray, generated: np.ndarray) -> float:
@@ -375,12 +374,10 @@ def compare_distributions(
     for name, (statistic, a, b) in measured.items():
         metrics[name], metrics[f"{name}_se"] = _with_jackknife_error(statistic, a, b)
     for name, values in sets.items():
-        flat = values.reshape(*values.shape[:2], -1)
-        fractions = [
-            [np.histogram(channel, own)[0] / channel.size for channel, own in zip(item, edges, strict=True)]
-            for item in flat
-        ]
-        shown = {"histogram": np.array(fractions)}
+        flat = np.moveaxis(values.reshape(*values.shape[:2], -1), 1, 0)
+        places = [np.searchsorted(own, channel, side="right") - 1 for channel, own in zip(flat, edges, strict=True)]
+        counts = np.stack([(np.stack(places, 1) == k).mean(-1) for k in range(bins)], axis=-1)
+        shown = {"histogram": counts}
         if real.ndim > 2:
             shown["spectrum"] = _power_spectra(values)[1]
         for curve, by_item in shown.items():
@@ -398,10 +395,17 @@ def sliced_wasserstein(first: np.ndarray, second: np.ndarray, *, seed: int, proj
     generator = np.random.default_rng(seed_from(seed, "slices"))
     directions = generator.standard_normal((x.shape[1], projections))
     directions /= np.linalg.norm(directions, axis=0)
-    count = min(len(x), len(y))
-    levels = (np.arange(count) + 0.5) / count
-    columns = [np.quantile(a @ directions, levels, axis=0, method="hazen") for a in (x, y)]
+    columns = [_quantiles(a @ directions, min(len(x), len(y))) for a in (x, y)]
     return float(np.sqrt(np.mean((columns[0] - columns[1]) ** 2)))
+
+
+def _quantiles(columns: np.ndarray, count: int) -> np.ndarray:
+    """The quantiles (k + ½)/count, k = 0 … count − 1, of each column of (N, ...); of N = count they are its order."""
+    columns = np.sort(columns, axis=0)
+    position = ((np.arange(count) + 0.5) / count * len(columns) - 0.5).clip(0, len(columns) - 1)
+    below = position.astype(int)
+    share = (position - below)[:, None]
+    return (1 - share) * columns[below] + share * columns[np.minimum(below + 1, len(columns) - 1)]
 
 
 def _with_jackknife_error(statistic: Callable[..., float], real: np.ndarray, generated: np.ndarray) -> tuple:

@@ -20,9 +20,13 @@ define_config(
     "The experiment, by default that of the run in --workdir; override fields: --config.x.y=VALUE.", in_workdir=True
 )
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
-MODES = ["train", "eval", "sample", "stats", "train_classifier", "audit"]
+MODES = ["train", "eval", "sample", "score", "stats", "train_classifier", "audit"]
 flags.DEFINE_enum(
-    "mode", None, MODES, "What to do; stats is for the data's features that FID needs, audit for published models."
+    "mode",
+    None,
+    MODES,
+    "What to do; score writes a row per test item, stats the data's features that FID needs, audit is for published "
+    "models.",
 )
 flags.DEFINE_string("device", "auto", "auto, cpu, cuda or mps.")
 flags.DEFINE_string("precision", "tf32", "fp32; tf32, the same but on GPUs that have it; bf16 or fp16 (mixed).")
@@ -38,8 +42,10 @@ flags.mark_flags_as_required(["workdir", "mode"])
 
 
 def main(argv: list[str]) -> None:
-    if FLAGS.checkpoint and FLAGS.mode not in ("eval", "sample"):
-        sys.exit("--checkpoint: only for --mode=eval or sample; training starts from --config.training.init_from")
+    if FLAGS.checkpoint and FLAGS.mode not in ("eval", "sample", "score"):
+        sys.exit(
+            "--checkpoint: only for --mode=eval, sample or score; training starts from --config.training.init_from"
+        )
     if bool(FLAGS.model) != (FLAGS.mode == "audit"):
         sys.exit("--model: for --mode=audit, which needs it")
     if FLAGS.dry_run and FLAGS.mode != "train":
@@ -63,6 +69,9 @@ def main(argv: list[str]) -> None:
     elif FLAGS.mode == "eval":
         _print(run_lib.evaluate(*run, FLAGS.checkpoint))
         written, then = f"{written}/eval", ""
+    elif FLAGS.mode == "score":
+        written, then = run_lib.score(*run, FLAGS.checkpoint), ""
+        _print(written)
     elif FLAGS.mode == "train_classifier":
         _print(run_lib.train_classifier(*run))
         written, then = f"{written}/classifier", "--mode=sample --config.sampling.condition=class"

@@ -1,4 +1,5 @@
-"""Recipes: train, evaluate, sample, statistics of the data, train a classifier; and a trained score for a notebook.
+"""Recipes: train, evaluate, sample, score a data set, statistics of the data, train a classifier; and a trained score
+for a notebook.
 
 A run lives in a working directory W:
 
@@ -6,6 +7,7 @@ A run lives in a working directory W:
     W/checkpoints/           see ``checkpoints``
     W/metrics.jsonl          one row per logged step
     W/tensorboard/           the same, for TensorBoard
+    W/scores/                rows of numbers for each item of a data set
     W/samples/               grids of samples made while training; samples that were asked for
     W/classifier/            the classifier of noised images that may guide samples
     W/eval/                  metrics.json of the newest weights that were evaluated, and what a report draws of them
@@ -88,6 +90,7 @@ __all__ = [
     "load",
     "load_data",
     "sample",
+    "score",
     "statistics",
     "train",
     "train_classifier",
@@ -562,10 +565,27 @@ def _evaluate_asymmetry(score: TrainedScore, data: Split) -> tuple[dict, dict[st
     The times are i/T, i = 1 … T; or i = 0 … T − 1 of [1e-5, 1] instead of [0, 1], where VP's score is finite.
     """
     from experiment.results import mean_and_error
+
+    settings, sde = score.config.eval, score.sde
+    count = min(settings.asym_images or len(data), len(data))
+    arrays, times = _asymmetry_of_items(score, data, count)
+    levels, first = len(times), settings.asym_first_level
+    metrics: dict = {"asym_images": count, "asym_probes": settings.asym_probes}
+    metrics |= {"asym_levels": levels, "asym_first_level": first}
+    curves = {"t": times.numpy(), "sigma": sde.std(times).numpy()}
+    for name, values in arrays.items():
+        # One image gives values at all levels, so images are what is independent.
+        metrics[name], metrics[f"{name}_se"] = mean_and_error(values.mean(1))
+        curves[name] = values.mean(0)
+        curves[f"{name}_se"] = values.std(0, ddof=1) / math.sqrt(count) if count > 1 else np.full(levels, math.nan)
+    return metrics, curves
+
+
+def _asymmetry_of_items(score: TrainedScore, data: Split, count: int) -> tuple[dict[str, np.ndarray], Tensor]:
+    """Asym and NAsym (count, T) of items at T times, and these (T,)."""
     from losses import TRAINING_EPS
 
     settings, sde, levels = score.config.eval, score.sde, score.config.eval.asym_levels
-    count = min(settings.asym_images or len(data), len(data))
     first = settings.asym_first_level
     start = 0.0 if first else TRAINING_EPS
     times = start + torch.arange(first, first + levels) / levels * (sde.end_time - start)
@@ -583,16 +603,7 @@ def _evaluate_asymmetry(score: TrainedScore, data: Split) -> tuple[dict, dict[st
 
     identity = {"data": data.fingerprint, "levels": levels, "first": first, "probes": settings.asym_probes}
     arrays = score.stage("asymmetry_items", count * levels, identity, compute)
-    metrics: dict = {"asym_images": count, "asym_probes": settings.asym_probes}
-    metrics |= {"asym_levels": levels, "asym_first_level": first}
-    curves = {"t": times.numpy(), "sigma": sde.std(times).numpy()}
-    for name in ("asym", "nasym"):
-        values = arrays[name].astype(np.float64).reshape(count, levels)
-        # One image gives values at all levels, so images are what is independent.
-        metrics[name], metrics[f"{name}_se"] = mean_and_error(values.mean(1))
-        curves[name] = values.mean(0)
-        curves[f"{name}_se"] = values.std(0, ddof=1) / math.sqrt(count) if count > 1 else np.full(levels, math.nan)
-    return metrics, curves
+    return {name: arrays[name].astype(np.float64).reshape(count, levels) for name in ("asym", "nasym")}, times
 
 
 def evaluate_samples(
@@ -691,6 +702,67 @@ def statistics(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runti
         quality = SampleQuality(config.eval, train_data, test_data, cache_dir, runtime, seed=config.seed)
     runtime.announce(f"features of {len(train_data)} training images of {_named_data(config)}", cache_dir)
     return quality.reference()[0]
+
+
+@in_all_processes
+def score(
+    config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), checkpoint: str | Path | None = None
+) -> Path:
+    """Write one CSV row for each test item, or each of ``eval.nll_images`` evenly spaced ones: W/scores/NAME.csv.
+
+    Columns: ``index`` in the test half; ``label``; the NLL as in an evaluation; ``score_norm_t…``, σ‖s(αx, t)‖/√D at
+    ten times, for outliers show at various scales (Mahmood et al., ICLR 2021); with ``eval.enable_asymmetry`` ``asym``
+    and ``nasym``, means over ``eval.asym_levels`` times. The data may be others than the model's, of the same shape and
+    levels.
+
+    Raises:
+        InvalidRun: bad config, data, checkpoint or working directory.
+        FloatingPointError: something of what is measured is not finite.
+    """
+    workdir = Path(workdir)
+    with contextlib.ExitStack() as stack:
+        with checked():
+            _check_request(config, workdir, checkpoint, free=("data.",))
+            _, data = load_data(config, runtime)
+            stack.enter_context(runtime.exclusive(workdir / ".scores.lock"))
+            trained = _trained_score(config, workdir, checkpoint, runtime, free=("data.",))
+            expected = trained.shape, trained.images.num_levels
+            if (tuple(data.shape), data.num_levels) != expected:
+                raise ValueError(
+                    f"data.path={config.data.path}: items of shape {tuple(data.shape)} with {data.num_levels or 'no'} "
+                    f"levels; the model is of {expected[0]} with {expected[1] or 'none'}"
+                )
+        count = min(config.eval.nll_images or len(data), len(data))
+        times = torch.arange(1, 11) / 10 * trained.sde.end_time
+
+        def norms(positions: range) -> dict[str, np.ndarray]:
+            items, labels = data.batch(evenly_spaced(positions, count, len(data)))
+            x, found = trained.images.to_model(items).to(trained.device), []
+            for time in times:
+                t = torch.full((len(x),), float(time), device=x.device)
+                std = expand(trained.sde.std(t), x)
+                value = std * trained._of_class(labels)(expand(trained.sde.mean_coefficient(t), x) * x, t)
+                found.append(value.detach().flatten(1).norm(dim=1) / trained.images.dimension**0.5)
+            return {"norms": torch.stack(found, 1).cpu().numpy(), "label": labels.numpy()}
+
+        with torch.no_grad():
+            arrays = trained.stage("score_norms", count, {"data": data.fingerprint}, norms)
+        columns: dict[str, np.ndarray] = {"index": np.array(evenly_spaced(range(count), count, len(data)))}
+        if data.num_classes is not None:
+            columns["label"] = arrays["label"]
+        if config.eval.enable_bpd:
+            nll = evaluate_nll(trained, data)[1]
+            columns |= {name: values for name, values in nll.items() if name != "nfe"}
+        columns |= {f"score_norm_t{time:.1f}": arrays["norms"][:, i] for i, time in enumerate(times)}
+        if config.eval.enable_asymmetry:
+            columns |= {name: values.mean(1) for name, values in _asymmetry_of_items(trained, data, count)[0].items()}
+        identity = {"data": data.fingerprint, "columns": [*columns], **trained.identity()}
+        path = workdir / "scores" / f"step_{trained.step:08d}-{data.name.replace('/', '_')}-{_digest(identity)[:8]}.csv"
+        if runtime.is_main:
+            rows = [",".join(columns), *(",".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
+            write_text(path, "\n".join(rows) + "\n")
+        runtime.accelerator.wait_for_everyone()
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -992,9 +1064,11 @@ def load(
     return _score_from_state(state, path, config, torch.device(device))
 
 
-def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | None, runtime: Runtime) -> TrainedScore:
+def _trained_score(
+    config: ConfigDict, workdir: Path, checkpoint: str | Path | None, runtime: Runtime, free: tuple[str, ...] = ()
+) -> TrainedScore:
     """The score of a checkpoint, for evaluation and sampling; with the classifier that guides it, if one does."""
-    _check_request(config, workdir, checkpoint)
+    _check_request(config, workdir, checkpoint, free)
     state, path = _read(checkpoint or workdir, "--checkpoint=" if checkpoint else "--workdir=", config=config)
     score = _score_from_state(state, path, config, runtime.torch_device)
     score.runtime, score.workdir = runtime, workdir
@@ -1014,10 +1088,13 @@ def _trained_score(config: ConfigDict, workdir: Path, checkpoint: str | Path | N
     return score
 
 
-def _check_request(config: ConfigDict, workdir: Path, checkpoint: str | Path | None) -> None:
-    """Refuse what is known to be wrong before anything of a run but its config is read."""
+def _check_request(
+    config: ConfigDict, workdir: Path, checkpoint: str | Path | None, free: tuple[str, ...] = ()
+) -> None:
+    """Refuse what is known to be wrong before anything of a run but its config is read; other values of ``free`` fields
+    are not."""
     check(config)
-    _check_workdir(config, workdir, FREE_IN_EVALUATION)
+    _check_workdir(config, workdir, (*FREE_IN_EVALUATION, *free))
     source, flag = Path(checkpoint or workdir), "--checkpoint=" if checkpoint else "--workdir="
     if not (source.is_file() or (source / "checkpoints").is_dir() or (checkpoint and _published(checkpoint))):
         raise CheckpointError(f"{flag}{source}: no checkpoint there; train first")

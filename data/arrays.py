@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import struct
+import weakref
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -128,8 +129,8 @@ class DatasetSplit(ArraySplit):
 
     def _item(self, i: int) -> tuple[object, int]:
         item = self.items[i]
-        values, label = (item[0], item[1]) if isinstance(item, tuple | list) else (item, 0)
-        return values, label if self.num_classes else 0
+        values = item[0] if isinstance(item, tuple | list) else item
+        return values, item[1] if self.num_classes else 0
 
 
 class HuggingFaceSplit(ArraySplit):
@@ -202,13 +203,16 @@ class _Rows:
                 raise ValueError("its order is that of Fortran; save it with numpy.ascontiguousarray")
             if self.start + count * self.size > os.fstat(stream.fileno()).st_size:
                 raise ValueError("it is shorter than its header says")
-        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 -- for as long as rows are read
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, i: int) -> np.ndarray:
-        data = os.pread(self.file.fileno(), self.size, self.start + i * self.size)
+        if not 0 <= i < self.count:
+            raise IndexError(i)
+        data = os.pread(self.descriptor, self.size, self.start + i * self.size)
         return np.frombuffer(data, self.dtype).reshape(self.shape)
 
 
@@ -229,7 +233,9 @@ def read_halves(path: Path, *, shape: Sequence[int], num_levels: int = 0, **_) -
         raise ValueError(f"data.path={path} lacks {', '.join(missing)} (it has {', '.join(arrays) or 'nothing'})")
     labels: dict[str, np.ndarray | None] = {"train": None, "test": None}
     if has_labels:
-        labels = {half: np.array([arrays[f"{half}_labels"][i] for i in range(len(arrays[half]))]) for half in labels}
+        for half in labels:
+            rows = arrays[f"{half}_labels"]
+            labels[half] = np.array([rows[i] for i in range(len(rows))])
     num_classes = 1 + max(int(array.max(initial=0)) for array in labels.values()) if has_labels else None
     options = dict(shape=shape, num_levels=num_levels, num_classes=num_classes)
     train, test = (ArraySplit(f"{path.stem}-{half}", arrays[half], labels[half], **options) for half in labels)

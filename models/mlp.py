@@ -138,4 +138,8 @@ def vector_mlp(
     if image_size != ():
         raise ValueError("model.name='vector_mlp': is for vectors, data.shape=(D,); 'ncsnpp' is for all others")
     scale = fourier_scale if embedding_type == "fourier" else 0.0
-    return TimeConditionalMLP(dimension, width=nf, depth=num_res_blocks, num_classes=num_classes, fourier_scale=scale)
+    network = TimeConditionalMLP(
+        dimension, width=nf, depth=num_res_blocks, num_classes=num_classes, fourier_scale=scale
+    )
+    network.last.reset_parameters()  # a conservative score of h = 0 has no gradient to learn from
+    return network

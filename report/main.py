@@ -30,7 +30,17 @@ from experiment.files import write_text
 from experiment.results import markdown_table, mean_and_error, number, with_error
 from report.figures import write_figures
 from report.paper import INCEPTION, PAPER, PAPER_SOURCE, PREDICTOR_STEPS, TABLE_2, TABLE_3, differing_settings
-from report.runs import COLUMNS, NASYM_ROUND_OFF, Column, Run, by_dataset, dataset_key, load_runs
+from report.runs import (
+    COLUMNS,
+    NASYM_ROUND_OFF,
+    Column,
+    Run,
+    by_dataset,
+    columns_of,
+    dataset_key,
+    load_runs,
+    nll_key,
+)
 
 TITLES = {column.key: column.title for column in COLUMNS}
 
@@ -73,12 +83,13 @@ def _features_used(run: Run) -> str:
 
 def _our_table(runs: Sequence[Run]) -> str:
     rows = [[run.label.replace("|", "\\|")] for run in runs]
-    for column in COLUMNS:
+    columns = columns_of(runs)
+    for column in columns:
         leaders = _leaders(runs, column)
         for i, (row, run) in enumerate(zip(rows, runs, strict=True)):
             text = _measured(run, column.key) if column.best else _count(run.number(column.key))
             row.append(f"**{text}**" if i in leaders else text)
-    return markdown_table(["Model (run)", *TITLES.values()], rows)
+    return markdown_table(["Model (run)", *(column.title for column in columns)], rows)
 
 
 def _table_notes(runs: Sequence[Run]) -> list[str]:
@@ -90,7 +101,7 @@ def _table_notes(runs: Sequence[Run]) -> list[str]:
         "conservative model costs a forward and a backward pass. – is not computed.",
         _of_each_run("Sampler", {run.name: run.metrics["sampler"] for run in runs}),
     ]
-    for key, of, what in (("nll_bits_per_dim", "nll_images", "NLL"), ("asym", "asym_images", "Asym and NAsym")):
+    for key, of, what in ((nll_key(runs[0].metrics), "nll_images", "NLL"), ("asym", "asym_images", "Asym and NAsym")):
         counts = {run.name: (run.number(of), run.number("test_images")) for run in runs if run.number(key) is not None}
         if counts:
             texts = {name: f"{_count(part)} of {_count(whole)}" for name, (part, whole) in counts.items()}
@@ -196,11 +207,11 @@ def _baselines(groups: Sequence[Sequence[Run]], name: str) -> list[Run | None]:
 
 
 def _pairing(run: Run, baseline: Run) -> tuple[np.ndarray | None, str]:
-    """Per-image differences (N,) in bits/dim, or ``None`` with the reason why the runs cannot be paired."""
+    """Per-image differences (N,) of the NLL, or ``None`` with the reason why the runs cannot be paired."""
     for each in (run, baseline):
         if each.nll is None:
             return None, f"unpaired: {each.name} has no eval/nll.npz"
-        if not np.isclose(each.nll.mean(), each.number("nll_bits_per_dim"), rtol=1e-4, atol=1e-6):
+        if not np.isclose(each.nll.mean(), each.number(nll_key(each.metrics)), rtol=1e-4, atol=1e-6):
             return None, f"unpaired: eval/nll.npz and eval/metrics.json of {each.name} are not of one evaluation"
     if run.nll.shape != baseline.nll.shape:
         return None, f"unpaired: {run.nll.size} and {baseline.nll.size} test images"
@@ -208,18 +219,22 @@ def _pairing(run: Run, baseline: Run) -> tuple[np.ndarray | None, str]:
 
 
 def _compare_nll(run: Run, baseline: Run) -> str:
-    ours, theirs = run.number("nll_bits_per_dim"), baseline.number("nll_bits_per_dim")
+    key = nll_key(run.metrics)
+    unit = key.split("_")[1]
+    ours, theirs = run.number(key), baseline.number(key)
     if ours is None or theirs is None:
         return "NLL: not computed for both runs."
     differences, how = _pairing(run, baseline)
-    errors = run.error("nll_bits_per_dim"), baseline.error("nll_bits_per_dim")
+    errors = run.error(key), baseline.error(key)
     if differences is not None and differences.size > 1:
         delta, error = mean_and_error(differences)
     elif None not in errors:
         delta, error = ours - theirs, math.hypot(*errors)
     else:
-        return f"NLL: ΔNLL = {ours - theirs:+.4f} bits/dim, without a standard error; nothing can be concluded ({how})."
-    measured = f"ΔNLL = {'+' if delta > 0 else ''}{with_error(delta, error)} bits/dim ({how})"
+        return (
+            f"NLL: ΔNLL = {ours - theirs:+.4f} {unit}/dim, without a standard error; nothing can be concluded ({how})."
+        )
+    measured = f"ΔNLL = {'+' if delta > 0 else ''}{with_error(delta, error)} {unit}/dim ({how})"
     if abs(delta) < 2 * error or delta == 0:
         return f"NLL: {measured}; the two cannot be told apart at two standard errors."
     certainty = f" by {abs(delta) / error:.1f} standard errors" if error > 0 else ""

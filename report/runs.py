@@ -31,6 +31,7 @@ class Column(NamedTuple):
 # a forward pass, so that the smaller count need not be the cheaper one.
 COLUMNS = (
     Column("nll_bits_per_dim", "NLL ↓ (bits/dim)", min),
+    Column("nll_nats_per_dim", "NLL ↓ (nats/dim)", min),
     Column("asym", "Asym ↓", min),
     Column("nasym", "NAsym ↓", min),
     Column("fid", "FID ↓", min, from_features=True),
@@ -38,11 +39,17 @@ COLUMNS = (
     Column("inception_score", "IS ↑", max, from_features=True),
     Column("precision", "Precision ↑", max, from_features=True),
     Column("recall", "Recall ↑", max, from_features=True),
+    Column("sliced_w2", "Sliced W₂ ↓", min),
+    Column("marginal_w1", "W₁ of marginals ↓", min),
+    Column("spectrum_error", "Error of spectrum ↓", min),
     Column("nfe_sampling", "NFE sampling"),
     Column("nfe_likelihood", "NFE likelihood"),
     Column("num_samples", "Samples"),
     Column("checkpoint_step", "Step"),
 )
+
+NUMBERS = {"nll_nats_per_dim", "sliced_w2", "marginal_w1", "spectrum_error"}
+"""Keys of the columns of data that are no pictures."""
 
 # In single precision J − Jᵀ of an exactly conservative score is round-off: about 1e-7 of J, times what the depth of
 # the network adds. NAsym is the square of such a ratio; 1e-8 is a relative asymmetry of 1e-4.
@@ -60,7 +67,7 @@ class Run:
     log: list[dict[str, Any]]
     asymmetry: dict[str, np.ndarray] | None  # t, sigma, asym, asym_se, nasym, nasym_se, (T,) each
     samples: np.ndarray | None  # the first ten, float64 (N, H, W, C) in [0, 1]
-    nll: np.ndarray | None  # bits/dim of each test image (N,)
+    nll: np.ndarray | None  # bits/dim of each test image, or nats/dim of numbers (N,)
 
     @property
     def kind(self) -> str:
@@ -106,6 +113,21 @@ class Run:
         return nasym is not None and abs(nasym) < NASYM_ROUND_OFF
 
 
+def nll_key(metrics: dict[str, Any]) -> str:
+    """Of levels bits/dim, of floating-point numbers nats/dim."""
+    numbers = metrics.get("nll_bits_per_dim") is None and metrics.get("nll_nats_per_dim") is not None
+    return "nll_nats_per_dim" if numbers else "nll_bits_per_dim"
+
+
+def columns_of(runs: Sequence[Run]) -> list[Column]:
+    """Those of a table: of pictures all but ``NUMBERS``, of other data what has been measured."""
+    measured = {column.key for column in COLUMNS if any(run.number(column.key) is not None for run in runs)}
+    if "nll_bits_per_dim" in measured:
+        measured.discard("nll_nats_per_dim")
+    pictures = not measured & NUMBERS
+    return [column for column in COLUMNS if column.key in measured or (pictures and column.key not in NUMBERS)]
+
+
 def load_run(path: Path) -> Run:
     """Read the working directory ``path``; the run is called ``config.label``, or else as the folder.
 
@@ -121,8 +143,9 @@ def load_run(path: Path) -> Run:
             f"python main.py --config=... --workdir={path} --mode eval"
         )
     [config], [metrics] = _json_rows(path / "config.json"), _json_rows(path / "eval" / "metrics.json")
-    samples = _arrays(path / "eval" / "samples.npz", "images", "num_levels")
-    nll = _arrays(path / "eval" / "nll.npz", "nll_bits_per_dim")
+    pictures = metrics.get("sliced_w2") is None
+    samples = _arrays(path / "eval" / "samples.npz", "images", "num_levels") if pictures else None
+    nll = _arrays(path / "eval" / "nll.npz", nll_key(metrics))
     run = Run(
         path=path,
         name=config.get("label") or path.resolve().name,
@@ -131,7 +154,7 @@ def load_run(path: Path) -> Run:
         log=_json_rows(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else [],
         asymmetry=_arrays(path / "eval" / "asymmetry.npz", "t", "asym", "asym_se", "nasym", "nasym_se"),
         samples=samples and samples["images"][:10] / max(int(samples["num_levels"]) - 1, 1),
-        nll=nll and nll["nll_bits_per_dim"].astype(np.float64),
+        nll=nll and nll[nll_key(metrics)].astype(np.float64),
     )
     try:
         _ = run.label, run.dataset
@@ -179,11 +202,12 @@ def load_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 
 def by_dataset(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs of each data set, in the order given: of one name, file or folder, and image size."""
+    """The runs of each data set, in the order given: of one name, file or folder, and shape."""
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         data = run.config["data"]
-        groups.setdefault((dataset_key(data["dataset"]), data["path"], data["image_size"]), []).append(run)
+        shape = tuple(data.get("shape") or [data["image_size"]])
+        groups.setdefault((dataset_key(data["dataset"]), data["path"], shape), []).append(run)
     return list(groups.values())
 
 
