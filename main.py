@@ -16,10 +16,11 @@ from experiment.command_line import define_config, run_main
 FLAGS = flags.FLAGS
 
 define_config(
-    "The experiment, by default that of the run in --workdir; override fields: --config.x.y=VALUE.", in_workdir=True
+    "The experiment, by default that of the run in --workdir or model in --checkpoint; override: --config.x.y=VALUE.",
+    in_workdir=True,
 )
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
-MODES = ["train", "eval", "sample", "stats", "train_classifier", "audit"]
+MODES = ["train", "eval", "sample", "stats", "train_classifier", "audit", "export"]
 flags.DEFINE_enum(
     "mode", None, MODES, "What to do; stats is for the data's features that FID needs, audit for published models."
 )
@@ -28,7 +29,7 @@ flags.DEFINE_string("precision", "tf32", "fp32; tf32, the same but on GPUs that 
 flags.DEFINE_bool("compile", False, "Have training and samplers run a compiled network (torch.compile).")
 flags.DEFINE_bool("dry_run", False, "Do a few steps of training, say what time and memory they take, and keep nothing.")
 flags.DEFINE_integer("accumulation_steps", 1, "Split each process's share of a batch into so many passes.")
-flags.DEFINE_string("checkpoint", None, "File to evaluate or sample from; default: the newest in the workdir.")
+flags.DEFINE_string("checkpoint", None, "What to evaluate, sample from or export; default: the newest in the workdir.")
 flags.DEFINE_list(
     "model", [], "With --mode=audit: runs, files, folders and names of models, the first to compare with."
 )
@@ -37,13 +38,15 @@ flags.mark_flags_as_required(["workdir", "mode"])
 
 
 def main(argv: list[str]) -> None:
-    if FLAGS.checkpoint and FLAGS.mode not in ("eval", "sample"):
-        sys.exit("--checkpoint: only for --mode=eval or sample; training starts from --config.training.init_from")
+    if FLAGS.checkpoint and FLAGS.mode not in ("eval", "sample", "export"):
+        sys.exit(
+            "--checkpoint: only for --mode=eval, sample or export; training starts from --config.training.init_from"
+        )
     if bool(FLAGS.model) != (FLAGS.mode == "audit"):
         sys.exit("--model: for --mode=audit, which needs it")
     if FLAGS.dry_run and FLAGS.mode != "train":
         sys.exit("--dry_run: only for --mode=train")
-    if FLAGS.compile and FLAGS.mode in ("stats", "train_classifier", "audit"):
+    if FLAGS.compile and FLAGS.mode in ("stats", "train_classifier", "audit", "export"):
         sys.exit(f"--compile: not for --mode={FLAGS.mode}, which does not run the score's network")
 
     import run_lib  # imports torch, which --help and a mistyped flag need not wait for
@@ -60,6 +63,8 @@ def main(argv: list[str]) -> None:
         _print(run_lib.evaluate(*run, FLAGS.checkpoint))
     elif FLAGS.mode == "train_classifier":
         _print(run_lib.train_classifier(*run))
+    elif FLAGS.mode == "export":
+        _print(run_lib.export(*run, FLAGS.checkpoint))
     elif FLAGS.mode == "audit":
         from report.audit import audit
 
