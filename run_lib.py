@@ -1015,7 +1015,8 @@ def _read(
 
 def _published(path: str | Path) -> Foreign | Exported | None:
     """The model of another project at a path; None if there is a run of ours, a checkpoint file, or nothing."""
-    if not str(path) or Path(path).is_file() or (Path(path) / "checkpoints").is_dir():
+    is_file = Path(path).is_file() and Path(path).suffix != ".pkl"
+    if not str(path) or is_file or (Path(path) / "checkpoints").is_dir():
         return None
     from models.published import read_foreign
 

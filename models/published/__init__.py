@@ -1,5 +1,5 @@
 """Models of other projects: checkpoints of the public codes of score SDEs, QCSBM, NCSN and NCSNv2, read into our
-networks; folders of diffusers; networks by import path."""
+networks; folders of diffusers; pickles of EDM; networks by import path. And models of ours for others."""
 
 from models.published.checkpoint import PublicCheckpoint, convert_public_checkpoint, public_checkpoint
 from models.published.exported import model_card, write_exported

@@ -15,6 +15,7 @@ from configs.defaults import base_config
 from configs.ranges import is_import_path
 from data.pixels import ImageFormat
 from models.published import diffusers, given
+from models.published.edm import read_edm
 from models.published.exported import read_exported
 
 
@@ -84,13 +85,16 @@ def whole_state(weights: Mapping[str, Tensor], record: Mapping[str, object], ste
 
 def read_foreign(path: str | Path) -> Foreign | Exported | None:
     """The published model at a path: a folder that ``exported`` has written; a folder of diffusers, or its name on the
-    hub after ``diffusers:``; a ``module:attribute``. None if it is nothing of the kind.
+    hub after ``diffusers:``; a ``.pkl`` of EDM; a ``module:attribute``. None if it is nothing of the kind.
 
     Raises:
         CheckpointError, ValueError: it is, and cannot be read.
     """
     if is_import_path(str(path)) and not str(path).startswith(diffusers.PREFIX) and not Path(path).exists():
         return Foreign(Path(path), given.fields(str(path)), given.Given(str(path)).state_dict)
+    if str(path).endswith(".pkl") and Path(path).is_file():
+        fields, weights = read_edm(Path(path))
+        return Foreign(Path(path), fields, lambda: weights)
     if (found := read_exported(Path(path))) is not None:
         config, record, weights, step = found
         return Exported(Path(path), config, whole_state(weights, record, step))
