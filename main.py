@@ -17,10 +17,11 @@ from experiment.command_line import define_config, run_main
 FLAGS = flags.FLAGS
 
 define_config(
-    "The experiment, by default that of the run in --workdir; override fields: --config.x.y=VALUE.", in_workdir=True
+    "The experiment, by default that of the run in --workdir or model in --checkpoint; override: --config.x.y=VALUE.",
+    in_workdir=True,
 )
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
-MODES = ["train", "eval", "sample", "score", "stats", "train_classifier", "audit"]
+MODES = ["train", "eval", "sample", "score", "stats", "train_classifier", "audit", "export"]
 flags.DEFINE_enum(
     "mode",
     None,
@@ -33,7 +34,7 @@ flags.DEFINE_string("precision", "tf32", "fp32; tf32, the same but on GPUs that 
 flags.DEFINE_bool("compile", False, "Have training and samplers run a compiled network (torch.compile).")
 flags.DEFINE_bool("dry_run", False, "Do a few steps of training, say what time and memory they take, and keep nothing.")
 flags.DEFINE_integer("accumulation_steps", 1, "Split each process's share of a batch into so many passes.")
-flags.DEFINE_string("checkpoint", None, "File to evaluate or sample from; default: the newest in the workdir.")
+flags.DEFINE_string("checkpoint", None, "What to evaluate, sample from or export; default: the newest in the workdir.")
 flags.DEFINE_list(
     "model", [], "With --mode=audit: runs, files, folders and names of models, the first to compare with."
 )
@@ -42,15 +43,16 @@ flags.mark_flags_as_required(["workdir", "mode"])
 
 
 def main(argv: list[str]) -> None:
-    if FLAGS.checkpoint and FLAGS.mode not in ("eval", "sample", "score"):
+    if FLAGS.checkpoint and FLAGS.mode not in ("eval", "sample", "score", "export"):
         sys.exit(
-            "--checkpoint: only for --mode=eval, sample or score; training starts from --config.training.init_from"
+            "--checkpoint: only for --mode=eval, sample, score or export; training starts from "
+            "--config.training.init_from"
         )
     if bool(FLAGS.model) != (FLAGS.mode == "audit"):
         sys.exit("--model: for --mode=audit, which needs it")
     if FLAGS.dry_run and FLAGS.mode != "train":
         sys.exit("--dry_run: only for --mode=train")
-    if FLAGS.compile and FLAGS.mode in ("stats", "train_classifier", "audit"):
+    if FLAGS.compile and FLAGS.mode in ("stats", "train_classifier", "audit", "export"):
         sys.exit(f"--compile: not for --mode={FLAGS.mode}, which does not run the score's network")
 
     import run_lib  # imports torch, which --help and a mistyped flag need not wait for
@@ -75,11 +77,14 @@ def main(argv: list[str]) -> None:
     elif FLAGS.mode == "train_classifier":
         _print(run_lib.train_classifier(*run))
         written, then = f"{written}/classifier", "--mode=sample --config.sampling.condition=class"
+    elif FLAGS.mode == "export":
+        written, then = run_lib.export(*run, FLAGS.checkpoint), None
+        _print(written)
     elif FLAGS.mode == "audit":
         from report.audit import audit
 
         _print(audit(*run, ",".join(FLAGS.model)))
-        then = ""
+        then = None
     elif FLAGS.mode == "stats":
         written = run_lib.statistics(*run)
         _print(written)
@@ -90,7 +95,7 @@ def main(argv: list[str]) -> None:
             _print(json.loads((folder / "metrics.json").read_text()))
         _print(folder)
     command = f"main.py --workdir={FLAGS.workdir} {then}" if then else f"-m report.main {FLAGS.workdir}"
-    logging.info("written: %s; next: python %s", written, command)
+    logging.info("written: %s%s", written, "" if then is None else f"; next: python {command}")
 
 
 def _print(result: object) -> None:

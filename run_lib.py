@@ -46,6 +46,7 @@ from checkpoints import (
     load_state_dict_strictly,
     read_checkpoint,
     weights_digest,
+    write_checkpoint,
 )
 from configs.checks import check, item_shape
 from configs.defaults import FIELDS
@@ -74,7 +75,7 @@ if TYPE_CHECKING:
     from data import Split
     from features.quality import SampleQuality
     from losses import Objective
-    from models.published import Foreign
+    from models.published import Exported, Foreign
     from training import Trainer
 
 __all__ = [
@@ -87,6 +88,7 @@ __all__ = [
     "check_compile",
     "dry_run",
     "evaluate",
+    "export",
     "load",
     "load_data",
     "sample",
@@ -158,6 +160,8 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
         _write_config(config, loop.workdir, runtime)
         _announce(loop, config, "train", runtime)
         loop.run()
+    if "architecture" in config.model:  # back in the form that it came in
+        _export(config, Path(workdir), runtime)
 
 
 @in_all_processes
@@ -829,6 +833,54 @@ def sample(
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Export
+
+
+@in_all_processes
+def export(
+    config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), checkpoint: str | Path | None = None
+) -> Path:
+    """Write the moving average of a checkpoint to W/export/, which ``load`` reads without trusting it; return the
+    folder. Further files are for other programs:
+
+        W/export/model.safetensors, config.json, README.md
+        W/export/checkpoint_N.pth                              of a model that score_sde_pytorch has, for that
+        W/export/diffusers/                                    of a network of diffusers, for its pipelines
+
+    Raises:
+        InvalidRun: bad config, checkpoint or working directory.
+    """
+    return _export(config, Path(workdir), runtime, checkpoint)
+
+
+def _export(config: ConfigDict, workdir: Path, runtime: Runtime, checkpoint: str | Path | None = None) -> Path:
+    from models.published import model_card, public_checkpoint, write_exported
+    from models.published.diffusers import UNet2D, write
+
+    folder = workdir / "export"
+    with checked():
+        _check_request(config, workdir, checkpoint)
+        state, path = _read(checkpoint or workdir, "--checkpoint=" if checkpoint else "--workdir=", config=config)
+        if not _is_own(state, path):
+            raise ValueError(f"--checkpoint={path}: is a public checkpoint already; exported are runs of ours")
+        model = build_score_model(config, build_sde(config), ImageFormat(**state["record"]["images"]))
+        load_state_dict_strictly(model, state["ema"]["model"], path)
+        metrics = _stored_metrics(workdir / "eval" / "metrics.json")
+        if metrics.get("checkpoint_step") != state["step"]:
+            metrics = {}
+
+        def write_all() -> None:
+            write_exported(folder, state, model_card(config.label or workdir.name, state, metrics))
+            if isinstance(model.network, UNet2D):
+                write(folder / "diffusers", model.network, config.model.scheduler)
+            with contextlib.suppress(CheckpointError):  # no such model there
+                write_checkpoint(folder / f"checkpoint_{state['step']}.pth", public_checkpoint(state, model))
+
+        runtime.in_main_process(write_all)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # A trained score
 
 
@@ -1126,9 +1178,10 @@ def _read(
     return state, store.path(state["step"])
 
 
-def _published(path: str | Path) -> Foreign | None:
+def _published(path: str | Path) -> Foreign | Exported | None:
     """The model of another project at a path; None if there is a run of ours, a checkpoint file, or nothing."""
-    if not str(path) or Path(path).is_file() or (Path(path) / "checkpoints").is_dir():
+    is_file = Path(path).is_file() and Path(path).suffix != ".pkl"
+    if not str(path) or is_file or (Path(path) / "checkpoints").is_dir():
         return None
     from models.published import read_foreign
 

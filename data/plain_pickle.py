@@ -14,6 +14,7 @@ import math
 import os
 import pickletools
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,30 @@ __all__ = ["load_plain_pickle"]
 
 _NUMERIC = re.compile(r"[biuf][1248]|b1")
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
-_TAKEN = {"TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPENDS": 0, "APPEND": 1, "SETITEMS": 0, "SETITEM": 2}
+_EMPTY = {"EMPTY_SET": set, "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+_TAKEN = {
+    "TUPLE": 0,
+    "TUPLE1": 1,
+    "TUPLE2": 2,
+    "TUPLE3": 3,
+    "APPENDS": 0,
+    "APPEND": 1,
+    "ADDITEMS": 0,
+    "SETITEMS": 0,
+    "SETITEM": 2,
+}
 """How many values an instruction takes from the stack; 0: all above the mark."""
 _VALUE = re.compile(r"(SHORT_)?BIN(INT[12]?|FLOAT|BYTES8?|UNICODE8?)|LONG[14]")
 _VALUES = {opcode.name for opcode in pickletools.opcodes if _VALUE.fullmatch(opcode.name)}
 
 
-def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
+def load_plain_pickle(path: str | os.PathLike[str], stand_ins: Mapping[str, Callable[..., Any]] | None = None) -> Any:
     """The data in a pickle file; arrays are read-only.
+
+    Args:
+        path: the file.
+        stand_ins: of a file that holds objects: what is called in place of what it names, 'module name', and gives what
+            stands for the object. Sets come out empty.
 
     Raises:
         ValueError: the file is damaged, or would need anything but data to be read.
@@ -41,7 +57,7 @@ def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
     """
     content = Path(path).read_bytes()
     try:
-        return _data(_build(content))
+        return _data(_build(content, _CALLED)) if stand_ins is None else _build(content, stand_ins, shared=True)
     except Exception as error:  # a damaged pickle fails in whatever it says by accident
         raise ValueError(f"{path} is not a pickle of plain data: {first_line(error)}") from error
 
@@ -89,8 +105,8 @@ _CALLED = {
 }
 
 
-def _build(content: bytes) -> Any:
-    """What the instructions build, with arrays as their stand-ins."""
+def _build(content: bytes, called: Mapping[str, Callable[..., Any]], shared: bool = False) -> Any:
+    """What the instructions build, with stand-ins for objects; ``shared``: one may stand in several places."""
     stack: list[Any] = []
     below: list[list[Any]] = []  # the stacks below each mark
     memo: dict[int, Any] = {}
@@ -106,7 +122,7 @@ def _build(content: bytes) -> Any:
             memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
-            if isinstance(stack[-1], dict | list | tuple):
+            if isinstance(stack[-1], dict | list | tuple) and not shared:
                 raise ValueError(f"a {type(stack[-1]).__name__} stands in it twice")
         elif name == "MARK":
             below.append(stack)
@@ -117,6 +133,8 @@ def _build(content: bytes) -> Any:
                 del stack[-count:]
             else:
                 items, stack = stack, below.pop()
+            if name == "ADDITEMS":
+                continue
             if name.startswith("TUPLE"):
                 stack.append(tuple(items))
             elif name.startswith("APPEND"):
@@ -128,12 +146,14 @@ def _build(content: bytes) -> Any:
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             if name == "STACK_GLOBAL":
                 argument = f"{stack.pop(-2)} {stack.pop()}"
-            if argument not in _CALLED:
+            if argument not in called:
                 raise ValueError(f"it asks for {argument.replace(' ', '.')}")
-            stack.append(_CALLED[argument])
-        elif name == "REDUCE":
-            called, arguments = stack[-2:]
-            stack[-2:] = [called(*arguments)]
+            stack.append(called[argument])
+        elif name in ("REDUCE", "NEWOBJ"):
+            function, arguments = stack[-2:]
+            if all(function is not known for known in called.values()):
+                raise ValueError("it calls what it has made")
+            stack[-2:] = [function(*arguments)]
         elif name == "BUILD":
             stack[-2].set_state(stack.pop())
         elif name == "STOP":

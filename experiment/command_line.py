@@ -191,16 +191,18 @@ def parse_flags(argv: list[str], words: bool = False) -> list[str]:
 
 def _config_first(argv: list[str]) -> list[str]:
     """The arguments with --config before its overrides, as ml_collections needs it; without one, that of the run in
-    --workdir."""
+    --workdir, or of the exported model that --checkpoint names."""
     configs, first = _values(argv, "config"), []
     if configs:
         first, rest = [f"--config={configs[-1][1]}"], [*argv]
         for i, _ in reversed(configs):  # the last one counts
             del rest[i : i + (1 if "=" in argv[i] else 2)]
         return [rest[0], *first, *rest[1:]]
-    for _, workdir in _values(argv, "workdir")[-1:] if _config_in_workdir else []:
-        path = Path(workdir) / "config.json"
-        if workdir and path.is_file():
+    # In the folder of an exported model there are its weights; in others the file may be another program's.
+    for flag, beside in (("checkpoint", "model.safetensors"), ("workdir", "")) if _config_in_workdir else ():
+        folder = _values(argv, flag)[-1:]
+        path = Path(folder[0][1] if folder else "") / "config.json"
+        if folder and folder[0][1] and path.is_file() and (path.parent / beside).exists():
             first = [f"--config={stored.__file__}:{path}"]
     return [argv[0], *first, *argv[1:]]
 

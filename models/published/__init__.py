@@ -1,8 +1,19 @@
 """Models of other projects: checkpoints of the public codes of score SDEs, QCSBM, NCSN and NCSNv2, read into our
-networks; folders of diffusers; networks by import path."""
+networks; folders of diffusers; pickles of EDM; networks by import path. And models of ours for others."""
 
-from models.published.checkpoint import PublicCheckpoint, convert_public_checkpoint
-from models.published.foreign import Foreign, read_foreign
+from models.published.checkpoint import PublicCheckpoint, convert_public_checkpoint, public_checkpoint
+from models.published.exported import model_card, write_exported
+from models.published.foreign import Exported, Foreign, read_foreign
 from models.published.names import official_names
 
-__all__ = ["Foreign", "PublicCheckpoint", "convert_public_checkpoint", "official_names", "read_foreign"]
+__all__ = [
+    "Exported",
+    "Foreign",
+    "PublicCheckpoint",
+    "convert_public_checkpoint",
+    "model_card",
+    "official_names",
+    "public_checkpoint",
+    "read_foreign",
+    "write_exported",
+]

@@ -6,6 +6,7 @@ order of the parameters), ``optimizer`` and, in the former, ``step``. The codes 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from checkpoints import CheckpointError, check_state_dict, is_count, mismatch
 from models.ncsnv2 import RefineNet
 from models.published.names import official_names
-from models.score import NoiseLevel, ScoreModel
+from models.score import ConservativeScore, NoiseLevel, ScoreModel
 from models.unet import UNet
 
 
@@ -199,3 +200,40 @@ def convert_public_checkpoint(
     model, average = ({f"network.{name}": t for name, t in tensors.items()} for tensors in (weights, averages))
     ema = {"num_updates": public.num_updates, "model": average}
     return {"step": public.step, "model": model, "ema": ema, "optimizer": states}
+
+
+def public_checkpoint(state: Mapping, score_model: ScoreModel) -> dict:
+    """A checkpoint of ours in the form of score_sde_pytorch: what ``convert_public_checkpoint`` reads, backwards.
+
+    Raises:
+        CheckpointError: the public code has no such model.
+    """
+    network, trainable = score_model.network, dict(score_model.network.named_parameters())
+    if not isinstance(network, UNet) or isinstance(score_model, ConservativeScore) or network.num_classes:
+        raise CheckpointError("score_sde_pytorch has unconstrained U-Nets without classes, and no other model")
+    trainable = {name: parameter for name, parameter in trainable.items() if parameter.requires_grad}
+    names = official_names(network)  # in the order of its parameters
+
+    def theirs(name: str, tensor: Tensor) -> Tensor:
+        matrix = ".NIN_" in names[name] and names[name].endswith(".W")
+        return tensor[:, :, 0, 0].t().contiguous() if matrix else tensor.contiguous()
+
+    def weights(part: Mapping, kept: Iterable[str]) -> dict[str, Tensor]:
+        return {f"module.{names[name]}": theirs(name, part[f"network.{name}"]) for name in names if name in kept}
+
+    model = weights(state["model"], names)
+    sde, levels = score_model.sde, score_model.noise_level.num_scales
+    if sde.name == "ve" and levels:
+        model["module.sigmas"] = sde.std(torch.linspace(0, 1, levels, dtype=torch.float64)).flip(0)
+    averages = list(weights(state["ema"]["model"], trainable).values())
+    adam = {"state": {}, "param_groups": []}
+    if state["optimizer"] is not None:
+        own = dict(zip(trainable, state["optimizer"]["state"].values(), strict=True))
+        for index, name in enumerate(names):
+            if name in own:
+                moments = {key: theirs(name, own[name][key]) for key in ("exp_avg", "exp_avg_sq")}
+                adam["state"][index] = {"step": own[name]["step"], **moments}
+        (group,) = state["optimizer"]["param_groups"]
+        adam["param_groups"] = [{**group, "params": list(range(len(names)))}]
+    ema = {"decay": 0.0, "num_updates": state["ema"]["num_updates"], "shadow_params": averages}
+    return {"optimizer": adam, "model": model, "ema": ema, "step": state["step"]}

@@ -13,7 +13,7 @@ from torch import Tensor
 from checkpoints import CheckpointError
 from experiment.files import first_line, write_atomically
 
-__all__ = ["read_safetensors", "write_safetensors"]
+__all__ = ["read_metadata", "read_safetensors", "write_safetensors"]
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -33,8 +33,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return {name: tensor.float() if str(tensor.dtype) in half else tensor for name, tensor in tensors.items()}
 
 
-def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file, which has been read already, says besides."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors wholly or not at all; two that share memory are written twice."""
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    content = safetensors.torch.save(own, {"format": "pt"})
+    content = safetensors.torch.save(own, {"format": "pt", **(metadata or {})})
     write_atomically(Path(path), lambda file: file.write(content))

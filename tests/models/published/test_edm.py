@@ -1,0 +1,268 @@
+"""Pickles of EDM: the denoiser is the one that their names and preconditionings define, and nothing in them is run."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from traps import Trap
+
+from checkpoints import CheckpointError
+from run_lib import load
+from sde_lib import expand
+
+CHANNELS, SIZE, NF, MULT, GROUPS = 3, 8, 8, (1, 2), 4
+X = torch.randn(2, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+class Persistent(nn.Module):
+    """An object that is pickled as that code pickles its own: the class by name and source, and all attributes."""
+
+    def __init__(self, class_name: str, **attributes: object) -> None:
+        super().__init__()
+        self.class_name = class_name
+        self.__dict__.update(attributes)
+
+    def __reduce__(self) -> tuple:
+        meta = dict(type="class", version=6, module_src="raise SystemExit", class_name=self.class_name)
+        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (meta | {"state": self.__dict__},)
+
+
+@pytest.fixture(autouse=True)
+def persistence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of that name, without which nothing could be pickled by it; reading must not come to it."""
+
+    def _reconstruct_persistent_obj(meta: dict) -> None:
+        pytest.fail("it was called")
+
+    module = types.ModuleType("torch_utils.persistence")
+    _reconstruct_persistent_obj.__module__ = module.__name__
+    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
+    module._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
+    monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)
+
+
+# --------------------------------------------------------------------------------------- the network, from its weights
+
+
+def blocks(residual: bool) -> Iterator[tuple[str, str, int, int, bool]]:
+    """Name, kind, channels in and out, and attention, in the order of computation; one block per resolution."""
+    yield "enc.8x8_conv", "conv", CHANNELS, NF, False
+    yield "enc.8x8_block0", "block", NF, NF, False
+    yield "enc.4x4_down", "down", NF, NF, False
+    if residual:
+        yield "enc.4x4_aux_residual", "residual", CHANNELS, NF, False
+    yield "enc.4x4_block0", "block", NF, 2 * NF, True
+    yield "dec.4x4_in0", "block", 2 * NF, 2 * NF, True
+    yield "dec.4x4_in1", "block", 2 * NF, 2 * NF, False
+    yield "dec.4x4_block0", "block", 4 * NF, 2 * NF, False
+    yield "dec.4x4_block1", "block", 3 * NF, 2 * NF, True
+    yield "dec.8x8_up", "up", 2 * NF, 2 * NF, False
+    yield "dec.8x8_block0", "block", 3 * NF, NF, False
+    yield "dec.8x8_block1", "block", 2 * NF, NF, False
+    yield "dec.8x8_aux_norm", "norm", NF, NF, False
+    yield "dec.8x8_aux_conv", "conv", NF, CHANNELS, False
+
+
+def random_weights(residual: bool) -> dict[str, Tensor]:
+    shapes: dict[str, tuple[int, ...]] = {"map_noise.freqs": (NF,)} if residual else {}
+    shapes |= {"map_augment.weight": (2 * NF if residual else NF, 9)}
+    for name, inputs in (("map_layer0", 2 * NF if residual else NF), ("map_layer1", 4 * NF)):
+        shapes |= {f"{name}.weight": (4 * NF, inputs), f"{name}.bias": (4 * NF,)}
+
+    def convolution(name: str, inputs: int, outputs: int, kernel: int) -> None:
+        shapes.update({f"{name}.weight": (outputs, inputs, kernel, kernel), f"{name}.bias": (outputs,)})
+
+    def norm(name: str, channels: int) -> None:
+        shapes.update({f"{name}.weight": (channels,), f"{name}.bias": (channels,)})
+
+    for name, kind, inputs, outputs, attention in blocks(residual):
+        if kind in ("conv", "residual"):
+            convolution(name, inputs, outputs, 3)
+        elif kind == "norm":
+            norm(name, inputs)
+        else:
+            norm(f"{name}.norm0", inputs)
+            convolution(f"{name}.conv0", inputs, outputs, 3)
+            shapes |= {f"{name}.affine.weight": (outputs, 4 * NF), f"{name}.affine.bias": (outputs,)}
+            norm(f"{name}.norm1", outputs)
+            convolution(f"{name}.conv1", outputs, outputs, 3)
+            if inputs != outputs or kind != "block":
+                convolution(f"{name}.skip", inputs, outputs, 1)
+            if attention:
+                norm(f"{name}.norm2", outputs)
+                convolution(f"{name}.qkv", outputs, 3 * outputs, 1)
+                convolution(f"{name}.proj", outputs, outputs, 1)
+    generator = torch.Generator().manual_seed(2)
+    return {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def song_unet(w: dict[str, Tensor], x: Tensor, noise: Tensor, residual: bool) -> Tensor:
+    """F(x; c_noise) in double precision, written down anew from what the layers are."""
+    w, x, noise = {name: tensor.double() for name, tensor in w.items()}, x.double(), noise.double()
+    taps = torch.tensor([1.0, 3, 3, 1] if residual else [1.0, 1], dtype=torch.float64)
+    kernel = torch.outer(taps, taps) / taps.sum() ** 2
+
+    def filtered(x: Tensor, *, up: bool) -> Tensor:
+        weight, options = kernel.expand(x.shape[1], 1, -1, -1), dict(groups=x.shape[1], stride=2)
+        options["padding"] = (len(taps) - 1) // 2
+        return F.conv_transpose2d(x, 4 * weight, **options) if up else F.conv2d(x, weight, **options)
+
+    def normalised(name: str, x: Tensor) -> Tensor:
+        return F.group_norm(x, x.shape[1] // 4, w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
+
+    def convolved(name: str, x: Tensor, padding: int = 0) -> Tensor:
+        return F.conv2d(x, w[f"{name}.weight"], w[f"{name}.bias"], padding=padding)
+
+    def block(name: str, kind: str, x: Tensor, attention: bool) -> Tensor:
+        h, rest = F.silu(normalised(f"{name}.norm0", x)), x
+        if kind != "block":
+            h, rest = filtered(h, up=kind == "up"), filtered(x, up=kind == "up")
+        h = (
+            convolved(f"{name}.conv0", h, 1)
+            + F.linear(emb, w[f"{name}.affine.weight"], w[f"{name}.affine.bias"])[:, :, None, None]
+        )
+        h = convolved(f"{name}.conv1", F.silu(normalised(f"{name}.norm1", h)), 1)
+        rest = convolved(f"{name}.skip", rest) if f"{name}.skip.weight" in w else rest
+        x = (rest + h) * 0.5**0.5
+        if attention:
+            b, c, height, width = x.shape
+            q, k, v = convolved(f"{name}.qkv", normalised(f"{name}.norm2", x)).reshape(b, c, 3, -1).unbind(2)
+            weights = torch.softmax(torch.einsum("bcq,bck->bqk", q, k) / c**0.5, dim=2)
+            mixed = torch.einsum("bqk,bck->bcq", weights, v).reshape(b, c, height, width)
+            x = (x + convolved(f"{name}.proj", mixed)) * 0.5**0.5
+        return x
+
+    if residual:
+        angle = 2 * np.pi * noise[:, None] * w["map_noise.freqs"]
+    else:
+        angle = noise[:, None] * 10_000.0 ** -(torch.arange(NF // 2).double() / (NF // 2 - 1))
+    emb = torch.cat([angle.sin(), angle.cos()], 1)
+    for name in ("map_layer0", "map_layer1"):
+        emb = F.silu(F.linear(emb, w[f"{name}.weight"], w[f"{name}.bias"]))
+    skips: list[Tensor] = []
+    image = x
+    for name, kind, inputs, _, attention in blocks(residual):
+        if kind == "residual":
+            wide = convolved(name, image, 2) - w[f"{name}.bias"][:, None, None]
+            down = F.conv2d(wide, kernel.expand(wide.shape[1], 1, -1, -1), groups=wide.shape[1], stride=2)
+            x = skips[-1] = image = (x + down + w[f"{name}.bias"][:, None, None]) / 2**0.5
+        elif kind == "norm":
+            x = F.silu(normalised(name, x))
+        elif kind == "conv":
+            x = convolved(name, x, 1)
+        else:
+            x = torch.cat([x, skips.pop()], 1) if name.startswith("dec") and x.shape[1] != inputs else x
+            x = block(name, kind, x, attention)
+        if name.startswith("enc") and kind != "residual":
+            skips.append(x)
+    return x
+
+
+def saved(path: Path, kind: str, residual: bool, network: str = "SongUNet", **changes: object) -> dict[str, Tensor]:
+    """A file as that code writes it; its weights."""
+    weights = random_weights(residual)
+    options = dict(model_channels=NF, channel_mult=[*MULT], num_blocks=1, attn_resolutions=[4], dropout=np.float64(0.1))
+    options |= dict(img_resolution=SIZE, in_channels=CHANNELS, out_channels=CHANNELS, label_dim=0, augment_dim=9)
+    if residual:
+        options |= dict(embedding_type="fourier", encoder_type="residual", channel_mult_noise=2)
+        options |= dict(resample_filter=[1, 3, 3, 1])
+    model = Persistent(network, _init_args=(), _init_kwargs=options | changes, skip_scale=np.sqrt(0.5))
+    for name, tensor in weights.items():
+        parent, (*parts, leaf) = model, name.split(".")
+        for depth, part in enumerate(parts):
+            if part not in parent._modules:
+                parent.add_module(part, nn.ModuleDict() if part in ("enc", "dec") and not depth else Persistent("Part"))
+            parent = parent._modules[part]
+        if leaf == "freqs":
+            parent.register_buffer(leaf, tensor)
+        else:
+            parent.register_parameter(leaf, nn.Parameter(tensor))
+    noise = dict(sigma_min=0.02, sigma_max=100.0) if kind == "VEPrecond" else dict(sigma_min=0, sigma_max=float("inf"))
+    constants = dict(beta_d=19.9, beta_min=0.1, M=1000) if kind == "VPPrecond" else dict(sigma_data=0.5)
+    outer = Persistent(kind, img_resolution=SIZE, img_channels=CHANNELS, label_dim=0, **noise, **constants)
+    outer.add_module("model", model)
+    path.write_bytes(pickle.dumps({"ema": outer, "loss_fn": Persistent("EDMLoss"), "dataset_kwargs": {"path": "x"}}))
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("kind", "residual"), [("EDMPrecond", True), ("EDMPrecond", False), ("VPPrecond", False), ("VEPrecond", True)]
+)
+def test_denoisers(kind: str, residual: bool, tmp_path: Path) -> None:
+    """The score is (D − x)/σ² with D = c_skip x + c_out F(c_in x; c_noise)."""
+    weights = saved(tmp_path / "network.pkl", kind, residual)
+    score, sigma = load(tmp_path / "network.pkl"), torch.tensor([0.3, 5.0])
+    s = sigma.double()
+    if kind == "VPPrecond":  # σ² = e^B − 1, B = 9.95 t² + 0.1 t
+        t = (-0.1 + torch.sqrt(0.01 + 4 * 9.95 * torch.log1p(s**2))) / (2 * 9.95)
+        skip, out, scale, noise = torch.ones_like(s), -s, (s**2 + 1) ** -0.5, 999 * t
+    elif kind == "VEPrecond":
+        skip, out, scale, noise = torch.ones_like(s), s, torch.ones_like(s), torch.log(s / 2)
+    else:
+        total = s**2 + 0.25
+        skip, out, scale, noise = 0.25 / total, 0.5 * s / total.sqrt(), total**-0.5, torch.log(s) / 4
+    network = song_unet(weights, expand(scale, X.double()) * X, noise, residual)
+    denoised = expand(skip, X.double()) * X + expand(out, X.double()) * network
+    expected = (denoised - X) / expand(s, X.double()) ** 2
+    with torch.no_grad():
+        ours = score(X, score.sde.schedule.time(sigma)).double()
+    for row, wanted in zip(ours, expected, strict=True):
+        assert (row - wanted).abs().max() < 2e-5 * wanted.abs().max()
+    assert score.images.centered and score.sample(1).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (
+            "iDDPMPrecond",
+            {"network": "DhariwalUNet"},
+            "a iDDPMPrecond of a DhariwalUNet; read are VPPrecond, VEPrecond",
+        ),
+        ("EDMPrecond", {"network": "DhariwalUNet"}, "a EDMPrecond of a DhariwalUNet"),
+        ("EDMPrecond", {"label_dim": 10}, "a SongUNet of label_dim=10, which ours has not"),
+        ("EDMPrecond", {"decoder_type": "skip"}, "a SongUNet of decoder_type='skip'"),
+        ("EDMPrecond", {"num_blocks": 2}, "its weights are not those of its network"),
+        ("EDMPrecond", {"model_channels": 16}, "made for another architecture"),
+    ],
+)
+def test_networks_that_are_refused(kind: str, changes: dict, message: str, tmp_path: Path) -> None:
+    saved(tmp_path / "network.pkl", kind, False, **changes)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load(tmp_path / "network.pkl")
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_refused(tmp_path: Path) -> None:
+    """Whatever a pickle asks for is named, and not called."""
+    saved(tmp_path / "network.pkl", "EDMPrecond", False)
+    whole, trace = (tmp_path / "network.pkl").read_bytes(), tmp_path / "trace"
+    storage = b"\x80\x04\x8c\rtorch.storage\x8c\x10_load_from_bytes\x93C" + bytes([len(p := pickle.dumps(Trap(trace)))])
+    for content, message in (
+        (pickle.dumps({"ema": Trap(trace)}), r"it asks for \w+\.mkdir"),
+        (b"cbuiltins\neval\n(S'1'\ntR.", "it asks for builtins.eval"),
+        (storage + p + b"\x85R.", "is not a pickle of plain data"),
+        (b"\x80\x04]]\x85R.", "calls what it has made"),
+        (whole[: len(whole) // 2], "is not a pickle of plain data"),
+        (pickle.dumps({"ema": {}}), "no model of EDM's code"),
+        (pickle.dumps([1]), "no model of EDM's code"),
+        (b"", "is not a pickle of plain data"),
+    ):
+        (tmp_path / "bad.pkl").write_bytes(content)
+        with pytest.raises(CheckpointError, match=message) as error:
+            load(tmp_path / "bad.pkl")
+        assert "\n" not in str(error.value) and not trace.exists()
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        load(tmp_path / "missing.pkl")
+    assert json.loads(load(tmp_path / "network.pkl").config.model.architecture)["constants"] == {"sigma_data": 0.5}

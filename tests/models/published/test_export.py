@@ -1,0 +1,115 @@
+"""Models to share: round trips are bitwise, and a network of another project goes back to where it came from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers_models import needs_diffusers, saved_ddpm
+from documents import run_program
+from test_run_lib import CPU, tiny_config
+
+from checkpoints import CheckpointError, read_checkpoint
+from experiment.runtime import InvalidRun
+from models.published.safetensors import read_safetensors
+from run_lib import export, load, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, exported."""
+    workdir = tmp_path_factory.mktemp("run")
+    train(tiny_config(**{"training.n_iters": 2}), workdir, CPU)
+    export(tiny_config(**{"training.n_iters": 2}), workdir, CPU)
+    return workdir
+
+
+def test_exported_model_is_the_run(run: Path, tmp_path: Path) -> None:
+    """Weights, config, images and step; and the program samples from the folder without a config of its own."""
+    ours, shared = load(run), load(run / "export")
+    assert same(ours.model.state_dict(), shared.model.state_dict())
+    assert (shared.config, shared.images, shared.step) == (ours.config, ours.images, ours.step)
+    assert shared.trained_on == ours.trained_on and torch.equal(ours.sample(2), shared.sample(2))
+    assert "after 2 steps" in (run / "export" / "README.md").read_text()
+    small = ("--config.eval.num_samples=2", "--config.sampling.num_steps=2", "--device=cpu")
+    flags = (f"--checkpoint={run / 'export'}", f"--workdir={tmp_path / 'new'}", "--mode=sample")
+    run_program(["main.py", *small, *flags], only_parse=False)
+    (grid,) = (tmp_path / "new" / "samples").glob("*/grid.png")
+    assert grid.parent.name.startswith("step_00000002-")
+
+
+def test_score_sde_form_and_back(run: Path, tmp_path: Path) -> None:
+    """What training goes on from in the public form is the same, bit for bit."""
+    config = tiny_config(**{"training.n_iters": 4, "training.init_from": str(run / "export" / "checkpoint_2.pth")})
+    train(config, tmp_path / "public", CPU)
+    config.training.init_from = str(run)
+    train(config, tmp_path / "own", CPU)
+    public, own = (read_checkpoint(tmp_path / name / "checkpoints" / "step_00000004.pt") for name in ("public", "own"))
+    assert same(public["model"], own["model"]) and same(public["ema"]["model"], own["ema"]["model"])
+
+
+def test_folders_that_are_refused(run: Path, tmp_path: Path) -> None:
+    """A header of 100 GB, a missing part, a pickle for weights: one line, and no memory taken."""
+    content = (run / "export" / "model.safetensors").read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"].pop("images")
+    text = json.dumps(header).encode()
+    for number, (weights, message) in enumerate(
+        (
+            (struct.pack("<Q", 10**11) + content[8:], "no safetensors file, or it is damaged"),
+            (content[:-4], "no safetensors file, or it is damaged"),
+            ((run / "checkpoints" / "step_00000002.pt").read_bytes(), "no safetensors file, or it is damaged"),
+            (struct.pack("<Q", len(text)) + text + content[8 + size :], "has no images"),
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(weights)
+        (folder / "config.json").write_bytes((run / "export" / "config.json").read_bytes())
+        with pytest.raises(CheckpointError, match=message) as error:
+            load(folder)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InvalidRun, match="is a public checkpoint already"):
+        export(tiny_config(), tmp_path / "again", CPU, run / "export" / "checkpoint_2.pth")
+
+
+@needs_diffusers
+def test_qc_fine_tuning_of_a_model_of_diffusers(tmp_path: Path) -> None:
+    """It trains with the QC term, resumes without the folder that it began with, and goes back to the library, whose
+    own pipeline runs it: the network there is the run's average."""
+    from diffusers import DDPMPipeline
+
+    saved_ddpm(tmp_path / "from", "trained_betas")
+    fields = {"training.init_from": f"diffusers:{tmp_path / 'from'}", "training.qc_weight": 0.1}
+    fields |= {"training.n_iters": 2, "data.image_size": 8, "model.ema_rate": 0.0}
+    config, workdir = tiny_config(**fields), tmp_path / "qc"
+    train(config, workdir, CPU)
+    before, score = load(tmp_path / "from"), load(workdir)
+    assert not same(before.model.state_dict(), score.model.state_dict())
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert any(row.get("qc", 0) > 0 for row in rows)
+    assert score.images.centered and score.config.training.sde == "sde_lib:LadderVP"
+    pipeline = DDPMPipeline.from_pretrained(workdir / "export" / "diffusers")
+    images = pipeline(1, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert images.shape == (1, 8, 8, 1)
+    own = {name.removeprefix("network.unet."): tensor for name, tensor in score.model.state_dict().items()}
+    assert same(own, dict(pipeline.unet.state_dict()))
+    # Its weights went there and back before any step.
+    first = read_safetensors(tmp_path / "from" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert same(first, {name.removeprefix("network.unet."): t for name, t in before.model.state_dict().items()})
+    shutil.rmtree(tmp_path / "from")
+    config = load(workdir).config
+    config.training.n_iters = 3
+    train(config, workdir, CPU)
+    assert load(workdir).step == 3
