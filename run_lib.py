@@ -57,6 +57,7 @@ from experiment.runtime import (
     Runtime,
     checked,
     code_version,
+    hardware,
     to_device,
     to_host,
     within_memory,
@@ -283,12 +284,15 @@ def trainer(
         terms = test_objective(x0, generator, class_labels=class_labels(test_labels, None))
         return {"eval_loss": float(terms["dsm"])}
 
-    def sample_grid(step: int) -> None:
+    def sample_grid(step: int) -> dict[str, bytes]:
         score = TrainedScore(config, ema.model, images, step, runtime=runtime, workdir=workdir)
         share = runtime.share(GRID_IMAGES)
         drawn = runtime.gather([score.draw(share, sampler, progress=runtime.shows_progress)[0]] if share else [])
         if runtime.is_main:
-            save_image_grid(workdir / "samples" / f"step_{step:08d}.png", np.concatenate(drawn), images)
+            path = workdir / "samples" / f"step_{step:08d}.png"
+            save_image_grid(path, np.concatenate(drawn), images)
+            return {"samples": path.read_bytes()}
+        return {}
 
     hooks = [Hook(training.eval_freq, test_loss)]
     if training.snapshot_sampling:
@@ -427,6 +431,7 @@ def evaluate(
             metrics["sampler"] += f"; {condition}, weight {config.sampling.guidance_weight:g}"
         metrics |= _kept_metrics(path, enabled)
         metrics |= {"checkpoint_step": score.step, "test_images": len(test_data)}
+        metrics |= {"parameters": score.num_parameters, "code_version": code_version(), "hardware": hardware()}
         files: dict[str, dict] = {}
         of = {
             "bits/dim of {} test images": enabled.enable_bpd and (enabled.nll_images or len(test_data)),
@@ -578,7 +583,7 @@ def _evaluate_asymmetry(score: TrainedScore, data: Split) -> tuple[dict, dict[st
 
 def _draw_samples(score: TrainedScore, sampler, count: int) -> dict[str, np.ndarray]:
     def compute(indices: range) -> dict[str, np.ndarray]:
-        images, nfe, outside = score.draw(indices, sampler, progress=score.runtime.shows_progress)
+        images, nfe, outside = score.draw(indices, sampler, progress=score._shows_progress)
         return {"images": images, "nfe": np.full(len(images), nfe), "outside": outside}
 
     settings = {**_sampling_identity(score), "range": OUTSIDE}
@@ -725,7 +730,11 @@ class TrainedScore:
     @property
     def description(self) -> str:
         """In words: of how many parameters, at which step."""
-        return f"a network of {sum(p.numel() for p in self.model.parameters()):,} parameters, step {self.step}"
+        return f"a network of {self.num_parameters:,} parameters, step {self.step}"
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
 
     @property
     def sde(self) -> SDE:
@@ -833,7 +842,7 @@ class TrainedScore:
         from likelihood import bits_per_dim
 
         x = self.images.to_model(levels, generator, dequantize=True).to(self.device)
-        result = self.likelihood(self._of_class(class_labels), x, generator)
+        result = self.likelihood(self._of_class(class_labels), x, generator, progress=self._shows_progress)
         images = self.images
         bits = bits_per_dim(
             result.log_prob, math.prod(self.shape), num_levels=images.num_levels, centered=images.centered
@@ -858,7 +867,12 @@ class TrainedScore:
         if probes is None:
             probes = 0 if math.prod(self.shape) <= EXACT_MAX_DIMENSION else 16
         x, t = x.to(self.device), t.to(self.device)
-        return asymmetry(self._of_class(class_labels), x, t, probes=probes or None, generator=generator)
+        options = dict(probes=probes or None, generator=generator, progress=self._shows_progress)
+        return asymmetry(self._of_class(class_labels), x, t, **options)
+
+    @property
+    def _shows_progress(self) -> bool:
+        return self.runtime is not None and self.runtime.shows_progress
 
     def _of_class(self, class_labels: Tensor | None):
         """The score that a network which knows classes has for these (B,), of data; of one which does not, its own."""
