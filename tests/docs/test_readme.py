@@ -6,6 +6,7 @@ import ast
 import logging
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,18 @@ def test_commands_of_make_start() -> None:
     made = [*shell_commands(run.stdout)]
     assert len(made) > 15
     assert [problem for command in made if (problem := command_problem(command))] == []
+
+
+@pytest.mark.parametrize("version", ["(3, 9)", "(3, 14)"])
+def test_another_python_is_refused_in_one_line_before_anything_is_installed(tmp_path: Path, version: str) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = {version}; $2"\n""")
+    python.chmod(0o755)
+    made = ["make", "install", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"]
+    run = subprocess.run(made, cwd=ROOT, capture_output=True, text=True)
+    line, last = run.stderr.splitlines()
+    assert run.returncode and line.startswith(f"error: {python} is Python 3.") and "make: ***" in last
+    assert line.endswith("; 3.10 to 3.13 are supported: make PYTHON=python3.12 …") and not (tmp_path / "venv").exists()
 
 
 def test_first_steps(
