@@ -5,6 +5,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from configs.defaults import FIELDS
+
 
 def get_config(path: str) -> ConfigDict:
     """That in W/config.json.
@@ -20,7 +22,8 @@ def get_config(path: str) -> ConfigDict:
 
 
 def config_of(stored: object, path: object) -> ConfigDict:
-    """A config of what ``to_json`` has written, with the tuples that JSON has not; errors name ``path``."""
+    """A config of what ``to_json`` has written, with the tuples that JSON has not, and the defaults of fields that are
+    newer than it, but for those of ``model``, where a field may be left out on purpose; errors name ``path``."""
     if not isinstance(stored, dict):
         raise ValueError(f"{path} is damaged: it holds no object")
 
@@ -29,4 +32,9 @@ def config_of(stored: object, path: object) -> ConfigDict:
             return {name: with_tuples(field) for name, field in value.items()}
         return tuple(value) if isinstance(value, list) else value
 
-    return ConfigDict(with_tuples(stored))
+    config = ConfigDict(with_tuples(stored))
+    for name, field in FIELDS.items():
+        section, _, key = name.partition(".")
+        if section != "model" and isinstance(part := config.get(section), ConfigDict) and key not in part:
+            part[key] = field.default
+    return config
