@@ -3,15 +3,27 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install test demo figures wasserstein clean
+.PHONY: install tfgan test demo figures wasserstein clean
 
-# Installs again when what is required has changed.
+# Installs again when what is required has changed. TORCH=cpu: torch without CUDA, a tenth of the download; or another of
+# the folders of download.pytorch.org/whl.
 install: $(VENV)/.installed
 
+WANTED := import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else f"error: \
+  $(PYTHON) is Python {v[0]}.{v[1]}; 3.10 to 3.13 are supported: make PYTHON=python3.12 …")
 $(VENV)/.installed: requirements.txt requirements-published.txt
+	@$(PYTHON) -c '$(WANTED)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(if $(TORCH),$(BIN)/python -m pip install --quiet --index-url https://download.pytorch.org/whl/$(TORCH) torch torchvision)
 	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-published.txt
+	touch $@
+
+# tensorflow-gan, for --config.eval.backend=tfgan, in Python 3.10 and 3.11; its tests are skipped without it.
+tfgan: $(VENV)/.tfgan
+
+$(VENV)/.tfgan: requirements-tfgan.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -r requirements-tfgan.txt
 	touch $@
 
 test: install
@@ -31,6 +43,9 @@ demo: install
 	$(RUN) --config=configs/digits.py:u --workdir=$(DEMO)/u --mode=eval
 	$(RUN) --config=configs/digits.py:qc --workdir=$(DEMO)/qc --mode=eval
 	$(RUN) --config=configs/digits.py:c --workdir=$(DEMO)/c --mode=eval
+	$(RUN) --workdir=$(DEMO)/u --mode=sample --config.sampling.method=ode
+	$(RUN) --workdir=$(DEMO)/u --mode=sample --config.sampling.method=few_step \
+	  --config.sampling.solver=dpmpp_2m_sde --config.sampling.num_steps=19
 	$(BIN)/python -m report.main $(DEMO)/c $(DEMO)/u $(DEMO)/qc --output $(DEMO)
 
 # The figures and tables of the small experiments and of the demo, on one page. Resumes as the demo does.

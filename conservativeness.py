@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from experiment.randomness import Generator, rademacher_like
 from models.second_order.operations import gradients_of, without_autocast
@@ -106,12 +107,15 @@ def _rows(value: Tensor, x: Tensor, create_graph: bool) -> Iterator[Tensor]:
         yield vjp(value, x, basis.view_as(value), create_graph=create_graph).flatten(1)
 
 
-def jacobian(score: ScoreFunction, x: Tensor, t: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+def jacobian(
+    score: ScoreFunction, x: Tensor, t: Tensor, *, create_graph: bool = False, progress: bool = False
+) -> tuple[Tensor, Tensor]:
     """The score (B, ...) and its exact Jacobian (B, D, D), J[b, i, j] = ∂s_i/∂x_j, by D backward passes."""
     x = _requiring_grad(x)
     with torch.enable_grad():
         value = score(x, t)
-        return value, torch.stack(list(_rows(value, x, create_graph)), dim=1)
+        rows = tqdm(_rows(value, x, create_graph), total=x[0].numel(), disable=not progress, leave=False, unit="row")
+        return value, torch.stack(list(rows), dim=1)
 
 
 def asymmetry(
@@ -123,6 +127,7 @@ def asymmetry(
     estimator: str = "antisymmetric",
     generator: Generator = None,
     create_graph: bool = False,
+    progress: bool = False,
 ) -> Asymmetry:
     """Asym and ‖J‖²_F of every sample, exact or estimated.
 
@@ -136,6 +141,7 @@ def asymmetry(
         estimator: 'antisymmetric' or 'trace'; 'exact' ignores ``probes``.
         generator: where the probes come from.
         create_graph: make the results differentiable, for training.
+        progress: show a progress bar of the rows of the Jacobian, or of the probes.
 
     Raises:
         ValueError: unknown estimator; K < 1; or neither probes nor at most 256 dimensions.
@@ -150,7 +156,7 @@ def asymmetry(
                 f"{EXACT_MAX_DIMENSION}; give a number of probes, or estimator='exact'"
             )
         with without_autocast(x):
-            value, j = jacobian(score, x, t, create_graph=create_graph)
+            value, j = jacobian(score, x, t, create_graph=create_graph, progress=progress)
         result = Asymmetry(value, 0.5 * ((j - j.mT) ** 2).sum((1, 2)), (j**2).sum((1, 2)))
     else:
         if probes < 1:
@@ -159,7 +165,7 @@ def asymmetry(
         asym, norm = 0.0, 0.0
         with without_autocast(x), torch.enable_grad():
             value = score(x, t)
-            for _ in range(probes):
+            for _ in tqdm(range(probes), disable=not progress, leave=False, unit="probe"):
                 jv, jtv = jvp_and_vjp(value, x, rademacher_like(x, generator), create_graph=create_graph)
                 norm_estimate = (jtv**2).flatten(1).sum(1)
                 if estimator == "trace":

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from conservativeness import divergence
 from experiment.randomness import Generator, normal_like, rademacher_like
@@ -157,15 +158,20 @@ class LikelihoodEvaluator:
         how = f"{self.num_steps} steps" if self.solver in FIXED else f"rtol {self.rtol:g}, atol {self.atol:g}"
         return f"{self.divergence} divergence{several}, {self.solver}{variable}, {how}"
 
-    def __call__(self, score: ScoreFunction, x: Tensor, generator: Generator = None) -> Likelihood:
+    def __call__(
+        self, score: ScoreFunction, x: Tensor, generator: Generator = None, *, progress: bool = False
+    ) -> Likelihood:
         """Log-densities of data x (B, ...), scaled as the model expects; the generator draws the probes."""
         draw = resolve(self.divergence, DIVERGENCES, "likelihood.divergence")
-        return self.with_probes(score, x, [draw(x, generator) for _ in range(self.probes)] if draw else [None])
+        probes = [draw(x, generator) for _ in range(self.probes)] if draw else [None]
+        total = {"adams": self.num_steps + 10, "heun": 2 * self.num_steps}.get(self.solver)
+        with tqdm(disable=not progress, leave=False, unit="evaluation", total=total) as bar:
+            return self.with_probes(CountedScore(score, bar), x, probes)
 
     @torch.no_grad()
     def with_probes(self, score: ScoreFunction, x: Tensor, probes: Sequence[Tensor | None]) -> Likelihood:
         """The same with given probes, (B, ...) each; None is the exact trace."""
-        counted = CountedScore(score)
+        counted = score if isinstance(score, CountedScore) else CountedScore(score)
         dimension, variable = x[0].numel(), resolve(self.time, TIMES, "likelihood.time")(self.sde)
         unit = variable.unit(dimension)
         ends = torch.tensor([self.eps, self.sde.end_time], dtype=state_dtype(x))

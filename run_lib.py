@@ -62,6 +62,7 @@ from experiment.runtime import (
     Runtime,
     checked,
     code_version,
+    hardware,
     to_device,
     to_host,
     within_memory,
@@ -298,7 +299,7 @@ def trainer(
         terms = test_objective(x0, generator, class_labels=class_labels(test_labels, None))
         return {"eval_loss": float(terms["dsm"])}
 
-    def sample_grid(step: int) -> None:
+    def sample_grid(step: int) -> dict[str, bytes]:
         score = TrainedScore(config, ema.model, images, step, runtime=runtime, workdir=workdir)
         share = runtime.share(GRID_IMAGES)
         drawn = runtime.gather([score.draw(share, sampler, progress=runtime.shows_progress)[0]] if share else [])
@@ -307,6 +308,8 @@ def trainer(
             save_grid(path, arrays, images)
             if not images.is_picture:
                 write_arrays(path.with_suffix(".npz"), **_as_file(arrays, images))
+            return {"samples": path.read_bytes()}
+        return {}
 
     hooks = [Hook(training.eval_freq, test_loss)]
     if training.snapshot_sampling:
@@ -452,6 +455,7 @@ def evaluate(
             metrics["sampler"] += f"; {condition}, weight {config.sampling.guidance_weight:g}"
         metrics |= _kept_metrics(path, enabled)
         metrics |= {"checkpoint_step": score.step, "test_images": len(test_data)}
+        metrics |= {"parameters": score.num_parameters, "code_version": code_version(), "hardware": hardware()}
         files: dict[str, dict] = {}
         of = {
             "bits/dim of {} test images": enabled.enable_bpd and (enabled.nll_images or len(test_data)),
@@ -635,7 +639,7 @@ def evaluate_samples(
 
 def _draw_samples(score: TrainedScore, sampler, count: int) -> dict[str, np.ndarray]:
     def compute(indices: range) -> dict[str, np.ndarray]:
-        images, nfe, outside = score.draw(indices, sampler, progress=score.runtime.shows_progress)
+        images, nfe, outside = score.draw(indices, sampler, progress=score._shows_progress)
         of_levels = {} if score.images.num_levels is None else {"outside": outside}
         return {"images": images, "nfe": np.full(len(images), nfe), **of_levels}
 
@@ -863,7 +867,7 @@ def _export(config: ConfigDict, workdir: Path, runtime: Runtime, checkpoint: str
         state, path = _read(checkpoint or workdir, "--checkpoint=" if checkpoint else "--workdir=", config=config)
         if not _is_own(state, path):
             raise ValueError(f"--checkpoint={path}: is a public checkpoint already; exported are runs of ours")
-        model = build_score_model(config, build_sde(config), ImageFormat(**state["record"]["images"]))
+        model = build_score_model(config, build_sde(config), DataFormat.from_dict(state["record"]["images"]))
         load_state_dict_strictly(model, state["ema"]["model"], path)
         metrics = _stored_metrics(workdir / "eval" / "metrics.json")
         if metrics.get("checkpoint_step") != state["step"]:
@@ -915,7 +919,11 @@ class TrainedScore:
     @property
     def description(self) -> str:
         """In words: of how many parameters, at which step."""
-        return f"a network of {sum(p.numel() for p in self.model.parameters()):,} parameters, step {self.step}"
+        return f"a network of {self.num_parameters:,} parameters, step {self.step}"
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
 
     @property
     def sde(self) -> SDE:
@@ -1024,7 +1032,7 @@ class TrainedScore:
         from likelihood import bits_per_dim
 
         x = self.images.to_model(levels, generator, dequantize=True).to(self.device)
-        result = self.likelihood(self._of_class(class_labels), x, generator)
+        result = self.likelihood(self._of_class(class_labels), x, generator, progress=self._shows_progress)
         return bits_per_dim(result.log_prob, self.images.dimension, self.images.log2_unit), result.nfe
 
     def asymmetry(
@@ -1045,7 +1053,12 @@ class TrainedScore:
         if probes is None:
             probes = 0 if math.prod(self.shape) <= EXACT_MAX_DIMENSION else 16
         x, t = x.to(self.device), t.to(self.device)
-        return asymmetry(self._of_class(class_labels), x, t, probes=probes or None, generator=generator)
+        options = dict(probes=probes or None, generator=generator, progress=self._shows_progress)
+        return asymmetry(self._of_class(class_labels), x, t, **options)
+
+    @property
+    def _shows_progress(self) -> bool:
+        return self.runtime is not None and self.runtime.shows_progress
 
     def _of_class(self, class_labels: Tensor | None):
         """The score that a network which knows classes has for these (B,), of data; of one which does not, its own."""

@@ -22,6 +22,7 @@ import math
 import os
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +31,9 @@ from typing import NamedTuple
 
 import torch
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.types_pb2 import DataType
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, distributed, nn
 
@@ -54,10 +57,11 @@ samples of this pass have in the batch of all processes."""
 
 
 class Hook(NamedTuple):
-    """What is done every so many steps, and at the end: ``call(step)`` gives quantities to be logged, or nothing."""
+    """What is done every so many steps, and at the end: ``call(step)`` gives quantities to be logged, or nothing; the
+    bytes of a PNG go to TensorBoard."""
 
     every: int
-    call: Callable[[int], Mapping[str, float] | None]
+    call: Callable[[int], Mapping[str, float | bytes] | None]
 
 
 class Trainer:
@@ -240,6 +244,8 @@ class Trainer:
         self.started = time.monotonic()
         self.last_row = (self.started, self.step)
         with self._signals(), progress, log or contextlib.nullcontext():
+            if log is not None and "config" in self.record:
+                log.write_text("config", self.record["config"])
             if self.step == 0 and self.observe is not None:
                 self._write(log, self.observe())
             if not self.hooks_done:
@@ -303,10 +309,12 @@ class Trainer:
         if due and self.step == self.n_iters:  # so that a finished run does nothing
             self._save(log, hooks_done=True)
 
-    def _write(self, log: MetricsLog | None, row: Mapping[str, float]) -> None:
+    def _write(self, log: MetricsLog | None, row: Mapping[str, float | bytes]) -> None:
+        images = {name: value for name, value in row.items() if isinstance(value, bytes)}
+        row = {name: value for name, value in row.items() if name not in images}
         check_finite(row)
         if log is not None:
-            log.write(self.step, row)
+            log.write(self.step, row, images)
 
     def _average_sums(self) -> None:
         """Let all processes hold the same sums, their mean: what a checkpoint keeps, and a resumed run goes on from,
@@ -408,12 +416,26 @@ class MetricsLog:
         with writing(self.board_path):
             self.board.write(event.SerializeToString())
 
-    def write(self, step: int, row: Mapping[str, float]) -> None:
-        with writing(self.path):
-            self.file.write((json.dumps({"step": step, **row}, allow_nan=False) + "\n").encode())
-            self.file.flush()
+    def write(self, step: int, row: Mapping[str, float], images: Mapping[str, bytes] | None = None) -> None:
+        """A row of numbers, if there are any, and PNGs for TensorBoard."""
+        if row:
+            with writing(self.path):
+                self.file.write((json.dumps({"step": step, **row}, allow_nan=False) + "\n").encode())
+                self.file.flush()
         values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+        for name, png in (images or {}).items():
+            width, height = struct.unpack(">II", png[16:24])  # of the header
+            image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
+            values.append(Summary.Value(tag=name, image=image))
         self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Text for TensorBoard, shown as it is."""
+        indented = "\n".join(f"    {line}" for line in text.splitlines())
+        tensor = TensorProto(dtype=DataType.DT_STRING, string_val=[indented.encode()])
+        metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+        value = Summary.Value(tag=f"{name}/text_summary", tensor=tensor, metadata=metadata)
+        self._add(Event(wall_time=time.time(), summary=Summary(value=[value])))
 
     def sync(self) -> int:
         """Bring every row to the disk; the size of the file, which a checkpoint remembers."""

@@ -22,10 +22,8 @@ def get_config(path: str) -> ConfigDict:
 
 
 def config_of(stored: object, path: object) -> ConfigDict:
-    """A config of what ``to_json`` has written, with the tuples that JSON has not; errors name ``path``.
-
-    What an earlier version did not have, it has with its default; but of a network, which may not read it.
-    """
+    """A config of what ``to_json`` has written, with the tuples that JSON has not, and the defaults of fields that are
+    newer than it, but for those of ``model``, where a field may be left out on purpose; errors name ``path``."""
     if not isinstance(stored, dict):
         raise ValueError(f"{path} is damaged: it holds no object")
 

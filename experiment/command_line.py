@@ -76,7 +76,7 @@ def command(run: Callable[..., object]) -> None:
             else Runtime(given.get("device", "cpu")).where
         )
         folder = Path(given.get("workdir") or given.get("output") or "")
-        about = (inspect.getmodule(run).__doc__ or "").partition("\n")[0]
+        about = (run.__globals__["__doc__"] or "").partition("\n")[0]
         logging.info("%s\non %s%s", about, where, f"; writes to {folder}" if folder.name else "")
         started = time.time()
         if (result := run(*bound.args, **bound.kwargs)) is not None:

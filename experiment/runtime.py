@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import platform
 import re
 import shutil
 import signal
@@ -384,6 +385,16 @@ def code_version() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def hardware() -> str:
+    """The GPU, or else the processor, and the version of torch."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    info = Path("/proc/cpuinfo")  # on Linux, where platform.processor() is the architecture or nothing
+    if not torch.cuda.is_available() and info.exists():
+        found = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE)
+        name = found[1].strip() if found else name
+    return f"{name or platform.machine()}, torch {torch.__version__}"
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from evaluation import Features
 
@@ -26,9 +27,12 @@ class FeatureExtractor(Protocol):
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-def extract_features(extractor: FeatureExtractor, images: Tensor, batch_size: int | None = None) -> Features:
+def extract_features(
+    extractor: FeatureExtractor, images: Tensor, batch_size: int | None = None, *, progress: bool = False
+) -> Features:
     """Features of uint8 images (N, C, H, W), which the extractor is given in batches, by default all at once."""
-    batches = [extractor(batch) for batch in images.split(batch_size or len(images))]
+    parts = images.split(batch_size or len(images))
+    batches = [extractor(batch) for batch in tqdm(parts, disable=not progress, leave=False, unit="batch")]
     pool, logits = (torch.cat(parts).float().cpu().numpy() for parts in zip(*batches, strict=True))
     return Features(pool, logits)
 

@@ -171,7 +171,9 @@ class SampleQuality:
 
     def _features(self, path: Path, key: str, size: int, images) -> Features:
         def compute(items: range) -> dict[str, np.ndarray]:
-            found = extract_features(self.extractor, images(items))
+            # Of a CPU, where a batch of Inception takes a minute, in parts, to show that something is happening.
+            size = 16 if self.runtime.torch_device.type == "cpu" and not self.classifies else None
+            found = extract_features(self.extractor, images(items), size, progress=self.runtime.shows_progress)
             return {"pool_3": found.pool, "logits": found.logits}
 
         arrays = self.runtime.compute(

@@ -40,7 +40,7 @@ def load_tensorflow_gan() -> tuple[ModuleType, ModuleType]:
     except Exception as error:  # missing, or a release that does not fit and fails in whatever it meets first
         raise ValueError(
             f"eval.backend='tfgan': it cannot be imported ({first_line(error)}); tensorflow-gan needs TensorFlow 2.15, "
-            f"and that Python 3.11 or older (this is {platform.python_version()}): see requirements.txt. "
+            f"and that Python 3.11 or older (this is {platform.python_version()}): see requirements-tfgan.txt. "
             "--config.eval.backend=torch computes the same numbers without"
         ) from error
     tensorflow.get_logger().setLevel("ERROR")

@@ -1,4 +1,4 @@
-"""The report's figures: asymmetry against time, samples of equal seeds. What cannot be drawn is said instead."""
+"""The report's figures: asymmetry against time, samples of equal seeds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiment.figures import COLOURS, LINES, new_figure, save_figure
+from report.page import figure as figure_text
 from report.runs import NASYM_ROUND_OFF, Run
 
 WIDTH = 6.9  # inches: both columns of the page
@@ -82,38 +83,37 @@ def samples_figure(runs: Sequence[Run]) -> tuple[Figure | None, list[str]]:
     return figure, notes
 
 
-# File, heading, how it is drawn, caption.
-_FIGURES: tuple[tuple[str, str, Callable[..., tuple[Figure | None, list[str]]], str], ...] = (
-    (
+# By what the text speaks of: file, heading, how it is drawn, caption.
+_FIGURES: dict[str, tuple[str, str, Callable[..., tuple[Figure | None, list[str]]], str]] = {
+    "asymmetry": (
         "asymmetry_vs_t.png",
         "Asym and NAsym against t",
         asymmetry_figure,
-        "As Figure 3a of the paper: mean over the test images at each noise level, band ±1 standard error. Asym has "
-        "the units of the squared Jacobian of the score, (pixel scale)⁻⁴.",
+        "Asym and NAsym against t, as Figure 3a of the paper: mean over the test images at each noise level, band ±1 "
+        "standard error. Asym has the units of the squared Jacobian of the score, (pixel scale)⁻⁴.",
     ),
-    (
+    "samples": (
         "samples_same_seed.png",
         "Samples from the same seeds",
         samples_figure,
-        "As Figure 3b of the paper: each column starts from the same random numbers in every run.",
+        "Samples of the evaluation, as Figure 3b of the paper: each column starts from the same random numbers in "
+        "every run.",
     ),
-)
+}
 
 
-def write_figures(runs: Sequence[Run], output: Path, prefix: str = "") -> list[str]:
-    """Draw every figure and return its section of the report; of one that cannot be drawn, no older file is left.
+def write_figures(runs: Sequence[Run], output: Path, prefix: str = "") -> dict[str, str]:
+    """Draw every figure; of each that can be drawn its Markdown, by name. Of one that cannot, no older file is left.
 
     ``prefix`` goes before the files' names.
     """
-    sections = []
-    for file_name, heading, draw, caption in _FIGURES:
-        figure, notes = draw(runs)
+    texts = {}
+    for name, (file_name, heading, draw, caption) in _FIGURES.items():
+        drawn, notes = draw(runs)
         path = output / f"{prefix}{file_name}"
-        if figure is None:
+        if drawn is None:
             path.unlink(missing_ok=True)
-            lines = [f"`{path.name}` was not drawn.", *notes]
         else:
-            save_figure(figure, path)
-            lines = [f"![{heading}]({path.name})", "", caption, *notes]
-        sections.append("\n".join([f"## {heading}", "", *lines]))
-    return sections
+            save_figure(drawn, path)
+            texts[name] = figure_text(path.name, heading, " ".join([caption, *notes]))
+    return texts

@@ -1,7 +1,8 @@
 """From evaluated runs to the paper's tables and figures: ``python -m report.main RUN [RUN …] [--output=DIR]``.
 
 A run is a working directory of ``main.py`` that has been evaluated. The report has a section for the runs of each data
-set, then Tables 2 and 3 of Chao, Sun, Cheng and Lee (ICML 2023, arXiv 2209.12753), the paper's numbers next to ours.
+set and, where the paper has numbers of it, Tables 2 and 3 of Chao, Sun, Cheng and Lee (ICML 2023, arXiv 2209.12753),
+its numbers next to ours.
 
 Statistics. Every mean m over test images comes with its standard error s. Two runs a, b are compared by
 
@@ -9,9 +10,11 @@ Statistics. Every mean m over test images comes with its standard error s. Two r
     Δ = mean(d),     s_Δ = std(d) / √N,   d_i = a_i − b_i,      paired, where per-image values exist.
 
 A ratio r = m_a / m_b has s_r = |r| √((s_a/m_a)² + (s_b/m_b)²) to first order. |Δ| < 2 s_Δ is reported as "cannot be
-told apart". The errors are those of the test set, not of another training seed.
+told apart", and only what is told apart from all others stands in bold: nothing without an error. The errors are those
+of the test set, not of another training seed.
 
-Files read: see ``report.runs``. Files written: ``report.md``, ``report.csv`` and the figures of ``report.figures``.
+Files read: see ``report.runs``. Files written: ``report.html``, one file with all figures in it; ``report.md`` and the
+figures of ``report.figures``; ``report.csv``.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,7 @@ from experiment.command_line import command
 from experiment.files import write_text
 from experiment.results import markdown_table, mean_and_error, number, with_error
 from report.figures import write_figures
+from report.page import to_html, write_page
 from report.paper import INCEPTION, PAPER, PAPER_SOURCE, PREDICTOR_STEPS, TABLE_2, TABLE_3, differing_settings
 from report.runs import (
     COLUMNS,
@@ -54,21 +58,26 @@ def _count(value: float | None) -> str:
     return number(value and round(value, 1), digits=9)
 
 
-def _leaders(runs: Sequence[Run], column: Column) -> set[int]:
-    """The indices of the runs whose value stands in bold.
+def _difference(a: Run, b: Run, key: str) -> tuple[float, float | None, str]:
+    """Δ = m_a − m_b, its standard error, None without those of the means, and how it comes about."""
+    delta, errors, how = a.number(key) - b.number(key), (a.error(key), b.error(key)), ""
+    if key == "nll_bits_per_dim":
+        differences, how = _pairing(a, b)
+        if differences is not None and differences.size > 1:
+            return *mean_and_error(differences), how
+    return delta, None if None in errors else math.hypot(*errors), how
 
-    With standard errors: the best one, if more than two combined standard errors ahead of the runner-up. Without:
-    the best and its equals, unless all are equal. Nothing to compare, nothing in bold.
-    """
-    values = {i: value for i, run in enumerate(runs) if (value := run.number(column.key)) is not None}
-    if column.best is None or len(values) < 2 or (column.from_features and not _features_comparable(runs)):
-        return set()
-    best, second = sorted(values, key=values.__getitem__, reverse=column.best is max)[:2]
-    if all(runs[i].error(column.key) is None for i in values):
-        leaders = {i for i, value in values.items() if value == values[best]}
-        return leaders if len(leaders) < len(values) else set()
-    errors = runs[best].error(column.key), runs[second].error(column.key)
-    return {best} if None not in errors and abs(values[best] - values[second]) > 2 * math.hypot(*errors) else set()
+
+def _leader(runs: Sequence[Run], column: Column) -> Run | None:
+    """The run whose value stands in bold: the best, if it is more than two standard errors of the difference ahead of
+    every other one."""
+    measured = [run for run in runs if run.number(column.key) is not None]
+    if column.best is None or len(measured) < 2 or (column.from_features and not _features_comparable(runs)):
+        return None
+    best = column.best(measured, key=lambda run: run.number(column.key))
+    differences = [_difference(best, run, column.key) for run in measured if run is not best]
+    ahead = all(error is not None and abs(delta) > 2 * error for delta, error, _ in differences)
+    return best if ahead else None
 
 
 def _features_comparable(runs: Sequence[Run]) -> bool:
@@ -85,20 +94,21 @@ def _our_table(runs: Sequence[Run]) -> str:
     rows = [[run.label.replace("|", "\\|")] for run in runs]
     columns = columns_of(runs)
     for column in columns:
-        leaders = _leaders(runs, column)
-        for i, (row, run) in enumerate(zip(rows, runs, strict=True)):
+        leader = _leader(runs, column)
+        for row, run in zip(rows, runs, strict=True):
             text = _measured(run, column.key) if column.best else _count(run.number(column.key))
-            row.append(f"**{text}**" if i in leaders else text)
+            row.append(f"**{text}**" if run is leader else text)
     return markdown_table(["Model (run)", *(column.title for column in columns)], rows)
 
 
 def _table_notes(runs: Sequence[Run]) -> list[str]:
+    """How to read the table."""
     notes = [
         "± is one standard error over the test images (KID: over subsets of samples). **Bold** is the best value of a "
-        "column: with standard errors only if it is more than two combined ones ahead of the runner-up, without (FID, "
-        "IS, precision, recall) simply the best of one evaluation each. Asym = E[tr(JJᵀ) − tr(JJ)], NAsym = "
-        "E[‖J − Jᵀ‖²/(4‖J‖²)], J the Jacobian of the score. NFE is the number of network evaluations; one of a "
-        "conservative model costs a forward and a backward pass. – is not computed.",
+        "column if it is more than two standard errors of the difference, of NLL paired by image, ahead of every "
+        "other; a column without errors (FID, IS, precision, recall: one evaluation each) has none. – is not computed.",
+        "Asym = E[tr(JJᵀ) − tr(JJ)], NAsym = E[‖J − Jᵀ‖²/(4‖J‖²)], J the Jacobian of the score. NFE is the number of "
+        "network evaluations; one of a conservative model costs a forward and a backward pass.",
         _of_each_run("Sampler", {run.name: run.metrics["sampler"] for run in runs}),
     ]
     for key, of, what in ((nll_key(runs[0].metrics), "nll_images", "NLL"), ("asym", "asym_images", "Asym and NAsym")):
@@ -112,6 +122,39 @@ def _table_notes(runs: Sequence[Run]) -> list[str]:
     if zero := [run.label for run in runs if run.asym_is_round_off]:
         notes.append(f"Zero up to round-off (NAsym below {NASYM_ROUND_OFF:g}): Asym and NAsym of {', '.join(zero)}.")
     return notes + _features_notes([run for run in runs if run.metrics["features"]])
+
+
+def _samplers(runs: Sequence[Run]) -> str:
+    """Of every sampler that a run was asked for, the share of samples that are no images."""
+    rows = []
+    for run in runs:
+        for of in run.samplers:
+            counts = _count(of["nfe_sampling"]), _count(of["num_samples"])
+            rows.append((run.label.replace("|", "\\|"), of["sampler"], *counts, f"{100 * of['outside_range']:.3g} %"))
+    if not rows:
+        return ""
+    header = ("Model (run)", "Sampler", "NFE", "Samples", "Outside of [−0.5, 1.5]")
+    explained = "The last column: samples of which any pixel left this range, black being 0 and white 1."
+    return f"{markdown_table(header, rows)}\n{explained}"
+
+
+def _provenance(runs: Sequence[Run]) -> str:
+    rows = [
+        (
+            run.label.replace("|", "\\|"),
+            run.metrics.get("code_version") or "–",
+            run.evaluated,
+            run.config["seed"],
+            f"{run.metrics['parameters']:,}" if run.metrics.get("parameters") else "–",
+            _count(run.number("checkpoint_step")),
+            f"{run.training_seconds / 60:.1f} min" if run.training_seconds else "–",
+            run.metrics.get("hardware") or "–",
+            f"`python main.py --workdir={run.path} --mode=eval`",
+        )
+        for run in runs
+    ]
+    header = ("Model (run)", "Commit", "Evaluated", "Seed", "Parameters", "Step", "Training", "Hardware", "Command")
+    return f"{markdown_table(header, rows)}\nThe settings of each run are in its config.json."
 
 
 def _of_each_run(what: str, texts: dict[str, str]) -> str:
@@ -146,22 +189,20 @@ def _features_notes(runs: Sequence[Run]) -> list[str]:
 
 def _paper_section(runs: Sequence[Run]) -> str:
     """Tables 2 and 3 of the paper, its numbers next to ours, and the settings in which the runs differ from it."""
-    parts = ["# Tables 2 and 3 of the paper"]
     known = [run for run in runs if dataset_key(run.dataset) in PAPER]
-    if known:
-        parts.append(
-            "The paper's number stands next to ours, in parentheses where the run's setting is not the paper's; the "
-            "settings that differ are listed below."
-        )
-        parts.append(f"Table 2: likelihood and asymmetry.\n\n{_next_to_paper(known, 2, TABLE_2)}")
-        by_pc = [run for run in known if TABLE_3[0] in _paper(run) and run.metrics["sampler"].startswith("PC")]
-        if by_pc:
-            parts.append(f"Table 3: quality of samples of the PC sampler.\n\n{_next_to_paper(by_pc, 3, TABLE_3)}")
-        parts.append("Settings that differ from the paper's:\n\n" + "\n".join(map(_settings_line, known)))
-        parts.append(PAPER_SOURCE)
-    if unknown := [group[0].dataset for group in by_dataset(runs) if group[0] not in known]:
-        parts.append(f"The paper has no numbers for {', '.join(unknown)}.")
-    return "\n\n".join(parts)
+    if not known:
+        return ""
+    parts = [
+        "# Tables 2 and 3 of the paper",
+        "The paper's number stands next to ours, in parentheses where the run's setting is not the paper's; the "
+        "settings that differ are listed below.",
+        f"Table 2: likelihood and asymmetry.\n\n{_next_to_paper(known, 2, TABLE_2)}",
+    ]
+    by_pc = [run for run in known if TABLE_3[0] in _paper(run) and run.metrics["sampler"].startswith("PC")]
+    if by_pc:
+        parts.append(f"Table 3: quality of samples of the PC sampler.\n\n{_next_to_paper(by_pc, 3, TABLE_3)}")
+    parts.append("Settings that differ from the paper's:\n\n" + "\n".join(map(_settings_line, known)))
+    return "\n\n".join([*parts, PAPER_SOURCE])
 
 
 def _paper(run: Run) -> dict[str, str]:
@@ -224,16 +265,9 @@ def _compare_nll(run: Run, baseline: Run) -> str:
     ours, theirs = run.number(key), baseline.number(key)
     if ours is None or theirs is None:
         return "NLL: not computed for both runs."
-    differences, how = _pairing(run, baseline)
-    errors = run.error(key), baseline.error(key)
-    if differences is not None and differences.size > 1:
-        delta, error = mean_and_error(differences)
-    elif None not in errors:
-        delta, error = ours - theirs, math.hypot(*errors)
-    else:
-        return (
-            f"NLL: ΔNLL = {ours - theirs:+.4f} {unit}/dim, without a standard error; nothing can be concluded ({how})."
-        )
+    delta, error, how = _difference(run, baseline, key)
+    if error is None:
+        return f"NLL: ΔNLL = {delta:+.4f} {unit}/dim, without a standard error; nothing can be concluded ({how})."
     measured = f"ΔNLL = {'+' if delta > 0 else ''}{with_error(delta, error)} {unit}/dim ({how})"
     if abs(delta) < 2 * error or delta == 0:
         return f"NLL: {measured}; the two cannot be told apart at two standard errors."
@@ -261,7 +295,7 @@ def _compare_ratio(run: Run, baseline: Run, key: str, title: str) -> str:
 
 def _comparison_section(runs: Sequence[Run], baseline: Run | None) -> str:
     if len(runs) == 1:
-        return "One run: nothing to compare it with."
+        return ""
     if baseline is None:
         return "No comparison: none of the runs is a U run, and no --baseline was given."
     paragraphs = [
@@ -284,20 +318,31 @@ def _comparison_section(runs: Sequence[Run], baseline: Run | None) -> str:
     return "\n\n".join(paragraphs)
 
 
-def tables_and_comparisons(runs: Sequence[Run], baseline: str = "") -> list[str]:
-    """The report without its figures, in Markdown: a section for each data set (``by_dataset``), last the paper's
-    tables.
+def report_text(
+    runs: Sequence[Run], baseline: str = "", figures: Callable[[Sequence[Run], int], Mapping[str, str]] | None = None
+) -> str:
+    """The report in Markdown: a part for each data set (``by_dataset``), last the paper's tables. What there is nothing
+    of has no section.
+
+    Args:
+        figures: draws those of the runs of the i-th data set; of each, by name, its Markdown.
 
     Raises:
         ValueError: ``baseline`` is not the name of one of the runs.
     """
-    groups = by_dataset(runs)
-    sections = []
-    for group, base in zip(groups, _baselines(groups, baseline), strict=True):
-        parts = [f"# Results on {group[0].dataset}", _our_table(group).rstrip(), *_table_notes(group)]
-        parts += ["## Comparison with the baseline", _comparison_section(group, base)]
-        sections.append("\n\n".join(parts))
-    return [*sections, _paper_section(runs)]
+    groups, parts = by_dataset(runs), []
+    for i, (group, base) in enumerate(zip(groups, _baselines(groups, baseline), strict=True), start=1):
+        drawn = figures(group, i) if figures else {}
+        parts += [f"# Results on {group[0].dataset}", _our_table(group).rstrip()]
+        parts.append("\n".join(f"- {note}" for note in _table_notes(group)))
+        for heading, *texts in (
+            ("Likelihood and asymmetry", _comparison_section(group, base), drawn.get("asymmetry")),
+            ("Samples", _samplers(group), drawn.get("samples")),
+            ("Provenance", _provenance(group)),
+        ):
+            if texts := [text for text in texts if text]:
+                parts += [f"## {heading}", *texts]
+    return "\n\n".join(filter(None, [*parts, _paper_section(runs)]))
 
 
 def _csv_text(runs: Sequence[Run]) -> str:
@@ -326,17 +371,19 @@ def write_report(*runs: str | Path, output: str | Path = "", baseline: str = "")
         FileNotFoundError, ValueError: see ``load_runs``; also an unknown baseline, and ``output`` being a file.
     """
     loaded = load_runs(runs)
-    *texts, paper = tables_and_comparisons(loaded, baseline)
     folder = Path(output or os.path.commonpath([run.path.resolve().parent for run in loaded]))
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output={folder} is a file; a folder is needed")
-    sections = []
-    for i, (group, text) in enumerate(zip(by_dataset(loaded), texts, strict=True), start=1):
-        prefix = f"{i}_{dataset_key(group[0].dataset)}_" if len(texts) > 1 else ""
-        sections += [text, *write_figures(group, folder, prefix)]
-    text = "\n\n".join([*sections, paper])
+    _baselines(by_dataset(loaded), baseline)  # an unknown one is said before anything is written
+
+    def figures(group: Sequence[Run], number: int) -> dict[str, str]:
+        several = len(by_dataset(loaded)) > 1
+        return write_figures(group, folder, f"{number}_{dataset_key(group[0].dataset)}_" if several else "")
+
+    text = report_text(loaded, baseline, figures)
     write_text(folder / "report.csv", _csv_text(loaded))
     write_text(folder / "report.md", text + "\n")
+    write_page(folder / "report.html", "Report", to_html(text, folder))
     return text
 
 

@@ -1,7 +1,7 @@
 """An evaluated run, as the report reads it from its working directory.
 
 Files of a run W: ``config.json``, ``eval/metrics.json`` (both required), ``metrics.jsonl``, ``eval/asymmetry.npz``,
-``eval/samples.npz``, ``eval/nll.npz``.
+``eval/samples.npz``, ``eval/nll.npz``, and ``samples/*/metrics.json`` of every further sampler.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +69,8 @@ class Run:
     asymmetry: dict[str, np.ndarray] | None  # t, sigma, asym, asym_se, nasym, nasym_se, (T,) each
     samples: np.ndarray | None  # the first ten, float64 (N, H, W, C) in [0, 1]
     nll: np.ndarray | None  # bits/dim of each test image, or nats/dim of numbers (N,)
+    samplers: list[dict[str, Any]]  # metrics of samples: those of the evaluation, and others of the same weights
+    evaluated: str  # the day
 
     @property
     def kind(self) -> str:
@@ -96,6 +99,13 @@ class Run:
         """``config.data.dataset``; for a user's own images with the name of their file or folder."""
         data = self.config["data"]
         return data["dataset"] + (f" ({Path(data['path']).name})" if data["path"] else "")
+
+    @property
+    def training_seconds(self) -> float:
+        """What the log says; each time the run was stopped, at most ``log_freq`` steps are missing."""
+        seconds = [row["seconds"] for row in self.log if "seconds" in row]
+        following = [*seconds[1:], 0.0]
+        return sum(s for s, after in zip(seconds, following, strict=False) if after < s)
 
     def number(self, key: str) -> float | None:
         """A number of ``eval/metrics.json``; ``None`` where it was not computed or is not finite."""
@@ -146,6 +156,9 @@ def load_run(path: Path) -> Run:
     pictures = metrics.get("sliced_w2") is None
     samples = _arrays(path / "eval" / "samples.npz", "images", "num_levels") if pictures else None
     nll = _arrays(path / "eval" / "nll.npz", nll_key(metrics))
+    step = metrics.get("checkpoint_step") or 0
+    others = sorted((path / "samples").glob(f"step_{step:08d}-*/metrics.json"))
+    samplers = [metrics, *(row for file in others for row in _json_rows(file))]
     run = Run(
         path=path,
         name=config.get("label") or path.resolve().name,
@@ -155,6 +168,8 @@ def load_run(path: Path) -> Run:
         asymmetry=_arrays(path / "eval" / "asymmetry.npz", "t", "asym", "asym_se", "nasym", "nasym_se"),
         samples=samples and samples["images"][:10] / max(int(samples["num_levels"]) - 1, 1),
         nll=nll and nll[nll_key(metrics)].astype(np.float64),
+        samplers=[row for row in samplers if row.get("outside_range") is not None],
+        evaluated=f"{date.fromtimestamp((path / 'eval' / 'metrics.json').stat().st_mtime)}",
     )
     try:
         _ = run.label, run.dataset

@@ -24,6 +24,7 @@ from statistics import fmean, stdev
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from checkpoints import CheckpointError
 from configs.dsb.common import check
@@ -127,8 +128,9 @@ class BridgeRun:
                 network = make_network(model.name, model, **images)
         return TransitionMean(network, self.gammas, drift=config.bridge.matching == "drift").to(self.device)
 
-    def train(self) -> None:
-        """All half-bridges that are left, each measured when it is done.
+    def train(self, draw: Callable[[], object] = lambda: None) -> None:
+        """All half-bridges that are left, each measured when it is done. ``draw`` is called after every iteration but
+        the last.
 
         Raises:
             ValueError: the folder is that of something else, in use, or has more half-bridges than asked for.
@@ -152,6 +154,8 @@ class BridgeRun:
             self._learn(number)
             if number >= finished:
                 self._measure(number + 1)
+                if number % 2 == 1 and number + 1 < self.num_half_bridges:
+                    draw()
             if number > 1 and self.runtime.is_main and not self.config.training.keep_half_bridges:
                 shutil.rmtree(self._folder(number - 2) / "checkpoints", ignore_errors=True)
 
@@ -248,9 +252,15 @@ class BridgeRun:
             return self.reference
         average, size = self.averages[direction].model, self.config.evaluation.batch_size
 
+        shown = self.runtime.shows_progress
+        bar = tqdm(disable=not shown, leave=False, delay=2, unit="batch", desc=f"{direction} chains")
+
         def averaged(x: Tensor, edge: Tensor) -> Tensor:
+            parts = []
             with self.accelerator.autocast():
-                parts = [average(*part) for part in zip(x.split(size), edge.split(size), strict=True)]
+                for part in zip(x.split(size), edge.split(size), strict=True):
+                    parts.append(average(*part))
+                    bar.update()
             return torch.cat(parts).to(x.dtype)
 
         return averaged

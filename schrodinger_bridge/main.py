@@ -4,7 +4,7 @@ python -m schrodinger_bridge.main --config=configs/dsb/2d.py:PAIR --workdir=W
 
 Written to W: ``results.json``, ``table.md`` (also printed), ``history.json`` and ``half_bridges/``, ``errors.png``; of
 points ``marginals.png``, of images ``*_images.png`` and ``*_transitions.png``. Stopped at any moment, the same command
-goes on to the same result.
+goes on to the same result. All of it is written after every iteration.
 """
 
 from __future__ import annotations
@@ -39,8 +39,13 @@ def run(config: ConfigDict, workdir: str, device: str = "auto", precision: str =
     runtime = Runtime(device, precision)
     with runtime.together({"config": config.to_dict(), "workdir": workdir}):
         bridge = BridgeRun(config, workdir, runtime)
-        bridge.train()
-    if not runtime.is_main:
+        bridge.train(lambda: write(bridge))
+    return write(bridge)
+
+
+def write(bridge: BridgeRun) -> str | None:
+    """Write results, table and figures of the iterations that are done; return the table."""
+    if not bridge.runtime.is_main:
         return None
     figures.save_images(bridge)
     results = results_of(bridge)

@@ -40,6 +40,10 @@ def metrics(**changes: Any) -> dict[str, Any]:
         "backend": "torch",
         "sampler": "PC, euler_maruyama + none, 100 steps",
         "feature_test_accuracy": 0.975,
+        "outside_range": 0.25,
+        "parameters": 79_585,
+        "code_version": "0123456789ab",
+        "hardware": "a processor, torch 2.14",
         "something_new": [1, 2],
     }
     return values | changes

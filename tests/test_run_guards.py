@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +149,8 @@ def test_damaged_config_of_a_workdir_is_said(tmp_path, text):
 
 def test_checkpoint_of_another_version_or_program_is_refused(tmp_path):
     """To go on from, to start from, to sample from."""
-    run_lib.train(tiny_config(training__n_iters=2), tmp_path / "u", CPU)
+    config = partial(tiny_config, model__parameterization="unconstrained")  # as public checkpoints are
+    run_lib.train(config(training__n_iters=2), tmp_path / "u", CPU)
     state = read_checkpoint(tmp_path / "u" / "checkpoints" / "step_00000002.pt")
     (tmp_path / "w" / "checkpoints").mkdir(parents=True)
     own = tmp_path / "w" / "checkpoints" / "step_00000002.pt"
@@ -161,10 +163,10 @@ def test_checkpoint_of_another_version_or_program_is_refused(tmp_path):
     ):
         torch.save(found, own)
         with pytest.raises(run_lib.InvalidRun, match=message):
-            run_lib.train(tiny_config(training__n_iters=4, training__init_from=str(own)), tmp_path / "x", CPU)
+            run_lib.train(config(training__n_iters=4, training__init_from=str(own)), tmp_path / "x", CPU)
         for work in (run_lib.train, run_lib.sample):
             with pytest.raises(run_lib.InvalidRun, match=message):
-                work(tiny_config(training__n_iters=4), tmp_path / "w", CPU)
+                work(config(training__n_iters=4), tmp_path / "w", CPU)
         written = [path for path in (tmp_path / "w").iterdir() if path.suffix != ".lock"]
         assert not (tmp_path / "x").exists() and len(written) == 1
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from checkpoints import CheckpointError, CheckpointStore
@@ -185,6 +189,29 @@ def test_log_holds_means_since_the_row_before_and_present_weights(tmp_path):
         assert row["weight"] == pytest.approx(sum(expected[k] for k in since) / len(since), rel=1e-12)
         assert row["loss"] == pytest.approx(sum(expected[k] ** 2 / 2 for k in since) / len(since), rel=1e-12)
     assert (tmp_path / "tensorboard").is_dir()
+
+
+def test_tensorboard_has_the_config_and_grids_of_samples(tmp_path):
+    """The bytes of a PNG that a hook gives go to TensorBoard, and nothing of them to the log."""
+    picture = io.BytesIO()
+    Image.fromarray(np.zeros((5, 7), np.uint8)).save(picture, format="png")
+    weight = nn.Parameter(torch.ones(1))
+    fit(
+        nn.ParameterList([weight]),
+        torch.optim.SGD([weight], lr=0.1),
+        lambda module, step, positions: {"loss": (weight**2).sum()},
+        tmp_path,
+        n_iters=2,
+        record={"config": '{\n "seed": 3\n}'},
+        hooks=[Hook(1, lambda step: {"samples": picture.getvalue()})],
+    )
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    images = events.Images("samples")
+    assert [(image.step, image.width, image.height) for image in images] == [(1, 7, 5), (2, 7, 5)]
+    assert images[0].encoded_image_string == picture.getvalue()
+    assert events.Tensors("config/text_summary")[0].tensor_proto.string_val[0] == b'    {\n     "seed": 3\n    }'
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2] and "samples" not in rows[0]
 
 
 def test_gradient_norm_is_clipped(tmp_path):

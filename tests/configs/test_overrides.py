@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import re
 
@@ -198,6 +199,12 @@ def test_the_config_of_a_run_is_that_of_its_workdir(tmp_path):
         given = ["main.py", "--config.seed=3", *workdir, "--mode=eval", "--config.optim.amsgrad=False"]
         found = run_program(given, only_parse=True)["config"]
         assert found.to_dict() == config.to_dict() | {"seed": 3}
+    older = json.loads(config.to_json())
+    del older["sampling"]["num_samples"]  # a field that is newer than the run
+    del older["model"]["fir"]  # one that a network does not read
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    found = run_program(given, only_parse=True)["config"]
+    assert found.sampling.num_samples == 64 and "fir" not in found.model
     (tmp_path / "config.json").write_text("[" * 10_000)
     assert answer(given).startswith(f"error: {tmp_path / 'config.json'} is damaged: ")
     (tmp_path / "config.json").unlink()

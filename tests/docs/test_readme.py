@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import logging
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,13 +47,29 @@ def test_commands_of_make_start() -> None:
     assert [problem for command in made if (problem := command_problem(command))] == []
 
 
+@pytest.mark.parametrize("version", ["(3, 9)", "(3, 14)"])
+def test_another_python_is_refused_in_one_line_before_anything_is_installed(tmp_path: Path, version: str) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = {version}; $2"\n""")
+    python.chmod(0o755)
+    made = ["make", "install", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"]
+    run = subprocess.run(made, cwd=ROOT, capture_output=True, text=True)
+    line, last = run.stderr.splitlines()
+    assert run.returncode and line.startswith(f"error: {python} is Python 3.") and "make: ***" in last
+    assert line.endswith("; 3.10 to 3.13 are supported: make PYTHON=python3.12 …") and not (tmp_path / "venv").exists()
+
+
 def test_first_steps(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     forget_accelerator: Callable[[], None],
 ) -> None:
-    """Train, evaluate, sample and report as in the README, in small; then its Python code on the run that they made."""
+    """Train, evaluate, sample and report as in the README, in small; then its Python code on the run that they made.
+    Every command first says what it does, of what size, where and into which folder; last what it wrote, and what is
+    usually next."""
+    caplog.set_level(logging.INFO)
     small = ("training.n_iters=2", "training.batch_size=8", "training.snapshot_sampling=False", "sampling.num_steps=2")
     small += ("eval.enable_sampling=False", "eval.nll_images=2", "eval.asym_images=2", "eval.asym_levels=1")
     small += ("sampling.num_samples=4", "likelihood.num_steps=4", "model.nf=8")
@@ -60,9 +78,22 @@ def test_first_steps(
     forget_accelerator()
     section = README.partition("## Train, evaluate, sample")[2].partition("##")[0]
     *steps, report = commands(section)
-    for step in steps:
+    for step, size, then in zip(
+        steps,
+        ("step 0 to 2 of 8 images of digits", "bits/dim of 2 test images, asymmetry of 2 of them", "4 samples by PC,"),
+        ("main.py --workdir={} --mode=eval", "-m report.main {}", "main.py --workdir={} --mode=eval"),
+        strict=True,
+    ):
+        caplog.clear()
         run_program([*step[1:], *(f"--config.{override}" for override in small)], only_parse=False)
+        said = [record.getMessage() for record in caplog.records if record.filename in ("runtime.py", "main.py")]
+        assert size in said[0] and re.search(r"[\d,]{4,} parameters", said[0])
+        assert re.search(r"\non cpu, \d+ thread\(s\), fp32; writes to runs/digits/u", said[0])
+        assert re.fullmatch(rf"written: runs/digits/u/.*; next: python {then.format('runs/digits/u')}", said[-1])
+    caplog.clear()
     run_program(report[1:], only_parse=False)
+    assert re.fullmatch(r"From evaluated runs.*\non cpu.*; writes to runs/report", caplog.messages[0])
+    assert any(re.match("written to runs/report: .*report.md", message) for message in caplog.messages)
     assert (tmp_path / "runs" / "report" / "report.md").exists()
 
     (block,) = blocks(README, "python")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ def digits(tmp_path: Path) -> tuple[Path, Path, Path]:
 
 def text_of(paths: Sequence[Path], baseline: str = "") -> str:
     """The report without the figures, which take most of the time."""
-    return "\n\n".join(main.tables_and_comparisons(load_runs(paths), baseline))
+    return main.report_text(load_runs(paths), baseline)
 
 
 def table_row(text: str, name: str) -> dict[str, str]:
@@ -53,7 +56,7 @@ def test_table_has_every_metric_of_every_run(digits: tuple[Path, ...]) -> None:
         "NLL ↓ (bits/dim)": "3.000 ± 0.010",
         "Asym ↓": "(2.00 ± 0.10)e8",
         "NAsym ↓": "0.00200 ± 0.00010",
-        "FID ↓": "**5.25**",
+        "FID ↓": "5.25",
         "KID ↓": "0.00400 ± 0.00050",
         "IS ↑": "8.5",
         "Precision ↑": "0.61",
@@ -104,8 +107,8 @@ def bold_columns(tmp_path: Path, first: dict[str, Any], second: dict[str, Any]) 
         ({"nll_bits_per_dim": math.nan}, {}, set(), set()),
         ({"kid": 0.0027}, {}, set(), set()),
         ({"kid": 0.0024}, {}, {"KID ↓"}, set()),
-        # Without standard errors the best stands in bold; for IS, precision and recall that is the largest.
-        ({"fid": 5.24, "recall": 0.56}, {"inception_score": 8.6}, {"FID ↓", "Recall ↑"}, {"IS ↑"}),
+        # Nothing without standard errors.
+        ({"fid": 1.0, "recall": 0.9}, {"inception_score": 9.6}, set(), set()),
         ({"precision": None}, {"precision": 0.2}, set(), set()),
         # Other features, or another number of samples, give numbers that cannot be ranked.
         ({"fid": 1.0, "features": "inception"}, {}, set(), set()),
@@ -120,13 +123,23 @@ def test_bold_marks_only_what_is_best(
 
 
 def test_bold_needs_a_lead_over_the_runner_up(tmp_path: Path) -> None:
-    """Three runs: the best is far ahead of the last but not of the second; equals without errors share the bold."""
-    nll_and_fid = ((2.50, 7.0), (2.51, 4.0), (3.0, 4.0))
-    paths = [make_run(tmp_path / f"r{i}", nll_bits_per_dim=nll, fid=fid) for i, (nll, fid) in enumerate(nll_and_fid)]
-    text = text_of(paths)
-    rows = [table_row(text, f"(r{i})") for i in range(3)]
-    assert [row["NLL ↓ (bits/dim)"].startswith("**") for row in rows] == [False, False, False]
-    assert [row["FID ↓"].startswith("**") for row in rows] == [False, True, True]
+    """Three runs: the best is far ahead of the last but not of the second, unless they are compared by image."""
+    rng = np.random.default_rng(0)
+    images = rng.normal(2.5, 1, 400)
+    values = [images, images + rng.normal(0.02, 0.01, 400), images + rng.normal(0.5, 0.01, 400)]
+    for paired in (False, True):
+        paths = [
+            make_run(
+                tmp_path / f"{paired}" / f"r{i}",
+                nll=nll if paired else None,
+                nll_bits_per_dim=nll.mean(),
+                nll_bits_per_dim_se=0.05,
+            )
+            for i, nll in enumerate(values)
+        ]
+        text = text_of(paths)
+        bold = [table_row(text, f"(r{i})")["NLL ↓ (bits/dim)"].startswith("**") for i in range(3)]
+        assert bold == [paired, False, False]
 
 
 def test_mixed_features_are_said_to_be_incomparable(tmp_path: Path) -> None:
@@ -214,7 +227,7 @@ def test_baseline(digits: tuple[Path, ...], tmp_path: Path) -> None:
     assert "Baseline: C-NCSN++ (c)." in text
     assert "NAsym: no ratio, the baseline's is zero up to round-off." in text
     assert "no --baseline was given" in text_of([qc, c])
-    assert "nothing to compare" in text_of([u])
+    assert "Baseline" not in text_of([u]) and "No comparison" not in text_of([u])
     longer = make_run(tmp_path / "longer", checkpoint_step=9000)
     assert "step 9000, the baseline's 6000" in text_of([u, longer])
 
@@ -247,7 +260,8 @@ def test_every_data_set_has_its_own_section_baseline_and_figures(tmp_path: Path)
 def test_other_data_are_never_compared(tmp_path: Path, data: dict[str, Any]) -> None:
     runs = [make_run(tmp_path / "u"), make_run(tmp_path / "v")]
     edit_config(runs[1], data={"dataset": "digits", "path": "", "image_size": 8} | data)
-    assert text_of(runs).count("One run: nothing to compare it with.") == 2
+    text = text_of(runs)
+    assert text.count("# Results on ") == 2 and "Baseline" not in text
 
 
 def test_a_part_of_the_test_set_is_said(tmp_path: Path) -> None:
@@ -271,6 +285,46 @@ def test_missing_errors_allow_no_conclusion(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- names and the output
+
+
+def test_every_sampler_that_was_used_has_its_share_of_samples_out_of_range(tmp_path: Path) -> None:
+    """That of the evaluation and those of --mode=sample with the same weights; those of others do not count."""
+    run = make_run(tmp_path / "u")
+    for step, share in ((6000, 0.125), (3000, 0.5)):
+        folder = run / "samples" / f"step_{step:08d}-ode-rk45-1234"
+        folder.mkdir(parents=True)
+        row = {"sampler": "ODE, rk45", "nfe_sampling": 81.5, "num_samples": 64, "outside_range": share}
+        (folder / "metrics.json").write_text(json.dumps(row))
+    lines = text_of([run]).partition("## Samples")[2].splitlines()
+    found = [cells(line)[1:] for line in lines if line.startswith("| U-NCSN++ (u)")][:2]
+    assert found == [
+        ["PC, euler_maruyama + none, 100 steps", "1999", "1000", "25 %"],
+        ["ODE, rk45", "81.5", "64", "12.5 %"],
+    ]
+
+
+def test_where_a_run_comes_from(tmp_path: Path) -> None:
+    """Training that was stopped after 40 s and then took 20 s took a minute."""
+    run = make_run(tmp_path / "u")
+    rows = [{"step": i, "dsm": 1.0, "seconds": s} for i, s in enumerate((20.0, 40.0, 5.0, 20.0))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = next(line for line in text_of([run]).partition("## Provenance")[2].splitlines() if "(u)" in line)
+    today = f"{date.fromtimestamp((run / 'eval' / 'metrics.json').stat().st_mtime)}"
+    expected = ["0123456789ab", today, "42", "79,585", "6000", "1.0 min", "a processor, torch 2.14"]
+    assert cells(row)[1:-1] == expected and f"--workdir={run} --mode=eval" in cells(row)[-1]
+
+
+def test_html_is_one_file_with_a_caption_under_every_figure(digits: tuple[Path, ...], tmp_path: Path) -> None:
+    text = main.write_report(*digits)
+    page = (tmp_path / "report.html").read_text()
+    assert "width=device-width" in page and page.count("<table>") == text.count("\n| ---")
+    figures = re.findall(
+        r'<figure><img alt="[^"]+" src="data:image/png;base64,([^"]+)"><figcaption>(.+?)</figcap', page
+    )
+    names = ("asymmetry_vs_t.png", "samples_same_seed.png")
+    assert [base64.b64decode(data) for data, _ in figures] == [(tmp_path / name).read_bytes() for name in names]
+    assert page.count("<img") == 2 and "as Figure 3a" in figures[0][1] and "as Figure 3b" in figures[1][1]
+    assert page.index("against the baseline") < page.index("as Figure 3a") < page.index("<h2>Samples")
 
 
 def test_command(digits: tuple[Path, ...], tmp_path: Path) -> None:
