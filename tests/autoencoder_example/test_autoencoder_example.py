@@ -226,7 +226,7 @@ def test_run_follows_the_public_code_and_resumes(tmp_path, monkeypatch):
 
 
 def test_all_estimators_and_several_seeds(tmp_path):
-    text = example.run(tmp_path, seeds=2, n_iters=200, jobs=1)
+    text = example.run(tmp_path, seeds=2, n_iters=100, jobs=1)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     names = [(row["estimator"], row["seed"]) for row in rows]
     assert names == [(name, seed) for name in ("exact", "antisymmetric", "trace") for seed in (8, 9)]
@@ -234,7 +234,7 @@ def test_all_estimators_and_several_seeds(tmp_path):
     for (estimator, seed), row in by_name.items():
         (start, end) = read_log(tmp_path / "runs" / estimator / f"seed_{seed}" / "metrics.jsonl")
         assert row["l_qc"] == end["l_qc"] < 0.9 * start["l_qc"]
-        assert f"|{estimator}|{seed}|200|" in text.replace(" ", "")
+        assert f"|{estimator}|{seed}|100|" in text.replace(" ", "")
     for seed in (8, 9):
         exact, antisymmetric, trace = (by_name[name, seed]["l_qc"] for name in example.ESTIMATORS)
         assert antisymmetric == pytest.approx(exact, rel=1e-4)

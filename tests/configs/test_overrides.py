@@ -223,4 +223,4 @@ def test_a_network_larger_than_the_memory_is_refused(monkeypatch):
     refused = pytest.raises(ValueError, match=r"^model\.nf=8: the network needs over 0 GB of memory, the machine")
     with refused, runtime.within_memory("model.nf=8", 5):
         create_score_model(config, get_sde(config))
-    torch.nn.Linear(10**4, 10**4)  # the next network is not counted
+    torch.nn.Linear(10**3, 10**3)  # the next network is not counted

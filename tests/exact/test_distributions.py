@@ -212,7 +212,7 @@ def test_quadrature_of_the_spirals_has_converged(smallest_noise):
     coarse = Spirals(sde, smallest_noise=smallest_noise)
     fine = Spirals(sde, smallest_noise=1 / (2 / smallest_noise + 60 / 66))
     assert abs(len(fine.weights) - 2 * len(coarse.weights)) <= 2
-    x0 = coarse.sample(150, torch.Generator().manual_seed(0))
+    x0 = coarse.sample(50, torch.Generator().manual_seed(0))
     offset = torch.randn(x0.shape, dtype=torch.float64)
     offset /= offset.norm(dim=1, keepdim=True)
     for distance, tolerance in ((1, 1e-9), (3, 1e-8), (6, 1e-6)):

@@ -67,7 +67,7 @@ def test_classifier_recognises_digits(digits, tmp_path, monkeypatch):
     assert scores[0]["fid"] < scores[1]["fid"] < scores[2]["fid"]
     assert abs(scores[0]["kid"]) < 5 * scores[0]["kid_se"]
     assert scores[1]["kid"] > 5 * scores[1]["kid_se"]
-    assert scores[0]["inception_score"] > 8
+    assert scores[0]["inception_score"] > 6
     assert scores[0]["precision"] > 0.8 > 0.2 > scores[2]["precision"]
 
 
