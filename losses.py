@@ -43,7 +43,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from conservativeness import asymmetry, divergence
+from conservativeness import Asymmetry, asymmetry, divergence
 from experiment.randomness import Generator, SampleGenerators, normal_like, rademacher_like, random_bits, uniform
 from experiment.runtime import to_device
 from models import Dropout, set_dropout_keys
@@ -60,6 +60,9 @@ class Objective(nn.Module):
 
     The keyword arguments are fields of ``config.training`` (configs/defaults.py). Every chunk of probes evaluates the
     score once more.
+
+    Attributes:
+        penalty: what λ_QC weighs, called as ``asymmetry`` is; an experiment may put another penalty in its place.
 
     Raises:
         ValueError: likelihood weighting of a discrete-time model.
@@ -88,6 +91,7 @@ class Objective(nn.Module):
         self.qc_weight, self.qc_estimator = qc_weight, qc_estimator
         self.qc_interval, self.qc_stride = qc_interval, qc_stride
         self.qc_probes, self.qc_probe_chunk = qc_probes, qc_probe_chunk
+        self.penalty: Callable[..., Asymmetry] = asymmetry
         self.dropouts = [module for module in score_model.modules() if isinstance(module, Dropout) and module.p > 0]
 
     def forward(
@@ -158,7 +162,7 @@ class Objective(nn.Module):
         for start in range(0, probes, self.qc_probe_chunk):
             count = min(self.qc_probe_chunk, probes - start)
             options = dict(estimator=self.qc_estimator, generator=generator, create_graph=torch.is_grad_enabled())
-            value, asym, norm = asymmetry(score, xt, t, probes=count, **options)
+            value, asym, norm = self.penalty(score, xt, t, probes=count, **options)
             part = self._reduce(weight * asym, xt) * (count / probes)
             if start + count < probes and part.requires_grad:
                 parameters = parameters or [p for p in self.score_model.parameters() if p.requires_grad]

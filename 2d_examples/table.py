@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 
 import numpy as np
-from scipy import stats
 
-from experiment.results import holm, markdown_table, mean_and_error, with_error
+from experiment.results import holm, markdown_table, mean_and_error, paired_difference, with_error
 
 from .configs import MODELS
 
@@ -53,18 +52,6 @@ REFERENCE: dict[tuple[str, str], dict[str, str]] = {
 def values(rows: Sequence[Mapping], dataset: str, model: str, metric: str) -> np.ndarray:
     """A metric of a pair (N,), in the order of the rows, that is of the seeds."""
     return np.array([row[metric] for row in rows if (row["dataset"], row["model"]) == (dataset, model)])
-
-
-def paired_difference(a: np.ndarray, b: np.ndarray) -> dict[str, float | int | None]:
-    """Mean of a − b (N,) with its 95 % interval ``low`` … ``high`` and p-value (Student's; None for N = 1), and in how
-    many seeds a < b."""
-    d = a - b
-    result = {"mean": float(d.mean()), "low": None, "high": None, "p": None}
-    if d.std() > 0:
-        test = stats.ttest_1samp(d, 0.0)
-        low, high = test.confidence_interval(0.95)
-        result |= {"low": float(low), "high": float(high), "p": float(test.pvalue)}
-    return result | {"lower_in_seeds": int((d < 0).sum()), "seeds": len(d)}
 
 
 def paired_differences(rows: Sequence[Mapping]) -> list[dict]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 
 from experiment.figures import save_figure
 from experiment.files import write_json, write_text
@@ -26,6 +27,18 @@ def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float |
     values = np.asarray(values, dtype=np.float64)
     error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
     return float(values.mean()), error
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray) -> dict[str, float | int | None]:
+    """Mean of a − b (N,) with its 95 % interval ``low`` … ``high`` and p-value (Student's; None for N = 1), and in how
+    many seeds a < b."""
+    d = a - b
+    result = {"mean": float(d.mean()), "low": None, "high": None, "p": None}
+    if d.std() > 0:
+        test = stats.ttest_1samp(d, 0.0)
+        low, high = test.confidence_interval(0.95)
+        result |= {"low": float(low), "high": float(high), "p": float(test.pvalue)}
+    return result | {"lower_in_seeds": int((d < 0).sum()), "seeds": len(d)}
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Does quasi-conservativeness help? See the README of this folder."""
