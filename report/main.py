@@ -61,7 +61,7 @@ def _count(value: float | None) -> str:
 def _difference(a: Run, b: Run, key: str) -> tuple[float, float | None, str]:
     """Δ = m_a − m_b, its standard error, None without those of the means, and how it comes about."""
     delta, errors, how = a.number(key) - b.number(key), (a.error(key), b.error(key)), ""
-    if key == "nll_bits_per_dim":
+    if key == nll_key(a.metrics):
         differences, how = _pairing(a, b)
         if differences is not None and differences.size > 1:
             return *mean_and_error(differences), how
