@@ -241,7 +241,7 @@ def _table(results: dict) -> str:
         notes.append(
             f"NAsym and σ⁴ Asym: {first['asym_images']} test images of {results['images']['data']}, {probes}, the mean "
             f"over {len(ratios)} levels of σ/α from {number(ratios[0])} to {number(ratios[-1])} in units of images in "
-            "[−1, 1], equally spaced in its logarithm. Neither depends on the units of the images. They took the seconds."
+            "[−1, 1], equally spaced in its logarithm. Neither depends on the units of the images. Seconds are theirs."
         )
     if "bits_per_dim" in quantities:
         notes.append(

@@ -239,6 +239,8 @@ def test_denoisers(kind: str, residual: bool, tmp_path: Path) -> None:
         ("EDMPrecond", {"network": "DhariwalUNet"}, "a EDMPrecond of a DhariwalUNet"),
         ("EDMPrecond", {"label_dim": 10}, "a SongUNet of label_dim=10, which ours has not"),
         ("EDMPrecond", {"decoder_type": "skip"}, "a SongUNet of decoder_type='skip'"),
+        ("EDMPrecond", {"num_blocks": 10**9}, "more than 100 blocks"),
+        ("EDMPrecond", {"channel_mult": "abc"}, "no model of EDM's code: ValueError"),
         ("EDMPrecond", {"num_blocks": 2}, "its weights are not those of its network"),
         ("EDMPrecond", {"model_channels": 16}, "made for another architecture"),
     ],

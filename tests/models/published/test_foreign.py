@@ -128,6 +128,7 @@ REFUSED = {
     "prediction_type='flow': allowed are epsilon": ({}, {"prediction_type": "flow"}),
     "rescale_betas_zero_snr=true": ({}, {"rescale_betas_zero_snr": True}),
     "sample_size=None": ({"sample_size": None}, {}),
+    "layers_per_block=1000000000": ({"layers_per_block": 10**9}, {}),
     "given classes": ({"num_class_embeds": 10}, {}),
     "num_train_timesteps=1000000000: at least 2": ({}, {"num_train_timesteps": 10**9}),
     "could not convert string to float": ({}, {"beta_start": "low"}),
@@ -146,7 +147,7 @@ def test_folders_that_are_refused(message: str, tmp_path: Path) -> None:
     ("unet", "message"),
     [
         (DDPM_BLOCKS, r"made for another architecture: network\.unet\.\S+ is missing"),
-        (DDPM_BLOCKS | {"block_out_channels": (10**7, 10**7)}, "needs more memory than there is|GB of memory"),
+        (DDPM_BLOCKS | {"block_out_channels": (10**10, 10**10)}, "needs more memory than there is|GB of memory"),
         (DDPM_BLOCKS | {"down_block_types": ("os.system", "DownBlock2D")}, "cannot build it: os.system does not exist"),
         ({"os.system": "echo"}, "cannot build it: .*unexpected keyword argument 'os.system'"),
     ],
