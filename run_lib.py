@@ -149,7 +149,7 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
     with checked():
-        config = _as_published(config, config.training.init_from, with_sampling=False)
+        config = _as_published(config, config.training.init_from)
     with contextlib.ExitStack() as stack:
 
         def claim() -> None:
@@ -225,7 +225,7 @@ def trainer(
     from training import Hook, Trainer
 
     check(config)
-    config = _as_published(config, config.training.init_from, with_sampling=False)
+    config = _as_published(config, config.training.init_from)
     training, workdir, device = config.training, Path(workdir), runtime.torch_device
     _check_workdir(config, workdir, FREE_IN_TRAINING)
     if config.sampling.condition not in ("", "class_free"):
@@ -1201,13 +1201,13 @@ def _published(path: str | Path) -> Foreign | Exported | None:
     return read_foreign(path)
 
 
-def _as_published(config: ConfigDict | None, path: str | Path | None, **options: bool) -> ConfigDict | None:
+def _as_published(config: ConfigDict | None, path: str | Path | None) -> ConfigDict | None:
     """A config with what a model of another project that is at a path says of itself, if there is one and the config
     has none of it yet."""
     if path is None or (config is not None and "architecture" in config.model):
         return config
     published = _published(path)
-    return config if published is None else published.config(config, **options)
+    return config if published is None else published.config(config)
 
 
 def _score_from_state(state: dict | list, path: Path, config: ConfigDict, device: torch.device) -> TrainedScore:

@@ -96,7 +96,9 @@ def audit(config: ConfigDict, workdir: str | Path, runtime: Runtime, models: str
 def _load(name: str, config: ConfigDict, data: Split, workdir: Path, runtime: Runtime) -> TrainedScore:
     """A model, asked as ``config`` says."""
     path = Path(name)
-    own = path.suffix == ".pt" or ((path / "config.json").is_file() and (path / "checkpoints").is_dir())
+    # What says itself what it is, config and all: a run, one of its checkpoints, an exported model.
+    whole = (path / "checkpoints").is_dir() or (path / "model.safetensors").is_file()
+    own = path.suffix == ".pt" or (whole and (path / "config.json").is_file())
     try:
         score = load(name, device=str(runtime.torch_device), config=None if own else config)
     except ValueError as error:
@@ -213,7 +215,7 @@ def _table(results: dict) -> str:
     quality = [name for name in QUALITY if next(iter(models.values())).get(name) is not None]
     nfe = [name for name in ("nfe_likelihood", "nfe_sampling") if name in next(iter(models.values()))]
     header = ["model", "what it is", "parameters", *(QUANTITIES[q] for q in quantities), *(QUALITY[q] for q in quality)]
-    header += [name.replace("nfe_", "NFE ") for name in nfe]
+    header += [name.replace("nfe_", "NFE ") for name in nfe] + ["seconds"] * ("nasym" in quantities)
     rows = [
         [
             name,
@@ -222,6 +224,7 @@ def _table(results: dict) -> str:
             *(with_error(m[q], m[f"{q}_se"]) for q in quantities),
             *(number(m[q]) for q in quality),
             *(number(m[name], 4) for name in nfe),
+            *([number(m["seconds"])] * ("nasym" in quantities)),
         ]
         for name, m in models.items()
     ]
@@ -239,7 +242,7 @@ def _table(results: dict) -> str:
         notes.append(
             f"NAsym and σ⁴ Asym: {first['asym_images']} test images of {results['images']['data']}, {probes}, the mean "
             f"over {len(ratios)} levels of σ/α from {number(ratios[0])} to {number(ratios[-1])} in units of images in "
-            "[−1, 1], equally spaced in its logarithm. Neither depends on the units of the images."
+            "[−1, 1], equally spaced in its logarithm. Neither depends on the units of the images. Seconds are theirs."
         )
     if "bits_per_dim" in quantities:
         notes.append(

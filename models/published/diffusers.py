@@ -129,6 +129,12 @@ def fields(network: Path, scheduler: Path) -> dict[str, object]:
     size = size[0] if isinstance(size, list) and len(set(size)) == 1 else size
     if type(size) is not int or type(channels) is not int:
         raise CheckpointError(f"{network}/config.json: sample_size={size!r}, in_channels={channels!r}: need integers")
+    widths, layers = options.get("block_out_channels", ()), options.get("layers_per_block", 2)
+    if not isinstance(widths, list | tuple) or len(widths) > 16 or type(layers) is not int or not 1 <= layers <= 100:
+        raise CheckpointError(
+            f"{network}/config.json: layers_per_block={layers!r}: allowed are 1 to 100, and a list of at most 16 "
+            "block_out_channels"
+        )
     if options.get("num_class_embeds") or options.get("class_embed_type"):
         raise CheckpointError(f"{network}/config.json: a network that is given classes; read are others")
     if options.get("time_embedding_type") == "learned":

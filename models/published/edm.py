@@ -163,7 +163,9 @@ def read_edm(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
     try:
         found = content["ema"] if isinstance(content, dict) else content
         return _model(found, path)
-    except (AttributeError, KeyError, TypeError) as error:
+    except CheckpointError:
+        raise
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: no model of EDM's code: {type(error).__name__}: {error}") from error
 
 
@@ -219,6 +221,9 @@ def _options(given: Mapping, path: Path) -> dict:
     if refused := [name for name, is_refused in unknown.items() if is_refused]:
         raise CheckpointError(f"{path}: a SongUNet of {refused[0]}={given.get(refused[0])!r}, which ours has not")
     size, multiples = given["img_resolution"], [int(m) for m in given.get("channel_mult", (1, 2, 2, 2))]
+    counts = [int(given.get("num_blocks", 4)), len(multiples), *multiples]
+    if not (all(1 <= count <= 100 for count in counts) and 1 <= given.get("model_channels", 128) <= 2**13):
+        raise CheckpointError(f"{path}: a SongUNet of more than 100 blocks, levels or multiples, or 8192 channels")
     resolutions = [size >> level for level in range(len(multiples))]
     return {
         "nf": int(given.get("model_channels", 128)),

@@ -28,13 +28,13 @@ class Foreign(NamedTuple):
     fields: Mapping[str, object]
     weights: Callable[[], Mapping[str, Tensor]]
 
-    def config(self, config: ConfigDict | None, *, with_sampling: bool = True) -> ConfigDict:
-        """A config, by default the usual one, that describes this model."""
-        config = base_config() if config is None else ConfigDict(config.to_dict())
+    def config(self, given: ConfigDict | None) -> ConfigDict:
+        """The given config with what this model says of itself; without one the usual, and its usual sampler."""
+        config = base_config() if given is None else ConfigDict(given.to_dict())
         with config.unlocked():
             for name, value in {"model.parameterization": "unconstrained", **self.fields}.items():
                 section, _, key = name.partition(".")
-                if with_sampling or section != "sampling":
+                if given is None or section != "sampling":
                     config[section][key] = value
         return config
 
@@ -61,8 +61,8 @@ class Exported(NamedTuple):
     own_config: ConfigDict
     own_state: dict
 
-    def config(self, config: ConfigDict | None, *, with_sampling: bool = True) -> ConfigDict:
-        return self.own_config if config is None else config
+    def config(self, given: ConfigDict | None) -> ConfigDict:
+        return self.own_config if given is None else given
 
     def state(self, config: ConfigDict | None) -> dict:
         return self.own_state

@@ -77,6 +77,7 @@ def test_linear_networks(tmp_path: Path, forget_accelerator) -> None:
     assert not CALLS and again == found
 
 
+@pytest.mark.slow
 def test_units_of_the_images_do_not_matter(tmp_path: Path, forget_accelerator) -> None:
     """The same function of images in [−1, 1] and in [0, 1], where its Asym is 16 times as large."""
     forget_accelerator()

@@ -16,6 +16,7 @@ from test_run_lib import CPU, tiny_config
 from checkpoints import CheckpointError, read_checkpoint
 from experiment.runtime import InvalidRun
 from models.published.safetensors import read_safetensors
+from report.audit import audit
 from run_lib import export, load, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
@@ -46,6 +47,18 @@ def test_exported_model_is_the_run(run: Path, tmp_path: Path) -> None:
     run_program(["main.py", *small, *flags], only_parse=False)
     (grid,) = (tmp_path / "new" / "samples").glob("*/grid.png")
     assert grid.parent.name.startswith("step_00000002-")
+
+
+@pytest.mark.slow
+def test_audit_of_a_run_and_what_was_exported_of_it(run: Path, tmp_path: Path) -> None:
+    """They are one model, whatever the config of the audit says of another."""
+    fields = {"eval.asym_images": 2, "eval.asym_levels": 2, "eval.enable_sampling": False, "eval.nll_images": 2}
+    config = tiny_config(**fields, **{"model.nf": 16, "likelihood.num_steps": 4})
+    audit(config, tmp_path, CPU, f"{run},{run / 'export'},{run / 'checkpoints' / 'step_00000002.pt'}")
+    found = json.loads((tmp_path / "audit" / "results.json").read_text())
+    assert len(found["differences"]) == 2 and all(model["nasym"] > 0 for model in found["models"].values())
+    for difference in found["differences"].values():
+        assert {quantity["mean"] for quantity in difference.values()} == {0.0}
 
 
 def test_score_sde_form_and_back(run: Path, tmp_path: Path) -> None:
@@ -85,6 +98,7 @@ def test_folders_that_are_refused(run: Path, tmp_path: Path) -> None:
 
 
 @needs_diffusers
+@pytest.mark.slow
 def test_qc_fine_tuning_of_a_model_of_diffusers(tmp_path: Path) -> None:
     """It trains with the QC term, resumes without the folder that it began with, and goes back to the library, whose
     own pipeline runs it: the network there is the run's average."""

@@ -30,7 +30,9 @@ from sde_lib import VE, VP, Flow, LadderBeta, LadderVP, LinearBeta, PolynomialSi
 
 
 @needs_diffusers
-@pytest.mark.parametrize("name", LADDERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "squaredcos_cap_v2" else pytest.mark.slow) for name in LADDERS]
+)
 def test_ddpm_score_and_steps(name: str, tmp_path: Path) -> None:
     """The score is the formula of the prediction; an ancestral step is DDPM's and a DPM-Solver++ step of order one
     DDIM's, both with the library's own coefficients."""
@@ -64,6 +66,7 @@ def test_ddpm_score_and_steps(name: str, tmp_path: Path) -> None:
 
 
 @needs_diffusers
+@pytest.mark.slow
 def test_score_sde_ve(tmp_path: Path) -> None:
     """NCSN++ of the library divides by σ itself; its predictor's step is the one of reverse diffusion."""
     from diffusers import DiffusionPipeline, ScoreSdeVePipeline, ScoreSdeVeScheduler, UNet2DModel
@@ -90,6 +93,7 @@ def test_score_sde_ve(tmp_path: Path) -> None:
 
 
 @needs_diffusers
+@pytest.mark.slow
 def test_forms_of_a_folder_and_what_can_be_asked(tmp_path: Path) -> None:
     """In one folder, or the network's own beside its scheduler's: the same model, which can do all that ours can."""
     network, scheduler, _ = saved_ddpm(tmp_path / "pipeline", "trained_betas")
@@ -124,6 +128,7 @@ REFUSED = {
     "prediction_type='flow': allowed are epsilon": ({}, {"prediction_type": "flow"}),
     "rescale_betas_zero_snr=true": ({}, {"rescale_betas_zero_snr": True}),
     "sample_size=None": ({"sample_size": None}, {}),
+    "layers_per_block=1000000000": ({"layers_per_block": 10**9}, {}),
     "given classes": ({"num_class_embeds": 10}, {}),
     "num_train_timesteps=1000000000: at least 2": ({}, {"num_train_timesteps": 10**9}),
     "could not convert string to float": ({}, {"beta_start": "low"}),
@@ -142,7 +147,7 @@ def test_folders_that_are_refused(message: str, tmp_path: Path) -> None:
     ("unet", "message"),
     [
         (DDPM_BLOCKS, r"made for another architecture: network\.unet\.\S+ is missing"),
-        (DDPM_BLOCKS | {"block_out_channels": (10**7, 10**7)}, "needs more memory than there is|GB of memory"),
+        (DDPM_BLOCKS | {"block_out_channels": (10**10, 10**10)}, "needs more memory than there is|GB of memory"),
         (DDPM_BLOCKS | {"down_block_types": ("os.system", "DownBlock2D")}, "cannot build it: os.system does not exist"),
         ({"os.system": "echo"}, "cannot build it: .*unexpected keyword argument 'os.system'"),
     ],
@@ -265,14 +270,14 @@ def test_gaussian_data(process: str, prediction: str) -> None:
     t = torch.linspace(0.05, 0.95, 3, dtype=torch.float64)
     torch.testing.assert_close(model(x, t), gaussian.score(x, t), rtol=1e-9, atol=1e-9)
     assert asymmetry(model, x, t).nasym.max() < 1e-20
-    evaluator = LikelihoodEvaluator(sde, divergence="exact", time="log_ratio", solver="adams", num_steps=60, eps=1e-5)
+    evaluator = LikelihoodEvaluator(sde, divergence="exact", time="log_ratio", solver="adams", num_steps=40, eps=1e-5)
     start = torch.full((3,), 1e-5, dtype=torch.float64)
     exact = gaussian.log_prob(x, start)
     # The prior is not quite the law at the end.
     end = torch.full((3,), sde.end_time, dtype=torch.float64)
     log_prob, latent, _ = evaluator(model, x)
     exact = exact + sde.prior_log_prob(latent) - gaussian.log_prob(latent, end)
-    torch.testing.assert_close(log_prob, exact, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(log_prob, exact, rtol=5e-4, atol=5e-4)
 
 
 # -------------------------------------------------------------------------------------------------- by an import path
@@ -307,7 +312,12 @@ def test_networks_by_import_path() -> None:
     h = score.model.network(x, 999 * t)
     alpha, sigma = expand(score.sde.mean_coefficient(t), x), expand(score.sde.std(t), x)
     torch.testing.assert_close(score(x, t), (alpha * h - x) / sigma**2, rtol=1e-5, atol=1e-5)
-    assert score.shape == (1, 4, 4) and score.sample(1, method="few_step", solver="heun").shape == (1, 1, 4, 4)
+    assert score.shape == (1, 4, 4) and score.sample(1, method="few_step", solver="heun", num_steps=3).shape == (
+        1,
+        1,
+        4,
+        4,
+    )
     for path, message in (
         ("nowhere:u", "No module named"),
         (f"{__name__}:Exact", "give the name of one that has been"),
