@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from conservativeness import asymmetry
 from experiment.command_line import available_cores, check_positive, command
-from experiment.figures import COLOURS, LINES, new_figure
+from experiment.figures import COLOURS, LINES, MARKERS, new_figure
 from experiment.files import claim, parse_json
 from experiment.jobs import Update, run_all
 from experiment.randomness import seed_from
@@ -124,14 +124,31 @@ def draw(curves: Mapping[tuple[str, int], Curve]) -> Figure:
         style = {"linewidth": 2.0, "zorder": 3} if bold else {"linewidth": 0.7, "alpha": 0.6}
         for i, (name, title) in enumerate(titles.items()):
             points = [row["step"] for row in curve], [row[name] for row in curve]
+            marks = {"markevery": max(1, len(curve) // 8), "markersize": 4 if bold else 0}
             if k == 0:
-                panels[0].plot(*points, LINES[i], color=COLOURS[i + 2], label=title if bold else None, **style)
+                panels[0].plot(
+                    *points,
+                    LINES[i] + MARKERS[i],
+                    color=COLOURS[i + 2],
+                    **marks,
+                    label=title if bold else None,
+                    **style,
+                )
             if i < 2:
-                panels[i + 1].plot(*points, LINES[k], color=COLOURS[k], label=estimator if bold else None, **style)
-    panels[0].set(title=f"trained with {estimators[0]} $L_{{QC}}$", ylim=(0, None))
-    for axes, label in zip(panels, ("$L_{QC}$ and norms", *titles.values()), strict=False):
+                panels[i + 1].plot(
+                    *points,
+                    LINES[k] + MARKERS[k],
+                    color=COLOURS[k],
+                    **marks,
+                    label=estimator if bold else None,
+                    **style,
+                )
+    panels[0].set(ylim=(0, None))
+    of = (f"trained with {estimators[0]} $L_{{QC}}$; bold: seed {FIRST_SEED}", *["trained with"] * 2)
+    for axes, label, title in zip(panels, ("$L_{QC}$ and norms", *titles.values()), of, strict=False):
         axes.set(xlabel="step", ylabel=label)
-        axes.legend(title=f"bold: seed {FIRST_SEED}", fontsize="small", title_fontsize="small")
+        above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 3, "frameon": False}
+        axes.legend(title=title, fontsize="small", title_fontsize="small", **above)
     for axes in panels[1:]:
         axes.set_yscale("log", nonpositive="mask")  # float32 reaches exact zeros
     return figure

@@ -19,9 +19,18 @@ from experiment.files import write_atomically
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#7F7F7F")
 """Okabe and Ito's, which differ in lightness, and two more."""
 LINES = ("-", "--", "-.", ":")
+MARKERS = "os^Dv<>PX"
+"""What tells curves apart in grey print."""
 
 # For the life of the process: texts take their size when they are made, lines when they are drawn.
-matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 9, "axes.linewidth": 0.6, "savefig.dpi": 150})
+matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 9, "axes.linewidth": 0.6, "savefig.dpi": 200})
+
+
+def curve_style(index: int, count: int = 10) -> dict[str, object]:
+    """Of curve number ``index`` of a figure: colour, dashes, and about ten markers on its ``count`` points."""
+    color, line, marker = (names[index % len(names)] for names in (COLOURS, LINES, MARKERS))
+    shown = {"markersize": 4, "markeredgewidth": 0, "markevery": max(1, count // 10)}
+    return {"color": color, "linestyle": line, "linewidth": 1.4, "marker": marker, **shown}
 
 
 def new_figure(width: float, height: float, layout: str = "constrained") -> Figure:
@@ -30,8 +39,10 @@ def new_figure(width: float, height: float, layout: str = "constrained") -> Figu
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a PNG, wholly or not at all."""
+    """Write a PNG, for the screen, and next to it a PDF, for print; each wholly or not at all."""
     write_atomically(path, partial(figure.savefig, format="png"))
+    # Without a date a figure of the same numbers is the same file.
+    write_atomically(path.with_suffix(".pdf"), partial(figure.savefig, format="pdf", metadata={"CreationDate": None}))
     return path
 
 

@@ -73,7 +73,7 @@ def with_error(mean: float, error: float | None) -> str:
 def write_results(
     folder: Path, results: Mapping[str, object], table: str, figures: Mapping[str, Figure] | None = None
 ) -> str:
-    """Write ``results.json``, ``table.md`` and a PNG of every figure to ``folder``; return the table."""
+    """Write ``results.json``, ``table.md`` and every figure, as PNG and PDF, to ``folder``; return the table."""
     write_json(folder / "results.json", results)
     write_text(folder / "table.md", table)
     for name, figure in (figures or {}).items():

@@ -10,16 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiment.figures import COLOURS, LINES, new_figure, save_figure
+from experiment.figures import curve_style, new_figure, save_figure
 from report.page import figure as figure_text
 from report.runs import NASYM_ROUND_OFF, Run
 
 WIDTH = 6.9  # inches: both columns of the page
-
-
-def _style(index: int) -> dict[str, Any]:
-    """Of run number ``index``."""
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index % len(LINES)], "linewidth": 1.4}
 
 
 def asymmetry_figure(runs: Sequence[Run]) -> tuple[Figure | None, list[str]]:
@@ -37,14 +32,14 @@ def asymmetry_figure(runs: Sequence[Run]) -> tuple[Figure | None, list[str]]:
         if largest < NASYM_ROUND_OFF:
             # No logarithmic axis has room for a zero next to numbers of ordinary size.
             name = f"{run.label}: 0 (NAsym ≤ {largest:.0e}), not drawn"
-            entries[name] = Line2D([], [], **_style(i))
+            entries[name] = Line2D([], [], **curve_style(i))
             continue
         order = np.argsort(run.asymmetry["t"])
         t = run.asymmetry["t"][order]
         for key, axes in panels.items():
             value, error = (run.asymmetry[name][order].astype(np.float64) for name in (key, f"{key}_se"))
             value = np.where(value > 0, value, np.nan)
-            (line,) = axes.plot(t, value, **_style(i), marker="o" if t.size <= 20 else "", markersize=3)
+            (line,) = axes.plot(t, value, **curve_style(i, t.size))
             # A band reaching zero would run off a logarithmic axis: it is cut at a tenth of its curve.
             lower = np.maximum(value - error, 0.1 * value)
             axes.fill_between(t, lower, value + error, color=line.get_color(), alpha=0.22, linewidth=0)
@@ -113,6 +108,7 @@ def write_figures(runs: Sequence[Run], output: Path, prefix: str = "") -> dict[s
         path = output / f"{prefix}{file_name}"
         if drawn is None:
             path.unlink(missing_ok=True)
+            path.with_suffix(".pdf").unlink(missing_ok=True)
         else:
             save_figure(drawn, path)
             texts[name] = figure_text(path.name, heading, " ".join([caption, *notes]))

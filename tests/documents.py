@@ -139,8 +139,9 @@ def complete(arguments: Sequence[str]) -> list[str]:
 def command_problem(command: Sequence[str]) -> str | None:
     """What is wrong with a command; None if it would start."""
     if command[0] == "make":
-        targets = re.findall(r"^([a-z][\w-]*):(?!=)", (ROOT / "Makefile").read_text(), flags=re.M)
-        unknown = [word for word in command[1:] if word not in targets]
+        text = (ROOT / "Makefile").read_text()
+        known = re.findall(r"^([a-z][\w-]*):(?!=)", text, flags=re.M) + re.findall(r"\$\((?:if \$\()?([A-Z]+)", text)
+        unknown = [word for word in command[1:] if word.partition("=")[0] not in known]
         return f"no such target: {', '.join(unknown)}" if unknown else None
     errors = io.StringIO()
     try:

@@ -35,7 +35,7 @@ def test_figures_have_the_size_of_a_page(digits: tuple[Path, ...], tmp_path: Pat
     for name in ("asymmetry_vs_t.png", "samples_same_seed.png"):
         assert f"({name})" in text
         with Image.open(tmp_path / name) as image:
-            assert image.width <= 6.9 * 150 + 1
+            assert image.width <= 6.9 * 200 + 1
     assert not list(tmp_path.glob(".*")), "temporary files are left"
 
 
