@@ -144,13 +144,13 @@ def draw_delta(rows: Sequence[Mapping], part: Part) -> Figure:
             for k, fork in enumerate(part.forks):
                 pair = values(rows, f"qc-{fork}-{weight:g}", "nll"), values(rows, f"u-{fork}-{control}", "nll")
                 found, place = paired_difference(*pair), k + 0.3 * (i - (len(part.weights) - 1) / 2)
-                axes.plot(np.full(len(pair[0]), place), pair[0] - pair[1], ".", color=COLOURS[i], markersize=4)
+                axes.plot(np.full(len(pair[0]), place - 0.05), pair[0] - pair[1], ".", color=COLOURS[i], markersize=4)
                 reach = 0 if found["low"] is None else found["mean"] - found["low"]
                 label = f"λ = {weight:g}" if k == 0 else None
                 style = dict(color=COLOURS[i], marker="_", capsize=3, linestyle="", label=label)
-                axes.errorbar(place + 0.08, found["mean"], reach, **style)
+                axes.errorbar(place + 0.05, found["mean"], reach, **style)
         axes.set(xlabel="fork (step of U)", title=f"equal {control}")
         axes.set_xticks(range(len(part.forks)), map(str, part.forks))
     figure.axes[0].set_ylabel("NLL of QC − U (bits/dim)")
-    figure.axes[0].legend(frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
