@@ -22,6 +22,7 @@ from torch import Tensor
 
 import run_lib
 from benchmarks.measure import in_turn
+from benchmarks.training_step import take
 from configs import digits, own_images
 from configs.fields import apply
 from conservativeness import jvp_and_vjp
@@ -69,7 +70,7 @@ COMMON = {
     "training.keep_checkpoints": 1,
     "training.snapshot_sampling": False,
 }
-IMAGES = {"eval": dict(num_samples=1000, nll_images=200), "likelihood.probes": 4}
+IMAGES = {"eval": dict(num_samples=500, nll_images=100), "likelihood.probes": 4}
 PARTS: dict[str, Callable[[], Part]] = {
     # With the demo's average (0.999) half of QC's weights would still be those of the fork after 700 steps.
     "digits": lambda: Part(
@@ -84,12 +85,8 @@ PARTS: dict[str, Callable[[], Part]] = {
         seeds=8,
         controls_at=1800,
     ),
-    **{
-        name: lambda variant=variant: Part(
-            apply(own_images.get_config(variant), COMMON, IMAGES), (1200,), 300, (5e-4, 2e-3), 3
-        )
-        for name, variant in {"mnist": "grey28_u", "cifar10": "rgb32_u"}.items()
-    },
+    "mnist": lambda: Part(apply(own_images.get_config("grey28_u"), COMMON, IMAGES), (1200,), 300, (5e-4,), 3),
+    "cifar10": lambda: Part(apply(own_images.get_config("rgb32_u"), COMMON, IMAGES), (1200,), 300, (5e-4,), 3),
     "gpu": lambda: Part(
         apply(
             own_images.get_config("rgb32_u"),
@@ -192,9 +189,10 @@ def train_u(part: Part, seed: int, steps: list[int], seed_folder: Path, device: 
     for before, step in zip([0, *steps], steps, strict=False):
         if not (kept := weights_path(seed_folder, step)).exists():
             workdir = seed_folder / "u"
-            loop = trainer(part, Arm(step), seed, seed_folder, workdir, Runtime(device, on_progress=_silent))
+            loop = trainer(part, Arm(step), seed, seed_folder, workdir, Runtime(device, on_progress=silent))
             loop.run()
-            write_atomically(kept, partial(_write, loop.store.path(step).read_bytes()))
+            content = loop.store.path(step).read_bytes()
+            write_atomically(kept, lambda file, content=content: file.write(content))
         update(step - before)
 
 
@@ -204,7 +202,7 @@ def measure_costs(part: Part, runtime: Runtime) -> dict[str, float]:
     kinds = {"u": Arm(1)} | {kind: Arm(1, None, kind, weight) for kind in ("qc", "lazy", "placebo")}
     with tempfile.TemporaryDirectory() as folder:
         loops = {kind: trainer(part, arm, 0, Path(), Path(folder) / kind, runtime) for kind, arm in kinds.items()}
-        timed = in_turn({kind: partial(_steps, loop) for kind, loop in loops.items()}, ROUNDS, runtime.torch_device)
+        timed = in_turn({kind: partial(take, loop, LAZY) for kind, loop in loops.items()}, ROUNDS, runtime.torch_device)
     return {kind: found.median / timed["u"].median for kind, found in timed.items() if kind != "u"}
 
 
@@ -215,14 +213,14 @@ def pilot(part: Part, seed: int, seed_folder: Path, device: str, update: Update)
     fork, on the same batches and noise. It is taken to rise with the weight.
     """
     fork = part.controls_at
-    train_u(part, seed, [fork, fork + PILOT_STEPS], seed_folder, device, _silent)
+    train_u(part, seed, [fork, fork + PILOT_STEPS], seed_folder, device, silent)
     update(1)
     u = _dsm(seed_folder / "u", fork)
 
     def cost(kind: str, weight: float) -> float:
         workdir = seed_folder / f"{kind}-{weight:g}"
         arm = Arm(fork + PILOT_STEPS, fork, kind, weight)
-        trainer(part, arm, seed, seed_folder, workdir, Runtime(device, on_progress=_silent)).run()
+        trainer(part, arm, seed, seed_folder, workdir, Runtime(device, on_progress=silent)).run()
         return _dsm(workdir, fork) / u - 1
 
     wanted = cost("qc", part.weights[-1])
@@ -245,14 +243,5 @@ def _dsm(workdir: Path, fork: int) -> float:
     return float(np.mean([row["dsm"] for row in rows if first < row["step"] <= last and "dsm" in row]))
 
 
-def _steps(loop: Trainer, _: int) -> None:
-    for _ in range(LAZY):
-        loop.train_step()
-
-
-def _silent(_: int) -> None:
+def silent(_: int) -> None:
     """Progress that is not shown."""
-
-
-def _write(content: bytes, file) -> None:
-    file.write(content)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import in_turn
+from benchmarks.training_step import take
 from conservativeness import asymmetry, helmholtz_hodge
 from experiment.figures import plane_grid
 from experiment.files import read_json, write_json
@@ -23,6 +24,8 @@ from experiment.randomness import normal_like
 from experiment.runtime import Runtime
 from models.score import ScoreModel
 from sde_lib import expand
+
+from .arms import silent
 
 configs, experiment = (importlib.import_module(f"2d_examples.{name}") for name in ("configs", "experiment"))
 
@@ -50,7 +53,7 @@ def measure_costs(runtime: Runtime, rounds: int = 20) -> dict[str, float]:
             model: experiment.trainer(configs.get_config(f"gaussian_8-{model}"), Path(folder) / model, runtime)
             for model in ("u", "qc")
         }
-        timed = in_turn({name: partial(_step, loop) for name, loop in loops.items()}, rounds, runtime.torch_device)
+        timed = in_turn({name: partial(take, loop, 1) for name, loop in loops.items()}, rounds, runtime.torch_device)
     return {"qc": timed["qc"].median / timed["u"].median}
 
 
@@ -71,7 +74,7 @@ def run_pair(dataset: str, seed: int, costs: Mapping[str, float], folder: Path, 
             kind = model.partition("-")[0]
             config = configs.get_config(f"{dataset}-{kind}")
             config.seed, config.training.n_iters = seed, count
-            experiment.trainer(config, folder / kind, Runtime(device, on_progress=_silent)).run()
+            experiment.trainer(config, folder / kind, Runtime(device, on_progress=silent)).run()
             trained, step = experiment.trained_model(config, folder / kind)
             if step != count:
                 raise ValueError(f"{folder / kind} has gone on to step {step}, and {path} is missing") from None
@@ -106,11 +109,3 @@ def split_error(config, score: ScoreModel) -> dict[str, float]:
         "error_rotational": float(0.5 * (parts.rotational**2).sum(-1).mean()),
         "error_nasym": float(asymmetry(error, noised, t).nasym.mean()),
     }
-
-
-def _step(loop, _: int) -> None:
-    loop.train_step()
-
-
-def _silent(_: int) -> None:
-    """Progress that is not shown."""

@@ -68,7 +68,7 @@ def test_vectors_are_trained_evaluated_sampled_and_scored(
     [samples] = (tmp_path / "w/samples").glob("*/samples.npz")
     with np.load(samples) as file:
         x = file["samples"]
-    assert x.shape == (40, 2) and x.dtype == np.float64
+    assert x.shape == (64, 2) and x.dtype == np.float64
     # σ(1) = 10, and two steps do not get far from that: the spread in units of the data.
     assert (x.std(0) / unit < 30).all() and (x.std(0) / unit > 0.1).all()
     inside, outside = sorted((tmp_path / "w/scores").glob("*.csv"), key=lambda path: "out" in path.name)
