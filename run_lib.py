@@ -1159,12 +1159,10 @@ def _data_format(config: ConfigDict, data: Split, workdir: Path | None = None) -
 def build_score_model(config: ConfigDict, sde: SDE, images: DataFormat, copies: int = 2) -> ScoreModel:
     """A new score model; its initial weights are keyed by the seed. ``copies``: how many there must be memory for."""
     model, num_scales = config.model, None if config.training.continuous else config.model.num_scales
-    channels, *size = images.shape
-    square = len(size) == 2 and size[0] == size[1]
-    shape = dict(image_size=size[0] if square else tuple(size), num_channels=channels, dimension=images.dimension)
     torch.manual_seed(config.seed)
     with within_memory(f"model.nf={model.nf}", copies):
-        network = make_network(model.name, model, **shape, centered=images.centered, num_levels=num_scales)
+        options = dict(shape=images.shape, centered=images.centered, num_levels=num_scales)
+        network = make_network(model.name, model, **options)
     return make_score_model(
         sde,
         network,
@@ -1265,12 +1263,13 @@ def _check_workdir(config: ConfigDict, workdir: Path, free_fields: tuple[str, ..
         return
     if not isinstance(stored := read_json(path), dict):
         raise ValueError(f"{path} is damaged: it holds no object")
-    given = json.loads(config.to_json())
+    given = config.to_dict()
     for name, field in FIELDS.items():  # which an earlier version did not have
         section, _, key = name.rpartition(".")
         part, kept = (tree.get(section) if section else tree for tree in (given, stored))
         if isinstance(part, dict) and isinstance(kept, dict) and key not in kept and part.get(key) == field.default:
             del part[key]
+    given = json.loads(json.dumps(given))
     if different := differences(stored, given, free_fields):
         raise ValueError(f"--workdir={workdir} holds another run: {different}")
 
