@@ -171,9 +171,9 @@ def test_networks_name_shapes_that_they_are_not_for():
 
 
 def test_normalisation_of_data_without_variation_is_refused():
-    values = np.stack([np.random.default_rng(0).standard_normal((9, 4)), np.full((9, 4), 2.5)], axis=1)
+    values = np.stack([np.random.default_rng(0).standard_normal((9, 4)), np.full((9, 4), 0.1)], axis=1)
     for normalization in ("standard", "range"):
-        with pytest.raises(ValueError, match=r"channel 1 of x is 2\.5 everywhere"):
+        with pytest.raises(ValueError, match=r"channel 1 of x is 0\.1 everywhere"):
             DataFormat.of(ArraySplit("x", values), centered=True, dequantized=False, normalization=normalization)
     with pytest.raises(ValueError, match=r"data.uniform_dequantization=True: x has floating-point numbers"):
         DataFormat.of(ArraySplit("x", values), centered=True, dequantized=True)
