@@ -1310,12 +1310,10 @@ def _data_format(config: ConfigDict, data: Split, workdir: Path | None = None) -
 def build_score_model(config: ConfigDict, sde: SDE, images: DataFormat, copies: int = 2) -> ScoreModel:
     """A new score model; its initial weights are keyed by the seed. ``copies``: how many there must be memory for."""
     model, num_scales = config.model, None if config.training.continuous else config.model.num_scales
-    channels, *size = images.shape
-    square = len(size) == 2 and size[0] == size[1]
-    shape = dict(image_size=size[0] if square else tuple(size), num_channels=channels, dimension=images.dimension)
     torch.manual_seed(config.seed)
     with within_memory(f"model.nf={model.nf}", copies):
-        network = make_network(model.name, model, **shape, centered=images.centered, num_levels=num_scales)
+        options = dict(shape=images.shape, centered=images.centered, num_levels=num_scales)
+        network = make_network(model.name, model, **options)
     return make_score_model(
         sde,
         network,
@@ -1419,7 +1417,8 @@ def _check_workdir(config: ConfigDict, workdir: Path, free_fields: tuple[str, ..
         raise ValueError(f"{path} is damaged: it holds no object")
     given = json.loads(config.to_json())
     # A field that is newer than the run had its default.
-    stored = {name: FIELDS[name].default for name in flatten(given) if name in FIELDS} | flatten(stored)
+    newer = {name: FIELDS[name].default for name in flatten(given) if name in FIELDS}
+    stored = json.loads(json.dumps(newer)) | flatten(stored)
     if different := differences(stored, given, free_fields):
         raise ValueError(f"--workdir={workdir} holds another run: {different}")
 

@@ -18,11 +18,11 @@ ARRAYS = {
     "eval": dict(batch_size=50, num_samples=200, nll_images=100, asym_levels=20, asym_images=8),
 }
 PICTURES = {"data": dict(dataset="folder", uniform_dequantization=True), "eval.enable_sampling": False}
-SHAPES = {
+MODELS = {
     "signal": {"data.shape": (1, 128)},
     "complex": {"data.shape": (2, 32, 24)},
     "volume": {"data.shape": (1, 8, 16, 16)},
     "rgb48x64": PICTURES | {"data.shape": (3, 48, 64), "model.nf": 8},
     "vectors": {"data.shape": (2,), "model": dict(name="vector_mlp", nf=64, num_res_blocks=3, fourier_scale=1.0)},
 }
-get_config = preset(ARRAYS, variants=SHAPES)
+get_config = preset(ARRAYS, variants=MODELS)

@@ -92,14 +92,16 @@ class DataFormat:
             return cls(split.shape, split.num_levels, split.num_classes, centered, dequantized)
         if dequantized:
             raise ValueError(f"data.uniform_dequantization=True: {split.name} has floating-point numbers, not levels")
-        mean, std, low, high = _channel_statistics(split) if normalization != "none" else [np.zeros(split.shape[0])] * 4
-        offset, scale = {
-            "standard": (mean, std),
-            "range": ((low + high) / 2, (high - low) / 2),
-            "none": (mean, mean + 1),
-        }[normalization]
-        if not (scale > 0).all():
-            channel = int((scale > 0).argmin())
+        if normalization == "none":
+            zeros = (0.0,) * split.shape[0]
+            return cls(split.shape, None, split.num_classes, True, False, zeros, (1.0,) * len(zeros))
+        mean, std, low, high = _channel_statistics(split)
+        if normalization == "range":
+            offset, scale = (low + high) / 2, (high - low) / 2
+        else:
+            offset, scale = mean, std
+        if not (high > low).all():
+            channel = int((high > low).argmin())
             raise ValueError(
                 f"data.normalization={normalization!r}: channel {channel} of {split.name} is {low[channel]:g} "
                 "everywhere; leave it out, or use 'none'"

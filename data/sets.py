@@ -355,6 +355,8 @@ def load_dataset(
     if str(path) and name in SETS and name not in ("npz", "folder", "array"):
         # Otherwise somebody's own images would silently be replaced by the default set.
         raise ValueError(f"data.path={path} is read by data.dataset='npz', 'folder' or 'array', not by {dataset!r}")
+    if num_levels and name in SETS and name != "array":
+        raise ValueError(f"data.num_levels={num_levels}: is read by data.dataset='array', not by {dataset!r}")
     shape = tuple(shape) or (num_channels, image_size, image_size)
     num_channels, *size = shape
     if name in SETS and name != "array" and len(size) != 2:
@@ -541,10 +543,12 @@ def _check_header(file: Path, size: tuple[int, int] | None) -> None:
         raise ValueError(_wrong_size(file, width, height, size))
 
 
-def _array(*, path: str | os.PathLike[str], **options) -> tuple[Split, ...]:
+def _array(*, path: str | os.PathLike[str], resize: bool, **options) -> tuple[Split, ...]:
     """Arrays in a file or folder of the user's, see ``data.arrays.read_halves``."""
     from data.arrays import read_halves
 
+    if resize:
+        raise ValueError("data.resize=True: images are resized, data.dataset='array' is not")
     return read_halves(_given("path", path, "array", "an .npz or .h5 file, or a folder of .npy files"), **options)
 
 

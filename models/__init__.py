@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from math import prod
 
 from torch import nn
 
@@ -56,7 +57,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def make_network(name: str, options: Mapping[str, object], **more: object) -> nn.Module:
+def make_network(name: str, options: Mapping[str, object], *, shape: Sequence[int] = (), **more: object) -> nn.Module:
     """A freshly initialised network h(x, label[, class_labels]), raw output (no division by σ).
 
     A class is given those of the options that its constructor has parameters of that name for.
@@ -64,14 +65,20 @@ def make_network(name: str, options: Mapping[str, object], **more: object) -> nn
     Args:
         name: one of ``NETWORKS``, or the import path of a class, e.g. 'my_package.nets:MyUNet'.
         options: the fields of ``config.model``.
-        more: further options: what data and process prescribe, such as ``image_size``, which is a tuple where the data
-            are no square images, ``num_channels``, ``centered``, ``num_levels``, or the ``dimension`` of vectors.
+        shape: of an item of the data, with the channels first. It gives the options ``num_channels``, ``image_size``, a
+            tuple where the data are no square images, and ``dimension``, how many numbers an item has.
+        more: further options: what data and process prescribe, such as ``centered`` and ``num_levels``.
 
     Raises:
         ValueError: unknown name or option, one that the network lacks, or sizes that do not fit.
     """
     build = resolve(name, NETWORKS, "model.name")
     preset = build.keywords if isinstance(build, partial) else {}
+    if shape:
+        channels, *size = shape
+        square = len(size) == 2 and size[0] == size[1]
+        described = dict(image_size=size[0] if square else tuple(size), num_channels=channels, dimension=prod(shape))
+        more = described | more
     offered = {**options, **more}
     declared = {field: p for field, p in inspect.signature(build).parameters.items() if field not in preset}
     missing = [field for field, p in declared.items() if p.default is p.empty and field not in offered]

@@ -124,8 +124,7 @@ class BridgeRun:
             if len(shape) == 1:
                 network = resolve(model.name, NETWORKS, "model.name")(*shape, config)
             else:
-                images = dict(image_size=shape[1], num_channels=shape[0], centered=config.data.centered)
-                network = make_network(model.name, model, **images)
+                network = make_network(model.name, model, shape=shape, centered=config.data.centered)
         return TransitionMean(network, self.gammas, drift=config.bridge.matching == "drift").to(self.device)
 
     def train(self, draw: Callable[[], object] = lambda: None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 from torch import nn
 
+from configs.checks import item_shape
 from data import Split, load_dataset
 from likelihood import LikelihoodEvaluator
 from losses import Objective, make_objective
@@ -19,9 +20,11 @@ def get_sde(config: ConfigDict) -> SDE:
 
 
 def create_network(config: ConfigDict) -> nn.Module:
-    shape = {name: config.data[name] for name in ("image_size", "num_channels", "centered") if name in config.data}
+    data = {"dimension": 2}
+    if "image_size" in config.data:
+        data = {"shape": item_shape(config.data), "centered": config.data.centered}
     levels = None if config.get("training", {}).get("continuous", True) else config.model.num_scales
-    return make_network(config.model.name, config.model, **shape, num_levels=levels, dimension=2)
+    return make_network(config.model.name, config.model, **data, num_levels=levels)
 
 
 def create_score_model(config: ConfigDict, sde: SDE) -> ScoreModel:

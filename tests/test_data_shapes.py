@@ -52,8 +52,7 @@ def score_of(law: Gaussian):
 def network(shape: tuple[int, ...], **options: object) -> torch.nn.Module:
     name = "vector_mlp" if len(shape) == 1 else "ncsnpp"
     torch.manual_seed(0)
-    given = dict(image_size=shape[1:], num_channels=shape[0], dimension=math.prod(shape), centered=True)
-    return make_network(name, OPTIONS | options, **given)
+    return make_network(name, OPTIONS | options, shape=shape, centered=True)
 
 
 @pytest.mark.parametrize("shape", SLOW)
@@ -160,7 +159,7 @@ def test_own_second_derivatives_are_those_of_torch_in_one_to_three_dimensions(si
 
 
 def test_networks_name_shapes_that_they_are_not_for():
-    for name, image_size, message in [
+    for name, size, message in [
         ("ncsnpp", (), r"data.shape=\(2,\): .* 'vector_mlp' is for vectors"),
         ("ncsnpp", (2, 2, 2, 2), r"data.shape=\(2, 2, 2, 2, 2\): .* one to three axes"),
         ("ncsnpp", (8, 5), r"data.image_size=\(8, 5\) with 2 levels .* must be divisible by 2"),
@@ -168,13 +167,13 @@ def test_networks_name_shapes_that_they_are_not_for():
         ("vector_mlp", (8,), r"data.shape=\(D,\)"),
     ]:
         with pytest.raises(ValueError, match=message):
-            make_network(name, OPTIONS, image_size=image_size, num_channels=2, dimension=16, centered=True)
+            make_network(name, OPTIONS, shape=(2, *size), centered=True)
 
 
 def test_normalisation_of_data_without_variation_is_refused():
-    values = np.stack([np.random.default_rng(0).standard_normal((9, 4)), np.full((9, 4), 2.5)], axis=1)
+    values = np.stack([np.random.default_rng(0).standard_normal((9, 4)), np.full((9, 4), 0.1)], axis=1)
     for normalization in ("standard", "range"):
-        with pytest.raises(ValueError, match=r"channel 1 of x is 2\.5 everywhere"):
+        with pytest.raises(ValueError, match=r"channel 1 of x is 0\.1 everywhere"):
             DataFormat.of(ArraySplit("x", values), centered=True, dequantized=False, normalization=normalization)
     with pytest.raises(ValueError, match=r"data.uniform_dequantization=True: x has floating-point numbers"):
         DataFormat.of(ArraySplit("x", values), centered=True, dequantized=True)
@@ -192,7 +191,7 @@ def test_distributions_are_compared_with_their_errors(shape):
     # A slice of N(0, 4 I) is N(0, 4), at W₂ = 1 from N(0, 1); W₁ is E|z|, and power is four times as large.
     assert abs(other["sliced_w2"] - 1) < 4 * other["sliced_w2_se"] + 0.02
     assert abs(other["marginal_w1"] - (2 / math.pi) ** 0.5) < 4 * other["marginal_w1_se"] + 0.01
-    assert same["sliced_w2"] < 0.1 and same["marginal_w1"] < 0.1
+    assert same["sliced_w2"] < 0.2 and same["marginal_w1"] < 0.2
     np.testing.assert_allclose(curves["histogram_real"].sum(-1), 1)
     if len(shape) > 1:
         assert abs(other["spectrum_error"] - 3) < 0.5 and same["spectrum_error"] < 0.2

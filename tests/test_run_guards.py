@@ -18,6 +18,7 @@ from test_run_lib import CPU, ROOT, command, environment, tiny_config
 
 import run_lib
 from checkpoints import read_checkpoint
+from configs.stored import get_config as get_stored_config
 from data import FileSplit
 from experiment import files, runtime
 
@@ -208,3 +209,17 @@ def test_commands_at_once_with_one_cache_and_killed_ones_give_one_result(tmp_pat
     assert process.returncode == 0, errors[-2000:]
     assert json.loads((tmp_path / "c" / "eval" / "metrics.json").read_text()) == metrics[0]
     assert not [path for path in tmp_path.rglob(".*") if not path.name.endswith(".lock")]
+
+
+def test_a_run_of_an_earlier_version_goes_on_though_it_lacks_new_fields(tmp_path):
+    """With their defaults, that is; its checkpoint too is read with them."""
+    config = tiny_config()
+    stored = json.loads(config.to_json())
+    for name in ("shape", "num_levels", "normalization"):
+        del stored["data"][name]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    run_lib._check_workdir(config, tmp_path, ())
+    assert get_stored_config(str(tmp_path / "config.json")).to_dict() == config.to_dict()
+    config.data.normalization = "range"
+    with pytest.raises(ValueError, match=r"data\.normalization was None, is 'range'"):
+        run_lib._check_workdir(config, tmp_path, ())

@@ -14,6 +14,7 @@ import torch
 from from_config import create_score_model, get_dataset, get_likelihood, get_objective, get_sampler, get_sde
 from ml_collections import ConfigDict
 
+from configs.checks import item_shape
 from configs.presets import NCSNPP_FIELDS
 
 ROOT = Path(__file__).parents[2]
@@ -136,9 +137,7 @@ def test_every_config_builds_and_steps(path, name):
     objective = get_objective(config, create_score_model(config, sde))
     get_sampler(config, sde)
     get_likelihood(config, sde)
-    x0 = torch.rand(
-        max(2, config.training.qc_stride), config.data.num_channels, config.data.image_size, config.data.image_size
-    )
+    x0 = torch.rand(max(2, config.training.qc_stride), *item_shape(config.data))
     labels = torch.tensor([0, config.model.num_classes]) if config.model.num_classes else None
     terms = objective(x0, class_labels=labels)
     terms["loss"].backward()
