@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from from_config import create_network, create_score_model, get_sde
 from public_checkpoints import load_score_sde_checkpoint, read_public
 from reference_networks import ddpm_shapes, random_state, refinenet_shapes
-from test_run_lib import CPU, assert_identical, tiny_config, weights
+from test_run_lib import CPU, assert_identical, weights
+from test_run_lib import tiny_config as digits_config
 from torch import Tensor, nn
 
 import run_lib
@@ -19,6 +21,8 @@ from checkpoints import CheckpointError, read_checkpoint
 from models import NoiseLevel
 from models.published import PublicCheckpoint, convert_public_checkpoint, official_names
 from sde_lib import make_sde
+
+tiny_config = partial(digits_config, model__parameterization="unconstrained")  # as public networks are
 
 DATA = Path(__file__).parent / "models" / "published"
 # How a residual block of NCSN++ constructs its parts.

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 CPU = run_lib.Runtime(device="cpu")
 TINY = {
     "model.nf": 8,
+    "model.parameterization": "unconstrained",  # else untrained weights hardly matter
     "training.batch_size": 8,
     "training.n_iters": 2,
     "training.snapshot_sampling": False,

@@ -221,7 +221,8 @@ def test_whole_command(tmp_path, monkeypatch):
     text = example.run(tmp_path, epsilons=(100.0, 1e-3))
     written = contents(tmp_path)
     figures = {"trajectories.png", "helmholtz_hodge.png"}
-    assert set(written) == {".lock", "experiment.json", "results.json", "table.md"} | figures
+    printed = {name.replace(".png", ".pdf") for name in figures}
+    assert set(written) == {".lock", "experiment.json", "results.json", "table.md"} | figures | printed
     for name in figures:
         with Image.open(tmp_path / name) as image:
             assert image.format == "PNG" and image.width > 450 and image.info["dpi"][0] > 149

@@ -523,9 +523,11 @@ def test_command(tmp_path):
     written = sorted(path.name for path in workdir.glob("*.*"))
     assert written == [
         ".lock",
+        "errors.pdf",
         "errors.png",
         "experiment.json",
         "history.json",
+        "marginals.pdf",
         "marginals.png",
         "results.json",
         "table.md",
