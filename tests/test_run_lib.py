@@ -539,7 +539,7 @@ def test_help_is_light():
         (["--config=configs/digits.py:x"], "error: config argument 'x': allowed are u, c, qc"),
         (["--config=configs/digits.py", "--config.model.foo=1"], "error: --config.model.foo: the config has no field"),
         (["--config=configs/digits.py", "--config.model.nf=x"], "error: flag --config.model.nf=x: invalid literal"),
-        (["--config=configs/digits.py", "--checkpoint=x"], "--checkpoint: only for --mode=eval, sample, score or export"),
+        (["--config=configs/digits.py", "--checkpoint=x"], "--checkpoint: only for --mode=eval, sample, score or"),
         (["--config=configs/digits.py", "--workdir= "], "error: --workdir is empty: give a folder"),
     ],
 )
