@@ -49,6 +49,7 @@ from checkpoints import (
 )
 from configs.checks import check, item_shape
 from configs.defaults import FIELDS
+from configs.fields import flatten
 from configs.stored import config_of
 from data.format import GRID_IMAGES, DataFormat, is_picture, save_grid
 from data.sets import evenly_spaced
@@ -1263,13 +1264,10 @@ def _check_workdir(config: ConfigDict, workdir: Path, free_fields: tuple[str, ..
         return
     if not isinstance(stored := read_json(path), dict):
         raise ValueError(f"{path} is damaged: it holds no object")
-    given = config.to_dict()
-    for name, field in FIELDS.items():  # which an earlier version did not have
-        section, _, key = name.rpartition(".")
-        part, kept = (tree.get(section) if section else tree for tree in (given, stored))
-        if isinstance(part, dict) and isinstance(kept, dict) and key not in kept and part.get(key) == field.default:
-            del part[key]
-    given = json.loads(json.dumps(given))
+    given = json.loads(config.to_json())
+    # A field that is newer than the run had its default, of which JSON has lists in place of tuples.
+    defaults = {name: FIELDS[name].default for name in flatten(given) if name in FIELDS}
+    stored = json.loads(json.dumps(defaults)) | flatten(stored)
     if different := differences(stored, given, free_fields):
         raise ValueError(f"--workdir={workdir} holds another run: {different}")
 
