@@ -1416,9 +1416,9 @@ def _check_workdir(config: ConfigDict, workdir: Path, free_fields: tuple[str, ..
     if not isinstance(stored := read_json(path), dict):
         raise ValueError(f"{path} is damaged: it holds no object")
     given = json.loads(config.to_json())
-    # A field that is newer than the run had its default.
-    newer = {name: FIELDS[name].default for name in flatten(given) if name in FIELDS}
-    stored = json.loads(json.dumps(newer)) | flatten(stored)
+    # A field that is newer than the run had its default, of which JSON has lists in place of tuples.
+    defaults = {name: FIELDS[name].default for name in flatten(given) if name in FIELDS}
+    stored = json.loads(json.dumps(defaults)) | flatten(stored)
     if different := differences(stored, given, free_fields):
         raise ValueError(f"--workdir={workdir} holds another run: {different}")
 

@@ -221,5 +221,5 @@ def test_a_run_of_an_earlier_version_goes_on_though_it_lacks_new_fields(tmp_path
     run_lib._check_workdir(config, tmp_path, ())
     assert get_stored_config(str(tmp_path / "config.json")).to_dict() == config.to_dict()
     config.data.normalization = "range"
-    with pytest.raises(ValueError, match=r"data\.normalization was None, is 'range'"):
+    with pytest.raises(ValueError, match=r"data\.normalization was 'standard', is 'range'"):
         run_lib._check_workdir(config, tmp_path, ())
