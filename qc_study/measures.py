@@ -93,11 +93,10 @@ def denoising_measures(score: TrainedScore, levels: Tensor, batch_size: int) -> 
             losses[k] += float(loss.double().sum()) / len(levels)
         mean, std = sde.marginal(x0, t)
         prior -= float(sde.prior_log_prob(mean + expand(std, x0) * normal_like(x0, generator)).double().sum())
-    dimension = math.prod(score.shape)
+    dimension, log2_unit = math.prod(score.shape), score.images.log2_unit
     nats = prior / len(levels) + float(torch.trapezoid(2 * losses - dimension, grid))
-    options = dict(num_levels=score.images.num_levels, centered=score.images.centered)
     return {
-        "bound": float(bits_per_dim(torch.tensor(-nats, dtype=torch.float64), dimension, **options)),
+        "bound": float(bits_per_dim(torch.tensor(-nats, dtype=torch.float64), dimension, log2_unit)),
         "dsm": float(losses.mean()),
         "sigma": grid.exp().tolist(),
         "dsm_by_sigma": losses.tolist(),

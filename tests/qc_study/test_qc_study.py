@@ -198,7 +198,7 @@ class GaussianScore:
     def __init__(self, deviations: tuple[float, float]) -> None:
         self.sde = make_sde("vesde", "", base_config({"model.sigma_max": 10.0}).model)
         self.variance = torch.tensor(deviations).square().view(1, 1, 2)
-        self.images = SimpleNamespace(num_levels=1, centered=False, to_model=lambda x, *_, **__: x)
+        self.images = SimpleNamespace(log2_unit=0.0, to_model=lambda x, *_, **__: x)
 
     def __call__(self, x, t):
         return -x / (self.variance + self.sde.std(t).view(-1, 1, 1, 1) ** 2)
