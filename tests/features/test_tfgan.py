@@ -1,7 +1,6 @@
 """tensorflow-gan, the second implementation of FID, KID and the inception score, and its own Inception from a folder.
 
-TensorFlow is loaded once, in a process of its own, whose answers the tests share; that takes longer than the fast suite
-has time for.
+TensorFlow is loaded once, in a process of its own, whose answers the tests share.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ absent = any(importlib.util.find_spec(name) is None for name in ("tensorflow", "
 
 
 def with_tensorflow(test):
-    return pytest.mark.slow(pytest.mark.skipif(absent, reason="TensorFlow is not installed")(test))
+    return pytest.mark.skipif(absent, reason="TensorFlow is not installed: make tfgan")(test)
 
 
 PROGRAM = """
