@@ -102,7 +102,7 @@ def test_a_network_that_gives_nan_stops_an_evaluation(trained, tmp_path, monkeyp
         bad = torch.full((2, 3), math.nan)
         good = np.ones((4, 3), dtype=np.float32)
         monkeypatch.setattr("features.quality.SampleQuality.reference", lambda self: (tmp_path, good))
-        monkeypatch.setattr("features.quality.extract_features", lambda *_: extraction.Features(bad, bad))
+        monkeypatch.setattr("features.quality.extract_features", lambda *_, **options: extraction.Features(bad, bad))
     else:
         original = run_lib.TrainedScore.__call__
         monkeypatch.setattr(

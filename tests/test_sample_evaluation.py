@@ -20,7 +20,7 @@ import run_lib
 from checkpoints import read_checkpoint, write_checkpoint
 from configs.digits import get_config
 from evaluation import Backend, Features, inception_score, sample_quality
-from experiment.files import read_arrays
+from experiment.files import read_arrays, read_json
 from features import quality, tfgan
 from report import main
 
@@ -131,7 +131,7 @@ def test_finished_results_stay(trained, tmp_path, moments, caplog):
     assert before.items() <= contents().items()
     assert f"{workdir / 'eval' / 'metrics.json'} is of step 2, and stays" in caplog.text
     (path,) = (workdir / "eval" / "metrics").glob("step_00000001-*.json")
-    assert json.loads(path.read_text()) == older
+    assert read_json(path, checksum=True) == older
     # Newer ones take the place that a report reads, whole: of what they were not measured nothing is left there.
     state["step"] = 3
     write_checkpoint(tmp_path / "newer.pt", state)

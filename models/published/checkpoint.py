@@ -15,7 +15,7 @@ from torch import Tensor
 from checkpoints import CheckpointError, check_state_dict, is_count, mismatch
 from models.ncsnv2 import RefineNet
 from models.published.names import official_names
-from models.score import ConservativeScore, NoiseLevel, ScoreModel
+from models.score import USUAL_PREDICTION, NoiseLevel, ScoreModel, UnconstrainedScore
 from models.unet import UNet
 
 
@@ -209,8 +209,12 @@ def public_checkpoint(state: Mapping, score_model: ScoreModel) -> dict:
         CheckpointError: the public code has no such model.
     """
     network, trainable = score_model.network, dict(score_model.network.named_parameters())
-    if not isinstance(network, UNet) or isinstance(score_model, ConservativeScore) or network.num_classes:
-        raise CheckpointError("score_sde_pytorch has unconstrained U-Nets without classes, and no other model")
+    family, known = score_model.sde.name, isinstance(score_model, UnconstrainedScore) and isinstance(network, UNet)
+    known = known and score_model.prediction in (USUAL_PREDICTION[family], "score" if family == "ve" else "")
+    if not known or network.num_classes or len(network.image_shape) != 3:
+        raise CheckpointError(
+            "score_sde_pytorch has unconstrained U-Nets of images without classes, and no other model"
+        )
     trainable = {name: parameter for name, parameter in trainable.items() if parameter.requires_grad}
     names = official_names(network)  # in the order of its parameters
 

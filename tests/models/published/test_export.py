@@ -22,6 +22,9 @@ from run_lib import export, load, train
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 
 
+UNCONSTRAINED = {"model.parameterization": "unconstrained"}
+
+
 def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -30,9 +33,20 @@ def same(one: dict, other: dict) -> bool:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps, exported."""
     workdir = tmp_path_factory.mktemp("run")
-    train(tiny_config(**{"training.n_iters": 2}), workdir, CPU)
-    export(tiny_config(**{"training.n_iters": 2}), workdir, CPU)
+    config = tiny_config(**UNCONSTRAINED, **{"training.n_iters": 2})
+    train(config, workdir, CPU)
+    export(config, workdir, CPU)
     return workdir
+
+
+def test_a_model_that_the_public_code_has_not_is_not_written_for_it(tmp_path: Path) -> None:
+    """Its file would be read there, as another score."""
+    config = tiny_config(**{"training.n_iters": 1, "model.parameterization": "preconditioned"})
+    train(config, tmp_path / "w", CPU)
+    export(config, tmp_path / "w", CPU)
+    assert {path.name for path in (tmp_path / "w" / "export").iterdir()} == {
+        *("model.safetensors", "config.json", "README.md"),
+    }
 
 
 def test_exported_model_is_the_run(run: Path, tmp_path: Path) -> None:
@@ -63,7 +77,9 @@ def test_audit_of_a_run_and_what_was_exported_of_it(run: Path, tmp_path: Path) -
 
 def test_score_sde_form_and_back(run: Path, tmp_path: Path) -> None:
     """What training goes on from in the public form is the same, bit for bit."""
-    config = tiny_config(**{"training.n_iters": 4, "training.init_from": str(run / "export" / "checkpoint_2.pth")})
+    config = tiny_config(
+        **UNCONSTRAINED, **{"training.n_iters": 4, "training.init_from": str(run / "export" / "checkpoint_2.pth")}
+    )
     train(config, tmp_path / "public", CPU)
     config.training.init_from = str(run)
     train(config, tmp_path / "own", CPU)
