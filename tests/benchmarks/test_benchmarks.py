@@ -102,6 +102,7 @@ def test_what_is_timed_is_the_training_step(small):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_benchmark_of_the_training_step(small):
     variants = "U, paper; QC, K = 1; QC, K = 1, paper; QC, K = 1, every 4th step"
     text = training_step.run(variants=variants, rounds=1, threads=1)
@@ -127,6 +128,7 @@ def test_a_compiled_step_is_that_of_a_compiled_network(small, compiled):
 # ------------------------------------------------------------------------------------------------------ variance of QC
 
 
+@pytest.mark.slow
 def test_benchmark_of_the_variance(workdir, monkeypatch):
     """The trace of the public code and ours are one estimator; a linear field of NAsym 1e-3 is where it is worst."""
     monkeypatch.setattr(qc_variance, "LINEAR_DIMENSION", 32)
@@ -206,6 +208,7 @@ def test_rounding_to_bfloat16_errs_more_than_to_tf32_and_that_more_than_float32(
     assert float32 < 1e-4 < tf32 < 0.02 < bf16
 
 
+@pytest.mark.slow
 def test_benchmark_of_likelihood(workdir, monkeypatch):
     monkeypatch.setattr(likelihood, "TIGHT", 3e-4)
     monkeypatch.setattr(likelihood, "PAPERS", {"paper": (1e-3, 1e-3)})
@@ -271,6 +274,7 @@ def test_public_loader_gives_the_set(dequantized):
     assert torch.cat(labels).bincount().min() > 100
 
 
+@pytest.mark.slow
 def test_benchmark_of_a_gpu_on_the_cpu(tmp_path):
     """What it writes; the numbers mean nothing."""
     options = {"nf": 8, "blocks": "1", "batch": 2, "samples": 1, "rounds": 1, "device": "cpu", "output": str(tmp_path)}

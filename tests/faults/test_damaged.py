@@ -54,4 +54,3 @@ def check(name: str, whole: Path, expected: dict[str, object], tmp_path: Path) -
             shutil.rmtree(folder)
     print(f"\n{name}: {counts}")
     assert wrong == []
-

@@ -489,6 +489,7 @@ def test_gaussian_results_have_what_linear_algebra_gives(tmp_path):
     assert "gaussian" not in main.results_of(BridgeRun(config_of(), tmp_path, Runtime("cpu")))
 
 
+@pytest.mark.slow
 def test_comparison_of_algorithms(tmp_path, monkeypatch):
     options = dict(bridge__num_ipf=1, training__n_iters=2, evaluation__num_sets=1)
     monkeypatch.setattr(compare, "get_config", lambda pair: config_of(pair, **options))
