@@ -24,7 +24,7 @@ from configs.checks import check
 from data import Split
 from data.format import is_picture
 from data.sets import evenly_spaced
-from experiment.figures import COLOURS, new_figure
+from experiment.figures import curve_style, new_figure
 from experiment.files import check_folder
 from experiment.randomness import SampleGenerators, normal_like
 from experiment.results import markdown_table, mean_and_error, number, with_error, write_results
@@ -134,7 +134,8 @@ def _common_ratios(scores: dict[str, TrainedScore], levels: int) -> np.ndarray:
 
 def _description(score: TrainedScore) -> str:
     """The process, what the network predicts, and how it was discretised."""
-    prediction, num_scales = getattr(score.model, "prediction", "conservative"), score.model.noise_level.num_scales
+    prediction = getattr(score.model, "prediction", score.config.model.parameterization)
+    num_scales = score.model.noise_level.num_scales
     levels = f", {num_scales} levels, interpolated in log-SNR" if num_scales and score.sde.name == "vp" else ""
     least, most = _range(score)
     return f"{type(score.sde).__name__}, {prediction}{levels}, σ/α {number(least)} to {number(most)}"
@@ -266,9 +267,10 @@ def _figure(ratios: np.ndarray, models: dict[str, dict]) -> Figure:
         for k, (model, m) in enumerate(models.items()):
             mean = np.array(m[f"{name}_by_level"])
             error = np.array([0.0 if e is None else e for e in m[f"{name}_by_level_se"]])
-            colour = COLOURS[k % len(COLOURS)]
-            axes.plot(ratios, mean, color=colour, label=model)
-            axes.fill_between(ratios, np.maximum(mean - error, mean / 10), mean + error, color=colour, alpha=0.25, lw=0)
+            style = curve_style(k, len(ratios))
+            axes.plot(ratios, mean, label=model, **style)
+            band = np.maximum(mean - error, mean / 10), mean + error
+            axes.fill_between(ratios, *band, color=style["color"], alpha=0.25, lw=0)
         axes.set(xscale="log", yscale="log", xlabel="σ/α, images in [−1, 1]", ylabel=QUANTITIES[name])
-    axes.legend(fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
