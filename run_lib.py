@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import hashlib
 import json
@@ -201,13 +202,12 @@ def dry_run(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
 
 def _announce(loop: Trainer, config: ConfigDict, what: str, runtime: Runtime) -> None:
     parameters = sum(p.numel() for p in loop.model.parameters())
-    steps = f"step {loop.step} to {loop.n_iters} of {loop.batch_size} images of {_named_data(config)}"
+    steps = f"step {loop.step} to {loop.n_iters} of {loop.batch_size} items of {_named_data(config)}"
     runtime.announce(f"{what} a network of {parameters:,} parameters, {steps}", loop.workdir)
 
 
 def _named_data(config: ConfigDict) -> str:
-    data = config.data
-    return f"{data.dataset}, {data.num_channels}×{data.image_size}×{data.image_size}"
+    return f"{config.data.dataset}, {'×'.join(map(str, item_shape(config.data)))}"
 
 
 def trainer(
@@ -442,6 +442,7 @@ def evaluate(
                     )
             stack.enter_context(runtime.exclusive(workdir / ".evaluation.lock"))
             score = _trained_score(config, workdir, checkpoint, runtime)
+            score.take_levels_of(test_data)
             if score.trained_on not in (None, train_data.fingerprint):
                 logger.warning("data.path=%s: other data than those that the model was trained on", config.data.path)
         if not (workdir / "config.json").exists():  # a checkpoint from elsewhere
@@ -720,8 +721,7 @@ def score(
 
     Columns: ``index`` in the test half; ``label``; the NLL as in an evaluation; ``score_norm_t…``, σ‖s(αx, t)‖/√D at
     ten times, for outliers show at various scales (Mahmood et al., ICLR 2021); with ``eval.enable_asymmetry`` ``asym``
-    and ``nasym``, means over ``eval.asym_levels`` times. The data may be others than the model's, of the same shape and
-    levels.
+    and ``nasym``, means over ``eval.asym_levels`` times. The data may be others than the model's, of the same shape.
 
     Raises:
         InvalidRun: bad config, data, checkpoint or working directory.
@@ -730,17 +730,14 @@ def score(
     workdir = Path(workdir)
     with contextlib.ExitStack() as stack:
         with checked():
+            config = _as_published(config, checkpoint)
             _check_request(config, workdir, checkpoint, free=("data.",))
             _, data = load_data(config, runtime)
             stack.enter_context(runtime.exclusive(workdir / ".scores.lock"))
             trained = _trained_score(config, workdir, checkpoint, runtime, free=("data.",))
-            expected = trained.shape, trained.images.num_levels
-            if (tuple(data.shape), data.num_levels) != expected:
-                raise ValueError(
-                    f"data.path={config.data.path}: items of shape {tuple(data.shape)} with {data.num_levels or 'no'} "
-                    f"levels; the model is of {expected[0]} with {expected[1] or 'none'}"
-                )
+            trained.take_levels_of(data)
         count = min(config.eval.nll_images or len(data), len(data))
+        runtime.announce(f"scores of {count} test items of {_named_data(config)} by {trained.description}", workdir)
         times = torch.arange(1, 11) / 10 * trained.sde.end_time
 
         def norms(positions: range) -> dict[str, np.ndarray]:
@@ -924,6 +921,21 @@ class TrainedScore:
     @property
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
+
+    def take_levels_of(self, data: Split) -> None:
+        """Let what is asked be about these data. They may have another number of levels than those of training, which
+        is not even known of a model from elsewhere: model values and their densities are the same for all.
+
+        Raises:
+            ValueError: items of another shape, or numbers where the model has levels, or the reverse.
+        """
+        levels = {False: "levels", True: "floating-point numbers"}
+        given, own = ((tuple(of.shape), levels[of.num_levels is None]) for of in (data, self.images))
+        if given != own:
+            raise ValueError(
+                f"data.dataset: {data.name} has {given[1]} of shape {given[0]}, the model is of {own[1]} of {own[0]}"
+            )
+        self.images = dataclasses.replace(self.images, num_levels=data.num_levels)
 
     @property
     def sde(self) -> SDE:

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,11 +100,9 @@ def _load(name: str, config: ConfigDict, data: Split, workdir: Path, runtime: Ru
     own = path.suffix == ".pt" or (whole and (path / "config.json").is_file())
     try:
         score = load(name, device=str(runtime.torch_device), config=None if own else config)
+        score.take_levels_of(data)
     except ValueError as error:
         raise InvalidRun(f"--model={name}: {error}") from error
-    if score.shape != data.shape:
-        raise ValueError(f"--model={name}: its images are {score.shape}, those of the data {data.shape}")
-    score.images = replace(score.images, num_levels=data.num_levels)
     settings = ConfigDict(score.config.to_dict())
     settings.update(seed=config.seed, eval=config.eval, likelihood=config.likelihood)
     score.config, score.runtime, score.workdir = settings, runtime, workdir
@@ -271,6 +268,10 @@ def _figure(ratios: np.ndarray, models: dict[str, dict]) -> Figure:
             axes.plot(ratios, mean, label=model, **style)
             band = np.maximum(mean - error, mean / 10), mean + error
             axes.fill_between(ratios, *band, color=style["color"], alpha=0.25, lw=0)
-        axes.set(xscale="log", yscale="log", xlabel="σ/α, images in [−1, 1]", ylabel=QUANTITIES[name])
+        above = any(
+            max(m[f"{name}_by_level"]) > 0 for m in models.values()
+        )  # a conservative model may have 0 everywhere
+        scale = "log" if above else "linear"
+        axes.set(xscale="log", yscale=scale, xlabel="σ/α, images in [−1, 1]", ylabel=QUANTITIES[name])
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure

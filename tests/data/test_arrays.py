@@ -87,7 +87,7 @@ resource.setrlimit(resource.RLIMIT_AS, (size + 200 * 2**20,) * 2)
 rows = _Rows(header)
 assert rows[999].min() == 7 and rows[500].max() == 0
 try:
-    np.load(header, mmap_mode="r")
+    np.load(header, mmap_mode="r", allow_pickle=False)
 except OSError:
     print("not to be mapped")
 """

@@ -40,12 +40,12 @@ def test_the_five_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forg
     metrics = json.loads((tmp_path / "runs/ecg/eval/metrics.json").read_text())
     assert metrics["nll_bits_per_dim"] is None and metrics["fid"] is None
     assert all(metrics[name] > 0 for name in ("sliced_w2", "sliced_w2_se", "marginal_w1_se", "spectrum_error_se"))
-    with np.load(tmp_path / "runs/ecg/eval/distributions.npz") as curves:
+    with np.load(tmp_path / "runs/ecg/eval/distributions.npz", allow_pickle=False) as curves:
         assert curves["spectrum_real"].shape == (1, 65)
 
 
 def test_vectors_are_trained_evaluated_sampled_and_scored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_accelerator: Callable
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_accelerator: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Samples are in the data's units, a resumed run keeps its normalisation, other data are told apart."""
     monkeypatch.chdir(tmp_path)
@@ -57,6 +57,7 @@ def test_vectors_are_trained_evaluated_sampled_and_scored(
     main = ["python", "main.py", "--config=configs/own_arrays.py:vectors", "--workdir=w", "--device=cpu"]
     main += ["--config.data.path=in.npz", "--config.training.snapshot_sampling=False"]
     run([*main, "--mode=train"])
+    assert "step 0 to 2 of 4 items of array, 2\n" in caplog.text
     before = load("w").images
     np.testing.assert_allclose(before.offset, halves["train"].mean(0), rtol=1e-12)
     np.testing.assert_allclose(before.scale, halves["train"].std(0), rtol=1e-12)
@@ -66,7 +67,7 @@ def test_vectors_are_trained_evaluated_sampled_and_scored(
         run([*main, f"--mode={mode}"])
     run([*main, "--mode=score"], "data.path=out.npz")
     [samples] = (tmp_path / "w/samples").glob("*/samples.npz")
-    with np.load(samples) as file:
+    with np.load(samples, allow_pickle=False) as file:
         x = file["samples"]
     assert x.shape == (64, 2) and x.dtype == np.float64
     # σ(1) = 10, and two steps do not get far from that: the spread in units of the data.

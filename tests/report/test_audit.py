@@ -11,7 +11,9 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
+import run_lib
 from configs.digits import get_config
+from data import load_dataset
 from experiment.runtime import InvalidRun, Runtime
 from report import audit as module
 from report.audit import audit
@@ -107,3 +109,22 @@ def test_what_is_refused(tmp_path: Path, forget_accelerator, monkeypatch: pytest
             audit(settings(**fields), tmp_path, Runtime("cpu"), models)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "audit").exists()
+
+
+def test_a_network_by_import_path_scores_a_data_set(tmp_path: Path, forget_accelerator) -> None:
+    """Its NLL by item is that of its audit, and at σ(1) the norm of σs = −A x of each item is what it is."""
+    forget_accelerator()
+    model = f"{__name__}:symmetric"
+    path = run_lib.score(settings(likelihood__divergence="exact"), tmp_path / "w", Runtime("cpu"), model)
+    header, *rows = (line.split(",") for line in path.read_text().splitlines())
+    columns = dict(zip(header, np.array(rows, dtype=float).T, strict=True))
+    audited = results(tmp_path / "a", "symmetric", likelihood__divergence="exact")["models"][model]
+    assert columns["nll_bits_per_dim"].mean() == pytest.approx(audited["nll_bits_per_dim"], rel=1e-6)
+    # So does an evaluation: of 17 levels, which the network does not know of.
+    evaluated = run_lib.evaluate(settings(likelihood__divergence="exact"), tmp_path / "w", Runtime("cpu"), model)
+    assert evaluated["nll_bits_per_dim"] == pytest.approx(audited["nll_bits_per_dim"], rel=1e-6)
+    test = load_dataset("digits", image_size=8, num_channels=1)[1]
+    levels, _ = test.batch([int(i) for i in columns["index"]])
+    x = 2 * (levels + 0.5) / test.num_levels - 1
+    expected = (x.flatten(1) @ SYMMETRIC).norm(dim=1) / 8
+    np.testing.assert_allclose(columns["score_norm_t1.0"], expected, rtol=1e-4)
