@@ -63,6 +63,6 @@ def plane_grid(half_width: float, count: int) -> Tensor:
 def draw_map(axes: Axes, values: Tensor | np.ndarray, half_width: float, title: str, **options: object) -> AxesImage:
     """Values (count²,) at the points of ``plane_grid``."""
     side, extent = math.isqrt(len(values)), (-half_width, half_width) * 2
-    image = axes.imshow(values.reshape(side, side), origin="lower", extent=extent, **options)
+    image = axes.imshow(np.asarray(values).reshape(side, side), origin="lower", extent=extent, **options)
     plane(axes, half_width, title)
     return image

@@ -29,7 +29,7 @@ SAMPLES, PAIRS, BETWEEN = 40, 4, 9
 
 def draw_images(axes: Axes, images: Tensor, columns: int, title: str, highest: float) -> None:
     """Images (N, 1, 8, 8) with values from 0 to ``highest``, in rows."""
-    canvas = make_grid(images.float(), columns, padding=1, pad_value=math.nan)[0]
+    canvas = make_grid(images.float(), columns, padding=1, pad_value=math.nan)[0].numpy()
     axes.imshow(canvas, cmap="gray_r", vmin=0, vmax=highest)
     axes.set(title=title, xticks=[], yticks=[])
 

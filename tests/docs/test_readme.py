@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -53,7 +54,8 @@ def test_another_python_is_refused_in_one_line_before_anything_is_installed(tmp_
     python.write_text(f"""#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = {version}; $2"\n""")
     python.chmod(0o755)
     made = ["make", "install", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"]
-    run = subprocess.run(made, cwd=ROOT, capture_output=True, text=True)
+    outside_make = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    run = subprocess.run(made, cwd=ROOT, env=outside_make, capture_output=True, text=True)
     line, last = run.stderr.splitlines()
     assert run.returncode and line.startswith(f"error: {python} is Python 3.") and "make: ***" in last
     assert line.endswith("; 3.10 to 3.13 are supported: make PYTHON=python3.12 …") and not (tmp_path / "venv").exists()
@@ -80,7 +82,7 @@ def test_first_steps(
     *steps, report = commands(section)
     for step, size, then in zip(
         steps,
-        ("step 0 to 2 of 8 images of digits", "bits/dim of 2 test images, asymmetry of 2 of them", "4 samples by PC,"),
+        ("step 0 to 2 of 8 items of digits", "bits/dim of 2 test images, asymmetry of 2 of them", "4 samples by PC,"),
         ("main.py --workdir={} --mode=eval", "-m report.main {}", "main.py --workdir={} --mode=eval"),
         strict=True,
     ):
