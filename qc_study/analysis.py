@@ -27,6 +27,8 @@ MEASURES = {
     "fid_ode": "FID, ODE",
     "fid_few_step": "FID, few steps",
     "path_excess": "path length/chord − 1",
+    "circulation": "circulation",
+    "inconsistency": "inconsistency",
 }
 
 

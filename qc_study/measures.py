@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,13 +26,19 @@ from sampling import edm_times
 from sde_lib import expand
 
 SAMPLERS = {
-    "pc": dict(method="pc", num_steps=100),
+    "pc": dict(method="pc", num_steps=50),
     "ode": dict(method="ode", solver="rk45", rtol=1e-2, atol=1e-2),
     "few_step": dict(method="few_step", solver="dpmpp_2m_sde", num_steps=19),
 }
 LEVELS = 64
 """Intervals in ln σ between the noise levels of the test loss."""
 PATHS, PATH_STEPS = 64, 200
+CURVE_LEVELS = 6
+"""Noise levels of the circulation and of the inconsistency, evenly spaced in ln σ between those of the test loss."""
+POINTS = 12
+"""Of the score on each side of a triangle: midpoints of equal parts."""
+DRAWS, DRAW_STEPS = 4, 16
+"""Of the reverse process from each noised image, down to half its noise; each draw is two, of opposite noise."""
 
 
 def measure(config: ConfigDict, checkpoint: Path, folder: Path, runtime: Runtime) -> dict[str, object]:
@@ -54,6 +61,7 @@ def measure(config: ConfigDict, checkpoint: Path, folder: Path, runtime: Runtime
     score = run_lib.load(checkpoint, device=str(runtime.torch_device), config=config)
     images = test_images(config)
     row |= denoising_measures(score, images, config.eval.batch_size) | {"path_excess": path_excess(score)}
+    row |= curve_measures(score, images)
     row["bound_gap"] = row["bound"] - row["nll"]
     write_json(path, row, checksum=True)
     shutil.rmtree(folder / "eval" / "stages")  # samples and features, of which nothing more is needed
@@ -118,3 +126,56 @@ def path_excess(score: TrainedScore) -> float:
         step = (now - after) * now * score(x, t.expand(PATHS))
         x, length = x + step, length + step.flatten(1).norm(dim=1)
     return float((length / (x - start).flatten(1).norm(dim=1)).mean()) - 1
+
+
+@torch.no_grad()
+def curve_measures(score: TrainedScore, levels: Tensor) -> dict[str, object]:
+    """The circulation of the score along closed curves, and the inconsistency of its denoiser, by noise level.
+
+    Both are of noised test images x, with VE, and are 0 for the score of a distribution: that of data with noise is a
+    gradient, and its denoiser D(x, σ) = x + σ²s is a martingale of the reverse process (Daras, Dagan, Dimakis,
+    Daskalakis, NeurIPS 2023). A field with both properties is the score of a diffusion.
+
+    * ``circulation``: |∮ s·dx| / ∮ |s·dx|, sums over triangles whose corners are the images; ``circulation_nats`` is
+      the mean of |∮ s·dx|, the ambiguity of ln p along two paths between images.
+    * ``inconsistency``: ‖E D(x', σ/2) − D(x, σ)‖² / (σ² dim), x' being where the reverse SDE, by Euler's steps, leads
+      from x; the square of the mean over draws, less its variance, so that noise does not count.
+    """
+    sde, device = score.sde, score.device
+    ends = torch.tensor([LIKELIHOOD_EPS, sde.end_time], dtype=torch.float64)
+    sigmas = torch.linspace(*sde.std(ends).log().tolist(), CURVE_LEVELS + 2, dtype=torch.float64).exp()[1:-1]
+    generator = SampleGenerators((score.config.seed, "curves"), range(count := min(PATHS, len(levels))))
+    x0 = score.images.to_model(levels[:count], generator, dequantize=True).to(device)
+
+    def at(x: Tensor, sigma: Tensor) -> Tensor:
+        return score(x, sde.time_at_noise_ratio(sigma).float().to(device).expand(len(x)))
+
+    found: dict[str, list[float]] = {"circulation": [], "circulation_nats": [], "inconsistency": []}
+    for sigma in sigmas:
+        x = x0 + float(sigma) * normal_like(x0, generator)
+        corners = [x, x.roll(-1, 0), x.roll(-2, 0)]
+        work, path = torch.zeros(count, device=device), torch.zeros(count, device=device)
+        for start, end in zip(corners, [*corners[1:], x], strict=True):
+            for k in range(POINTS):
+                along = (at(start + (k + 0.5) / POINTS * (end - start), sigma) * (end - start)).flatten(1).sum(
+                    1
+                ) / POINTS
+                work, path = work + along, path + along.abs()
+        found["circulation"].append(float(work.abs().sum() / path.sum()))
+        found["circulation_nats"].append(float(work.abs().mean()))
+
+        before = x + float(sigma) ** 2 * at(x, sigma)
+        after = torch.zeros((DRAWS, *x.shape), device=device)
+        for draw in range(DRAWS):
+            y = torch.cat((x, x))
+            for now, then in pairwise(sigma * 2 ** -torch.linspace(0, 1, DRAW_STEPS + 1, dtype=torch.float64)):
+                less, z = float(now**2 - then**2), normal_like(x, generator)
+                y = y + less * at(y, now) + less**0.5 * torch.cat((z, -z))
+            after[draw] = torch.stack((y + float(then) ** 2 * at(y, then)).chunk(2)).mean(0)
+        squared = (after.mean(0) - before) ** 2 - after.var(0) / DRAWS
+        found["inconsistency"].append(float(squared.mean() / sigma**2))
+    return (
+        {name: float(torch.tensor(of).mean()) for name, of in found.items()}
+        | {f"{name}_by_sigma": of for name, of in found.items()}
+        | {"curve_sigma": sigmas.tolist()}
+    )

@@ -225,6 +225,40 @@ def test_paths_of_isotropic_data_are_straight():
     assert measures.path_excess(GaussianScore((5.0, 0.1))) > 1e-3
 
 
+def test_an_exact_score_has_no_circulation_and_is_consistent():
+    """Of linear scores both are known: a rotation ω adds 2ω times a triangle's area, and c times the exact score leads
+    the mean to that of a product over Euler's steps, which is x's own factor for c = 1."""
+    points = torch.randn(64, 1, 1, 2)
+    found = measures.curve_measures(GaussianScore((0.5, 0.5)), points)
+    assert max(found["circulation_nats"], found["circulation"]) < 1e-3
+    assert np.abs(found["inconsistency_by_sigma"]).max() < 1e-6
+
+    class Rotated(GaussianScore):
+        def __call__(self, x, t):
+            return super().__call__(x, t) + 0.3 * x.flip(-1) * torch.tensor([1.0, -1.0])
+
+    rotated = measures.curve_measures(Rotated((0.5, 0.5)), points)
+    generator = measures.SampleGenerators((0, "curves"), range(64))
+    for sigma, nats in zip(rotated["curve_sigma"], rotated["circulation_nats_by_sigma"], strict=True):
+        a = (points + sigma * measures.normal_like(points, generator)).view(64, 2)
+        sides = torch.stack((a.roll(-1, 0) - a, a.roll(-2, 0) - a), dim=1)
+        assert nats == pytest.approx(float(0.3 * torch.linalg.det(sides).abs().mean()), rel=1e-3)
+        for _ in range(measures.DRAWS * measures.DRAW_STEPS):  # the reverse process's
+            measures.normal_like(points, generator)
+
+    class Scaled(GaussianScore):
+        def __call__(self, x, t):
+            return 1.5 * super().__call__(x, t)
+
+    scaled = measures.curve_measures(Scaled((0.5, 0.5)), points)
+    for sigma, error in zip(scaled["curve_sigma"], scaled["inconsistency_by_sigma"], strict=True):
+        s2 = (sigma * 2.0 ** -np.linspace(0, 1, measures.DRAW_STEPS + 1)) ** 2
+        mean = np.prod(1 - 1.5 * (s2[:-1] - s2[1:]) / (0.25 + s2[:-1])) * (1 - 1.5 * s2[-1] / (0.25 + s2[-1]))
+        exact = (mean - (1 - 1.5 * s2[0] / (0.25 + s2[0]))) ** 2 * (1 + sigma**2) / sigma**2
+        assert error == pytest.approx(exact, rel=0.4)
+    assert scaled["inconsistency"] > 10 * abs(found["inconsistency"])
+
+
 class Perturbed(torch.nn.Module):
     """The exact score of 8-Gaussian and an error that is added to it."""
 
@@ -290,7 +324,8 @@ def small(monkeypatch):
     for name, value in {"ROUNDS": 1, "PILOT_STEPS": 2, "PLACEBO_WEIGHTS": (1e-3, 1e-2, 1e-1)}.items():
         monkeypatch.setattr(arms, name, value)
     monkeypatch.setattr(measures, "PATH_STEPS", 5)
-    monkeypatch.setattr(measures, "LEVELS", 4)
+    for name in ("LEVELS", "CURVE_LEVELS", "POINTS", "DRAWS", "DRAW_STEPS"):
+        monkeypatch.setattr(measures, name, 2)
     monkeypatch.setitem(measures.SAMPLERS, "pc", dict(method="pc", num_steps=3))
     monkeypatch.setitem(measures.SAMPLERS, "ode", dict(method="ode", solver="heun", num_steps=3))
     monkeypatch.setitem(measures.SAMPLERS, "few_step", dict(method="few_step", solver="dpmpp_2m_sde", num_steps=3))
