@@ -18,10 +18,12 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 from from_config import get_dataset  # noqa: F401  imported before the fork, as are all below
-from small_settings import BRIDGE, PLANE
+from small_settings import BRIDGE, PLANE, small_study
 from test_run_lib import tiny_config, without_times
 
 import run_lib
@@ -30,6 +32,8 @@ from checkpoints import read_checkpoint
 from configs.wasserstein.digits import get_config as wasserstein_config
 from experiment.runtime import Runtime
 from gaussian_example import main as gaussian
+from qc_study import main as study
+from report import audit
 from report import main as report
 from schrodinger_bridge import compare
 from schrodinger_bridge import main as bridge
@@ -98,6 +102,18 @@ def run_wasserstein_digits(workdir: Path) -> None:
     wasserstein_digits.run(str(workdir), processes=("ve_v1",), **options)
 
 
+def run_audit(workdir: Path) -> None:
+    audit.time = SimpleNamespace(perf_counter=lambda: 0.0)  # for the seconds are in its results
+    os.chdir(workdir)  # models are shown as they are named
+    audit.audit(run_config(), workdir, runtime(), ".,export")
+
+
+def run_study(workdir: Path) -> None:
+    small_study(pytest.MonkeyPatch())
+    study.measure_costs = lambda *_: {"qc": 3.7, "lazy": 1.7, "placebo": 4.8}
+    study.run(str(workdir), seeds=1, jobs=1)
+
+
 def tiny_bridge(pair: str):
     config = bridge_config(pair)
     config.update_from_flattened_dict(BRIDGE | {"bridge.num_ipf": 1, "evaluation.num_sets": 1})
@@ -145,6 +161,10 @@ PROGRAMS = {
     "schrodinger_bridge": Program(lambda workdir: bridge.run(tiny_bridge("moons"), str(workdir), "cpu")),
     "schrodinger_bridge.compare": Program(run_comparison),
     "tutorial_example": Program(run_tutorial),
+    "qc_study": Program(run_study),
+    "score": Program(lambda workdir: run_lib.score(run_config(), workdir, runtime()), after="train"),
+    "export": Program(lambda workdir: run_lib.export(run_config(), workdir, runtime()), after="train"),
+    "audit": Program(run_audit, after="export"),
     "report": Program(lambda workdir: report.write_report(workdir, output=workdir / "report"), after="eval"),
 }
 

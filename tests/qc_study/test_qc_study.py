@@ -12,16 +12,13 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from small_settings import PLANE
+from small_settings import small_part, small_study
 
-import features.classifier
-from configs import digits
 from configs.defaults import base_config
-from configs.fields import apply
 from conservativeness import jacobian
 from experiment.runtime import Runtime
 from qc_study import analysis, arms, main, measures, plane
-from qc_study.arms import COMMON, PARTS, Arm, Part, Placebo
+from qc_study.arms import PARTS, Arm, Placebo
 from sde_lib import make_sde
 
 COSTS = {"qc": 3.7, "lazy": 1.675, "placebo": 4.8}
@@ -295,41 +292,10 @@ def test_error_of_the_score_is_split_into_gradient_and_rotation():
 
 # ------------------------------------------------------------------------------------------------- the whole, in small
 
-SMALL = {
-    "model": dict(nf=8, ch_mult=(1,), attn_resolutions=(), ema_rate=0.5),
-    "training": dict(batch_size=8, log_freq=1),
-    "optim.warmup": 0,
-    "likelihood": dict(num_steps=4, probes=1),
-    "eval": dict(num_samples=30, nll_images=12, asym_levels=2, asym_images=2, asym_probes=1, batch_size=30),
-}
-
-
-def small_part() -> Part:
-    return Part(apply(digits.get_config("u"), COMMON, SMALL), (4,), 2, (0.02,), 2, 4)
-
 
 @pytest.fixture
 def small(monkeypatch):
-    def plane_config(name: str):
-        config = get_config(name)
-        config.update_from_flattened_dict(PLANE)
-        return config
-
-    get_config = plane.configs.get_config
-    monkeypatch.setattr(plane.configs, "get_config", plane_config)
-    monkeypatch.setattr(plane.configs, "DATASETS", {"gaussian_8": plane.configs.DATASETS["gaussian_8"]})
-    monkeypatch.setattr(plane, "SEEDS", 2)
-    monkeypatch.setattr(plane, "POINTS", 21)
-    monkeypatch.setitem(PARTS, "digits", small_part)
-    for name, value in {"ROUNDS": 1, "PILOT_STEPS": 2, "PLACEBO_WEIGHTS": (1e-3, 1e-2, 1e-1)}.items():
-        monkeypatch.setattr(arms, name, value)
-    monkeypatch.setattr(measures, "PATH_STEPS", 5)
-    for name in ("LEVELS", "CURVE_LEVELS", "POINTS", "DRAWS", "DRAW_STEPS"):
-        monkeypatch.setattr(measures, name, 2)
-    monkeypatch.setitem(measures.SAMPLERS, "pc", dict(method="pc", num_steps=3))
-    monkeypatch.setitem(measures.SAMPLERS, "ode", dict(method="ode", solver="heun", num_steps=3))
-    monkeypatch.setitem(measures.SAMPLERS, "few_step", dict(method="few_step", solver="dpmpp_2m_sde", num_steps=3))
-    monkeypatch.setattr(features.classifier, "_IMAGES_SEEN", 1)
+    small_study(monkeypatch)
 
 
 @pytest.mark.slow
