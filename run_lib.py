@@ -349,6 +349,8 @@ def _state_to_begin_with(config: ConfigDict, model: ScoreModel, optimizer: torch
         state = _convert(state, path, model, optimizer)
         if state["optimizer"] is None:
             logger.warning("training.init_from=%s has no optimiser state: Adam's moments start from zero", path)
+    else:
+        _check_same_score(state["record"], config, path)
     if state["step"] >= (n_iters := config.training.n_iters):
         raise ValueError(
             f"training.n_iters={n_iters}: training.init_from={path} has done {state['step']} steps already"
@@ -1225,6 +1227,7 @@ def _as_published(config: ConfigDict | None, path: str | Path | None) -> ConfigD
 def _score_from_state(state: dict | list, path: Path, config: ConfigDict, device: torch.device) -> TrainedScore:
     sde, trained_on = build_sde(config), None
     if _is_own(state, path):
+        _check_same_score(state["record"], config, path)
         images, trained_on = DataFormat.from_dict(state["record"]["images"]), state["record"]["data"]
         model = build_score_model(config, sde, images)
     else:
@@ -1427,12 +1430,26 @@ def _check_workdir(config: ConfigDict, workdir: Path, free_fields: tuple[str, ..
         return
     if not isinstance(stored := read_json(path), dict):
         raise ValueError(f"{path} is damaged: it holds no object")
-    given = json.loads(config.to_json())
-    # A field that is newer than the run had its default, of which JSON has lists in place of tuples.
-    defaults = {name: FIELDS[name].default for name in flatten(given) if name in FIELDS}
-    stored = json.loads(json.dumps(defaults)) | flatten(stored)
-    if different := differences(stored, given, free_fields):
+    if different := _differences(stored, config, free_fields):
         raise ValueError(f"--workdir={workdir} holds another run: {different}")
+
+
+def _differences(stored: dict, config: ConfigDict, free_fields: tuple[str, ...]) -> str:
+    """In words, where a config differs from one that a file holds, but in fields that are free."""
+    stored, given = flatten(stored), flatten(json.loads(config.to_json()))
+    # A field that is newer than a config has its default, of which JSON has lists in place of tuples.
+    defaults = {name: FIELDS[name].default for name in stored.keys() | given.keys() if name in FIELDS}
+    defaults = json.loads(json.dumps(defaults))
+    return differences(defaults | stored, defaults | given, free_fields)
+
+
+def _check_same_score(record: dict, config: ConfigDict, source: Path) -> None:
+    """Refuse weights of ours that are not of the score that the config describes: with most other settings they fit
+    the network all the same, and the score would be another one."""
+    free = ("model.dropout", "model.ema_rate", *(f"{name}." for name in config if name not in ("model", "training")))
+    free += ("label", "seed", *(f"training.{name}" for name in config.training if name not in ("sde", "continuous")))
+    if different := _differences(json.loads(record["config"]), config, free):
+        raise ValueError(f"{source} is of another model: {different}")
 
 
 def _is_own(state: dict | list, path: Path) -> bool:

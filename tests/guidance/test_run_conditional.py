@@ -271,7 +271,7 @@ def test_classifier_guided_samples(unconditional, tmp_path):
 def test_a_classifier_of_something_else_is_refused(unconditional, tmp_path):
     workdir = copy_of(unconditional, tmp_path / "w")
     with pytest.raises(run_lib.InvalidRun, match=r"other settings: noise\.sigma_max was 10\.0, is 20\.0"):
-        run_lib.sample(classifier_config(sampling__condition="class", model__sigma_max=20.0), workdir, CPU)
+        run_lib.train_classifier(classifier_config(model__sigma_max=20.0), workdir, CPU)
     with pytest.raises(run_lib.InvalidRun, match=r"other settings: classifier\.nf was 8, is 16"):
         run_lib.train_classifier(classifier_config(classifier__nf=16), workdir, CPU)
     (newest,) = (workdir / "classifier" / "checkpoints").iterdir()
