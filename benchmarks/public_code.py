@@ -2,8 +2,8 @@
 
 The network is ours with the modules that differ taken back: contiguous memory in the order (B, C, H, W), attention by
 einsum over pixels, blurs by inserted zeros and a convolution with all images and channels as its batch, torch's dropout
-and second derivatives. For every probe the score is evaluated again at the same points, with two products of a vector
-and the Jacobian, ‖Jᵀv‖² − vᵀJᵀw at w = Jᵀv, whose gradient takes two backward passes, with w held fixed and for w.
+and second derivatives. The term is that of two products of a vector and the Jacobian, ‖Jᵀv‖² − vᵀJᵀw at w = Jᵀv, whose
+gradient takes two backward passes, with w held fixed, together with that of score matching, and for w.
 """
 
 from __future__ import annotations
@@ -92,26 +92,37 @@ def in_public_style(model: ScoreModel) -> ScoreModel:
 
 
 def public_loss(model: ScoreModel, x0: Tensor, generator: Generator, qc_weight: float, probes: int) -> Tensor:
-    """L_SM of data x0 (B, C, H, W); the gradient of λ_QC·L_QC is left in the parameters, for λ_QC > 0."""
+    """L_SM of data x0 (B, C, H, W); for λ_QC > 0 the gradient of it and of λ_QC·L_QC is left in the parameters, and the
+    result has none. For K probes the batch is K times as large, each part with noise and a probe of its own."""
     sde = model.sde
     t = uniform((len(x0),), generator, device=x0.device, dtype=x0.dtype)
     t = TRAINING_EPS + t * (sde.end_time - TRAINING_EPS)
+    x0, t = (v.repeat(probes, *(1,) * (v.ndim - 1)) if qc_weight else v for v in (x0, t))
     mean, std = sde.marginal(x0, t)
     z = normal_like(x0, generator)
     xt = mean + expand(std, x0) * z
-    for _ in range(probes if qc_weight else 0):
-        v = rademacher_like(x0, generator)
-        qc_backward(model, xt, t, v, lambda asym: qc_weight / probes * (std**2 * asym).mean())
-    return 0.5 * ((model(xt, t) * expand(std, x0) + z) ** 2).flatten(1).sum(1).mean()
+
+    def matching(score: Tensor) -> Tensor:
+        return 0.5 * ((score * expand(std, x0) + z) ** 2).flatten(1).sum(1).mean()
+
+    if not qc_weight:
+        return matching(model(xt, t))
+    v = rademacher_like(x0, generator)
+    total = qc_backward(model, xt, t, v, lambda score, asym: matching(score) + qc_weight * (std**2 * asym).mean())
+    return total.requires_grad_()
 
 
-def qc_backward(score: ScoreFunction, x: Tensor, t: Tensor, v: Tensor, reduce: Callable[[Tensor], Tensor]) -> None:
-    """Add to the gradients of the score's parameters that of ``reduce``, a linear function, of the estimates (B,) with
-    probes v (B, ...) at x (B, ...) and t (B,)."""
+def qc_backward(
+    model: ScoreFunction, x: Tensor, t: Tensor, v: Tensor, reduce: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Add to the gradients of the score's parameters that of ``reduce``, of the score (B, ...) and, linearly, of the
+    estimates (B,) with probes v (B, ...) at x (B, ...) and t (B,); return its value."""
     x = x.detach().requires_grad_()
-    value = score(x, t)
+    value = model(x, t)
     (jtv,) = torch.autograd.grad(value, x, v, create_graph=True)
     w = jtv.detach().requires_grad_()
     (jtw,) = torch.autograd.grad(value, x, w, create_graph=True)
-    reduce((jtv**2 - jtw * v).flatten(1).sum(1)).backward(retain_graph=True)
+    total = reduce(value, (jtv**2 - jtw * v).flatten(1).sum(1))
+    total.backward(retain_graph=True)
     jtv.backward(w.grad)
+    return total.detach()

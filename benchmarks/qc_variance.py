@@ -128,7 +128,7 @@ def gradient(model: nn.Module, batch: Batch, estimator: str, number: int) -> Ten
     generator = SampleGenerators((batch.seed, "qc probe", number), range(len(batch.x)))
     if estimator == "paper":
         v = rademacher_like(batch.x, generator)
-        qc_backward(model, batch.x, batch.t, v, lambda asym: 0.5 * (batch.weight * asym).mean())
+        qc_backward(model, batch.x, batch.t, v, lambda _, asym: 0.5 * (batch.weight * asym).mean())
     else:
         options = {"probes": 1, "estimator": estimator, "generator": generator, "create_graph": True}
         asym = asymmetry(model, batch.x.clone(), batch.t, **options).asym
