@@ -73,7 +73,7 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
     events = recorded.profiler.kineto_results.events()
-    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"), default=0)  # of numpy 0
 
 
 def operations_of(work: Callable[[], object]) -> float:

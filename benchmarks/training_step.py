@@ -113,14 +113,16 @@ def take(loop: Trainer, count: int, _: int = 0) -> None:
         loop.train_step()
 
 
-def make_trainer(name: str, overrides: Mapping[str, object], runtime: run_lib.Runtime) -> Trainer:
+def make_trainer(
+    name: str, overrides: Mapping[str, object], runtime: run_lib.Runtime, images: DataFormat = IMAGES
+) -> Trainer:
     """The training loop of a variant, with one batch of random images."""
     words = ("paper", "bf16", "compiled", "contiguous")
     paper, bf16, compiled, contiguous = (word in name.split(", ") for word in words)
     config, device = base_config(overrides), runtime.torch_device
     training, optim = config.training, config.optim
     with device:
-        model = run_lib.build_score_model(config, run_lib.build_sde(config), IMAGES)
+        model = run_lib.build_score_model(config, run_lib.build_sde(config), images)
     if training.activation_checkpointing:
         recompute_activations(model.network)
     if contiguous:
@@ -131,7 +133,7 @@ def make_trainer(name: str, overrides: Mapping[str, object], runtime: run_lib.Ru
     objective = make_objective(model, training)
     if compiled:
         model.compile_network()
-    x0 = torch.rand(training.batch_size, *IMAGES.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    x0 = torch.rand(training.batch_size, *images.shape, generator=torch.Generator().manual_seed(0)).to(device)
 
     def loss(module: nn.Module, step: int, positions: range) -> Mapping[str, Tensor]:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
