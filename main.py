@@ -31,6 +31,7 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_string("device", "auto", "auto, cpu, cuda or mps.")
 flags.DEFINE_string("precision", "tf32", "fp32; tf32, the same but on GPUs that have it; bf16 or fp16 (mixed).")
+flags.DEFINE_integer("threads", 0, "Of a CPU; 0: as many as cores are free, or as OMP_NUM_THREADS says.")
 flags.DEFINE_bool("compile", False, "Have training and samplers run a compiled network (torch.compile).")
 flags.DEFINE_bool("dry_run", False, "Do a few steps of training, say what time and memory they take, and keep nothing.")
 flags.DEFINE_integer("accumulation_steps", 1, "Split each process's share of a batch into so many passes.")
@@ -58,7 +59,12 @@ def main(argv: list[str]) -> None:
     import run_lib  # imports torch, which --help and a mistyped flag need not wait for
 
     runtime = run_lib.Runtime(
-        FLAGS.device, FLAGS.precision, FLAGS.accumulation_steps, compile=FLAGS.compile, cache_dir=FLAGS.cache_dir
+        FLAGS.device,
+        FLAGS.precision,
+        FLAGS.accumulation_steps,
+        compile=FLAGS.compile,
+        cache_dir=FLAGS.cache_dir,
+        threads=FLAGS.threads,
     )
     run = FLAGS.config, FLAGS.workdir, runtime
     written, then = FLAGS.workdir, "--mode=eval"

@@ -42,6 +42,7 @@ from checkpoints import (
     CheckpointError,
     CheckpointStore,
     check_optimizer_state,
+    is_count,
     load_state_dict_strictly,
     not_finite,
 )
@@ -176,6 +177,8 @@ class Trainer:
         source = self.store.path(state["step"])
         if check_record is not None:
             check_record(state["record"])
+        if is_count(threads := state["record"].get("threads")) and threads:
+            self.runtime.keep_threads(threads)
         self._load(state, source)
         self.sums, self.log_size, self.hooks_done = state["sums"], state["log_size"], state["hooks_done"]
         if state["scaler"] is not None and (scaler := self.accelerator.scaler) is not None:
@@ -220,7 +223,7 @@ class Trainer:
                 "sums": self.sums,
                 "log_size": log.sync(),
                 "hooks_done": hooks_done,
-                "record": self.record,
+                "record": self.record | {"threads": torch.get_num_threads()},
             }
             self.store.save(state, self.step)
         self.accelerator.wait_for_everyone()

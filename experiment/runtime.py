@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import os
 import platform
 import re
 import shutil
@@ -57,6 +58,11 @@ class Interrupted(Exception):
         return Interrupted, (self.signal_number,)
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextlib.contextmanager
 def checked() -> Iterator[None]:
     """Errors of preparation become InvalidRun, so that a caller can tell bad input from a defect."""
@@ -103,6 +109,9 @@ class Runtime:
         compile: have training and samplers run a compiled network (torch.compile).
         cache_dir: where the feature classifier and the data's features are kept; empty: W/eval/cache.
         on_progress: told how many more steps or items are done, in place of progress bars.
+        threads: of a CPU; 0: as many as OMP_NUM_THREADS says, or as cores are free at the start; None: as torch was
+            told before. They change results by rounding; a resumed training takes as many as it began with, unless
+            they are given.
 
     Raises:
         InvalidRun: unknown or unavailable device or precision, or a number outside its range.
@@ -114,6 +123,7 @@ class Runtime:
     compile: bool = False
     cache_dir: str = ""
     on_progress: Callable[[int], object] | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.device not in _DEVICES:
@@ -125,6 +135,8 @@ class Runtime:
             raise InvalidRun(f"--precision={self.precision}: allowed are {', '.join(_PRECISIONS)}")
         if self.accumulation_steps < 1:
             raise InvalidRun(f"--accumulation_steps={self.accumulation_steps}: at least 1")
+        if self.threads is not None and not 0 <= self.threads <= 1024:
+            raise InvalidRun(f"--threads={self.threads}: allowed are 1 to 1024, and 0 for the cores that are free")
         if self.cache_dir:
             with checked():
                 check_folder(self.cache_dir, "--cache_dir")
@@ -152,9 +164,37 @@ class Runtime:
             )
         if accelerator.device.type == "cpu":
             keep_freed_memory()
+            if threads := self.threads or (self._chooses_threads and cores() - self.busy_cores):
+                torch.set_num_threads(threads)
         if accelerator.device.type == "cuda":
             allow_tf32(self.precision != "fp32")
         return accelerator
+
+    @property
+    def _chooses_threads(self) -> bool:
+        return self.threads == 0 and "OMP_NUM_THREADS" not in os.environ
+
+    @cached_property
+    def busy_cores(self) -> int:
+        """How many cores other work has taken now, of those that this process may use; one is left to this one.
+
+        Threads that share one layer wait for the slowest at its end, and spin meanwhile: where one of them has no core
+        for itself, two are many times slower than one.
+        """
+        import psutil
+
+        usage = psutil.cpu_percent(interval=0.3, percpu=True)
+        own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(usage))
+        return min(round(sum(usage[core] for core in own if core < len(usage)) / 100), cores() - 1)
+
+    def keep_threads(self, began_with: int | None) -> None:
+        """Go on with as many threads as a run began with, so that it ends the same to the last bit; say so if not."""
+        if self.torch_device.type != "cpu" or began_with is None:
+            return
+        if self._chooses_threads:
+            torch.set_num_threads(min(began_with, cores()))
+        if began_with != (threads := torch.get_num_threads()) and self.is_main:
+            logger.warning("began with %d thread(s), goes on with %d, which round otherwise", began_with, threads)
 
     @property
     def torch_device(self) -> torch.device:
@@ -182,6 +222,8 @@ class Runtime:
         words = [torch.cuda.get_device_name(device) if device.type == "cuda" else device.type]
         if device.type == "cpu":
             words.append(f"{torch.get_num_threads()} thread(s)")
+            if self._chooses_threads and self.busy_cores:
+                words.append(f"other work on {self.busy_cores} of {cores()} cores")
         return ", ".join([*words, *([f"{count} processes"] if count > 1 else []), self.numbers])
 
     def announce(self, what: str, workdir: str | Path) -> None:

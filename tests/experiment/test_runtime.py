@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from documents import ROOT
 from locks import lock_held_elsewhere
 
@@ -61,6 +62,50 @@ def test_evaluation_covers_the_whole_set_once(size, num_processes):
 def test_tf32_is_float32_on_a_cpu():
     """So that evaluations keep their keys, whichever of the two was asked for."""
     assert [Runtime("cpu", precision).numbers for precision in ("tf32", "fp32")] == ["fp32", "fp32"]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Of four cores, of which so many are busy; the number of threads is as before afterwards."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(runtime_module, "cores", lambda: 4)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+    yield lambda *busy: monkeypatch.setattr("psutil.cpu_percent", lambda **_: [*busy, 100.0])
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("busy", "threads"),
+    [((3, 0, 9, 1), 4), ((100, 0, 40, 0), 3), ((100, 100, 95, 60), 1), ((100, 100, 100, 100), 1)],
+)
+def test_as_many_threads_as_cores_are_free(machine, busy, threads):
+    """Of those that the process may use: the fifth is another's. It is said where it is fewer."""
+    machine(*busy)
+    where = Runtime("cpu", threads=0).where
+    assert torch.get_num_threads() == threads and f"cpu, {threads} thread(s)" in where
+    assert (f"other work on {4 - threads} of 4 cores" in where) == (threads < 4)
+
+
+def test_threads_that_are_given_are_taken(machine, monkeypatch):
+    machine(100, 100, 0, 0)
+    torch.set_num_threads(3)
+    for runtime in (Runtime("cpu"), Runtime("cpu", threads=3)):
+        assert runtime.where == "cpu, 3 thread(s), fp32"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert Runtime("cpu", threads=0).where == "cpu, 3 thread(s), fp32"
+    with pytest.raises(InvalidRun, match=r"--threads=-1: allowed are 1 to 1024"):
+        Runtime("cpu", threads=-1)
+
+
+def test_a_run_goes_on_with_the_threads_it_began_with(machine, caplog):
+    machine(100, 100, 100, 0)
+    (runtime := Runtime("cpu", threads=0)).keep_threads(2)
+    assert torch.get_num_threads() == 2 and not caplog.records
+    runtime.keep_threads(16)  # of another machine: there are four cores here
+    assert torch.get_num_threads() == 4 and "began with 16 thread(s), goes on with 4" in caplog.text
+    Runtime("cpu", threads=1).keep_threads(2)
+    assert torch.get_num_threads() == 1 and "began with 2 thread(s), goes on with 1" in caplog.text
 
 
 def test_a_cache_that_is_a_file_is_refused(tmp_path):
