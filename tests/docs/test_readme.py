@@ -91,6 +91,7 @@ def test_first_steps(
         said = [record.getMessage() for record in caplog.records if record.filename in ("runtime.py", "main.py")]
         assert size in said[0] and re.search(r"[\d,]{4,} parameters", said[0])
         assert re.search(r"\non cpu, \d+ thread\(s\), fp32; writes to runs/digits/u", said[0])
+        assert caplog.messages[0] == said[0]
         assert re.fullmatch(rf"written: runs/digits/u/.*; next: python {then.format('runs/digits/u')}", said[-1])
     caplog.clear()
     run_program(report[1:], only_parse=False)
