@@ -35,6 +35,24 @@ def test_one_version() -> None:
     assert len({re.search(pattern, (ROOT / name).read_text())[1] for name, pattern in files.items()}) == 1
 
 
+def test_results_on_digits_are_those_of_the_model_cards() -> None:
+    """Of U and QC, whose cards in pretrained/ have every digit."""
+    names = ("nll_bits_per_dim", "asym", "nasym", "fid", "inception_score", "precision", "recall")
+    for model, folder in (("U", "digits_u"), ("QC", "digits_qc")):
+        card = dict(
+            re.findall(r"^\| (\w+) \| ([\d.e+-]+) \|$", (ROOT / "pretrained" / folder / "README.md").read_text(), re.M)
+        )
+        [row] = re.findall(rf"^\| {model}, (?:\d+ \+ )?\d+ steps.*?\| (.*) \|$", README, re.M)
+        *cells, nfe = row.split(" | ")
+        assert nfe == f"{card['nfe_sampling']} / {card['nfe_likelihood']}"
+        for name, cell in zip(names, cells, strict=True):
+            of_card = (name, f"{name}_se") if "±" in cell else (name,)
+            for key, shown in zip(of_card, cell.split(" ± "), strict=True):
+                digits = len(shown.partition("e")[0].partition(".")[2])
+                exponent = int(shown.partition("e")[2] or 0)
+                assert shown.partition("e")[0] == f"{float(card[key]) / 10**exponent:.{digits}f}", (key, shown)
+
+
 def test_launch_commands_of_configs_start() -> None:
     found = [[*shell_commands(ast.get_docstring(ast.parse(path.read_text())))] for path in CONFIGS]
     assert len(found) > 50 and all(found)
