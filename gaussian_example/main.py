@@ -228,7 +228,7 @@ def draw_trajectories(epsilons: Sequence[float]) -> Figure:
         for path in positions[: steps_to_criterion(positions).item() + 1].unbind(1):
             axes.plot(*path.T, "x-", color="black", linewidth=0.6, markersize=2.5, markeredgewidth=0.6)
         axes.set_title(f"{kind.upper()}, ε = {epsilon:g}")
-    figure.colorbar(arrows, ax=panels, shrink=0.8, pad=0.015, label="length of the score ‖s‖")
+    figure.colorbar(arrows, ax=panels, shrink=0.8, pad=0.015, label="length of the score ‖s‖ (units of $x^{-1}$)")
     return figure
 
 

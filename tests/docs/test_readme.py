@@ -112,6 +112,13 @@ def test_first_steps(
         assert caplog.messages[0] == said[0]
         assert re.fullmatch(rf"written: runs/digits/u/.*; next: python {then.format('runs/digits/u')}", said[-1])
     caplog.clear()
+    shared = f"--checkpoint={ROOT}/pretrained/digits_u"
+    sample = ["main.py", "--mode=sample", shared, "--workdir=runs/samples", "--config.sampling.num_steps=2"]
+    run_program([*sample, "--config.sampling.num_samples=1"], only_parse=False)
+    (then,) = re.findall("; next: python (.*)", caplog.text)
+    assert then == f"main.py --workdir=runs/samples --mode=eval {shared}"
+    run_program(then.split(), only_parse=True)
+    caplog.clear()
     run_program(report[1:], only_parse=False)
     assert re.fullmatch(r"From evaluated runs.*\non cpu.*; writes to runs/report", caplog.messages[0])
     assert any(re.match("written to runs/report: .*report.md", message) for message in caplog.messages)
