@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from documents import ROOT, blocks, command_problem, commands, problems, run_program, shell_commands
+from PIL import Image
 
 # ml_collections loads config files in a way that Python deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -131,6 +132,10 @@ def test_first_steps(
     assert capsys.readouterr().out.count("tensor([") == 2
     x, t = names["x"], torch.full((16,), 0.5)
     assert x.shape == names["score"](x, t).shape == (16, 1, 8, 8)
+    (block,) = blocks((ROOT / "docs" / "evaluation.md").read_text(), "python")
+    Image.new("RGB", (9, 7), (12, 12, 12)).save("IMAGE.png")
+    exec(block.replace("runs/mine", "runs/digits/u"), {})
+    assert re.fullmatch(r"tensor\(\[[\d.]+\], dtype=torch.float64\)\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
