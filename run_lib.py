@@ -201,11 +201,15 @@ def dry_run(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
 def _announce(loop: Trainer, config: ConfigDict, what: str, data: tuple[Split, Split], runtime: Runtime) -> None:
     parameters = sum(p.numel() for p in loop.model.parameters())
     steps = f"step {loop.step} to {loop.n_iters} of {loop.batch_size} items of {_named_data(config)}"
-    runtime.announce(f"{what} a network of {parameters:,} parameters, {steps}", loop.workdir, describe(*data))
+    runtime.announce(f"{what} a network of {parameters:,} parameters, {steps}", loop.workdir, _about(config, *data))
 
 
 def _named_data(config: ConfigDict) -> str:
     return f"{config.data.dataset}, {'×'.join(map(str, item_shape(config.data)))}"
+
+
+def _about(config: ConfigDict, train_data: Split, test_data: Split) -> str:
+    return f"{config.data.dataset} {config.data.path}".strip() + f": {describe(train_data, test_data)}"
 
 
 def trainer(
@@ -470,7 +474,7 @@ def evaluate(
             f"{{}} samples by {sampler}": enabled.enable_sampling and enabled.num_samples,
         }
         wanted = ", ".join(text.format(count) for text, count in of.items() if count)
-        data = describe(train_data, test_data)
+        data = _about(config, train_data, test_data)
         runtime.announce(f"evaluate {score.description}: {wanted or 'nothing'}", workdir, data)
         if enabled.enable_bpd:
             measured, files["nll.npz"] = evaluate_nll(score, test_data)
@@ -717,7 +721,7 @@ def statistics(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runti
         cache_dir = _cache_dir(Path(workdir), runtime)
         quality = SampleQuality(config.eval, train_data, test_data, cache_dir, runtime, seed=config.seed)
     what = f"features of {len(train_data)} training images of {_named_data(config)}"
-    runtime.announce(what, cache_dir, describe(train_data, test_data))
+    runtime.announce(what, cache_dir, _about(config, train_data, test_data))
     return quality.reference()[0]
 
 
@@ -746,7 +750,7 @@ def score(
             trained.take_levels_of(data)
         count = min(config.eval.nll_images or len(data), len(data))
         what = f"scores of {count} test items of {_named_data(config)} by {trained.description}"
-        runtime.announce(what, workdir, describe(train_data, data))
+        runtime.announce(what, workdir, _about(config, train_data, data))
         times = torch.arange(1, 11) / 10 * trained.sde.end_time
 
         def norms(positions: range) -> dict[str, np.ndarray]:
@@ -825,7 +829,7 @@ def sample(
         folder = workdir / "samples" / f"step_{score.step:08d}-{name}-{_digest(settings)[:8]}"
         count = sampling.num_samples if measured is None else sampling.num_images * sampling.samples_per_image
         what = f"{count} samples by {sampler}, of {score.description}"
-        runtime.announce(what, folder, "" if data is None else describe(*data))
+        runtime.announce(what, folder, "" if data is None else _about(config, *data))
         if measured is not None:
             measured.sample(folder, _sampling_identity(score))
         else:

@@ -111,6 +111,8 @@ def test_first_steps(
         assert size in said[0] and re.search(r"[\d,]{4,} parameters", said[0])
         assert re.search(r"\non cpu, \d+ thread\(s\), fp32; writes to runs/digits/u", said[0])
         assert caplog.messages[0] == said[0]
+        data = "\ndigits: 1437 training and 360 test images of 10 classes"
+        assert said[0].endswith(data) or "--mode=sample" in step
         assert re.fullmatch(rf"written: runs/digits/u/.*; next: python {then.format('runs/digits/u')}", said[-1])
     caplog.clear()
     shared = f"--checkpoint={ROOT}/pretrained/digits_u"
