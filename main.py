@@ -100,6 +100,8 @@ def main(argv: list[str]) -> None:
         if (folder / "metrics.json").exists():
             _print(json.loads((folder / "metrics.json").read_text()))
         _print(folder)
+    if then and FLAGS.checkpoint:  # W has no config of its own then
+        then += f" --checkpoint={FLAGS.checkpoint}"
     command = f"main.py --workdir={FLAGS.workdir} {then}" if then else f"-m report.main {FLAGS.workdir}"
     logging.info("written: %s%s", written, "" if then is None else f"; next: python {command}")
 

@@ -54,7 +54,7 @@ from configs.defaults import FIELDS
 from configs.fields import flatten
 from configs.stored import config_of
 from data.format import GRID_IMAGES, DataFormat, is_picture, save_grid, unscale
-from data.sets import evenly_spaced
+from data.sets import describe, evenly_spaced
 from experiment.files import check_folder, differences, parse_json, read_json, write_arrays, write_json, write_text
 from experiment.randomness import SampleGenerators, normal_like, uniform
 from experiment.runtime import (
@@ -158,9 +158,8 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
             _check_workdir(config, Path(workdir), FREE_IN_TRAINING)  # it may have changed until now
 
         with checked():
-            loop = trainer(config, workdir, runtime, claim)
+            loop = trainer(config, workdir, runtime, claim, announced="train")
         _write_config(config, loop.workdir, runtime)
-        _announce(loop, config, "train", runtime)
         loop.run()
     if "architecture" in config.model:  # back in the form that it came in
         _export(config, Path(workdir), runtime)
@@ -179,8 +178,7 @@ def dry_run(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
         InvalidRun: bad config, data, checkpoint or working directory.
     """
     with checked():
-        loop = trainer(config, workdir, runtime)
-    _announce(loop, config, "try", runtime)
+        loop = trainer(config, workdir, runtime, announced="try")
     device, steps = runtime.torch_device, config.training.qc_interval if config.training.qc_weight else 1
     first, seconds = loop.step, 0.0
     for _ in range(2):
@@ -200,21 +198,30 @@ def dry_run(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
     }
 
 
-def _announce(loop: Trainer, config: ConfigDict, what: str, runtime: Runtime) -> None:
+def _announce(loop: Trainer, config: ConfigDict, what: str, data: tuple[Split, Split], runtime: Runtime) -> None:
     parameters = sum(p.numel() for p in loop.model.parameters())
     steps = f"step {loop.step} to {loop.n_iters} of {loop.batch_size} items of {_named_data(config)}"
-    runtime.announce(f"{what} a network of {parameters:,} parameters, {steps}", loop.workdir)
+    runtime.announce(f"{what} a network of {parameters:,} parameters, {steps}", loop.workdir, _about(config, *data))
 
 
 def _named_data(config: ConfigDict) -> str:
     return f"{config.data.dataset}, {'×'.join(map(str, item_shape(config.data)))}"
 
 
+def _about(config: ConfigDict, train_data: Split, test_data: Split) -> str:
+    return f"{config.data.dataset} {config.data.path}".strip() + f": {describe(train_data, test_data)}"
+
+
 def trainer(
-    config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(), claim: Callable[[], object] | None = None
+    config: ConfigDict,
+    workdir: str | Path,
+    runtime: Runtime = Runtime(),
+    claim: Callable[[], object] | None = None,
+    announced: str = "",
 ) -> Trainer:
     """The training loop of a config, at the step to go on from; nothing has been written. ``claim`` is called before
-    the state in ``workdir`` is read, which nobody else may change from then on.
+    the state in ``workdir`` is read, which nobody else may change from then on. ``announced`` is what will be done with
+    it, in a word, if that is to be said.
 
     Raises:
         ValueError, OSError: bad config, data, checkpoint or working directory.
@@ -315,7 +322,7 @@ def trainer(
     if training.snapshot_sampling:
         sampler = build_sampler(config, sde)
         hooks.append(Hook(training.snapshot_freq or training.n_iters, sample_grid))
-    return Trainer(
+    loop = Trainer(
         model,
         optimizer,
         loss,
@@ -338,6 +345,9 @@ def trainer(
         runtime=runtime,
         description=f"train {workdir.name}",
     )
+    if announced:
+        _announce(loop, config, announced, (train_data, test_data), runtime)
+    return loop
 
 
 def _state_to_begin_with(config: ConfigDict, model: ScoreModel, optimizer: torch.optim.Optimizer) -> dict | None:
@@ -466,7 +476,8 @@ def evaluate(
             f"{{}} samples by {sampler}": enabled.enable_sampling and enabled.num_samples,
         }
         wanted = ", ".join(text.format(count) for text, count in of.items() if count)
-        runtime.announce(f"evaluate {score.description}: {wanted or 'nothing'}", workdir)
+        data = _about(config, train_data, test_data)
+        runtime.announce(f"evaluate {score.description}: {wanted or 'nothing'}", workdir, data)
         if enabled.enable_bpd:
             measured, files["nll.npz"] = evaluate_nll(score, test_data)
             metrics |= measured
@@ -711,7 +722,8 @@ def statistics(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runti
         train_data, test_data = load_data(config, runtime)
         cache_dir = _cache_dir(Path(workdir), runtime)
         quality = SampleQuality(config.eval, train_data, test_data, cache_dir, runtime, seed=config.seed)
-    runtime.announce(f"features of {len(train_data)} training images of {_named_data(config)}", cache_dir)
+    what = f"features of {len(train_data)} training images of {_named_data(config)}"
+    runtime.announce(what, cache_dir, _about(config, train_data, test_data))
     return quality.reference()[0]
 
 
@@ -734,12 +746,13 @@ def score(
         with checked():
             config = _as_published(config, checkpoint)
             _check_request(config, workdir, checkpoint, free=("data.",))
-            _, data = load_data(config, runtime)
+            train_data, data = load_data(config, runtime)
             stack.enter_context(runtime.exclusive(workdir / ".scores.lock"))
             trained = _trained_score(config, workdir, checkpoint, runtime, free=("data.",))
             trained.take_levels_of(data)
         count = min(config.eval.nll_images or len(data), len(data))
-        runtime.announce(f"scores of {count} test items of {_named_data(config)} by {trained.description}", workdir)
+        what = f"scores of {count} test items of {_named_data(config)} by {trained.description}"
+        runtime.announce(what, workdir, _about(config, train_data, data))
         times = torch.arange(1, 11) / 10 * trained.sde.end_time
 
         def norms(positions: range) -> dict[str, np.ndarray]:
@@ -817,7 +830,8 @@ def sample(
         settings = {**score.identity(), **_sampling_identity(score), **identity}
         folder = workdir / "samples" / f"step_{score.step:08d}-{name}-{_digest(settings)[:8]}"
         count = sampling.num_samples if measured is None else sampling.num_images * sampling.samples_per_image
-        runtime.announce(f"{count} samples by {sampler}, of {score.description}", folder)
+        what = f"{count} samples by {sampler}, of {score.description}"
+        runtime.announce(what, folder, "" if data is None else _about(config, *data))
         if measured is not None:
             measured.sample(folder, _sampling_identity(score))
         else:
@@ -1283,7 +1297,7 @@ def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime =
             seed=config.seed,
             runtime=runtime,
         )
-    _announce(training.trainer, config, "train a classifier:", runtime)
+    _announce(training.trainer, config, "train a classifier:", (train_data, test_data), runtime)
     training.trainer.run()
     return training.test()
 

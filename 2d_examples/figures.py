@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from conservativeness import jacobian
-from experiment.figures import COLOURS, LINES, draw_map, new_figure, plane, plane_grid
+from experiment.figures import curve_style, draw_map, new_figure, plane, plane_grid
 from experiment.files import read_arrays
 from models import ScoreModel
 
@@ -21,7 +21,7 @@ from .table import EXACT, NAMES, values
 
 HALF_WIDTH = 9.0
 FIELD_TIME, DENSITY_TIMES = 0.5, (1e-5, 0.5, 0.9)
-STYLES = {"u": (COLOURS[0], LINES[0]), "qc": (COLOURS[1], LINES[1]), "c": (COLOURS[2], LINES[2])}
+STYLES = {model: curve_style(k) for k, model in enumerate(("u", "qc", "c"))}
 
 Run = tuple[str, str, int]  # data set, model, seed
 
@@ -70,17 +70,17 @@ def _curves(arrays: Mapping[Run, Mapping[str, np.ndarray]], names: Sequence[str]
     """Lines: means over seeds; bands: their range."""
     figure = new_figure(9, 5)
     panels = figure.subplots(2, len(names), sharex=True, squeeze=False)
-    labels = {"asym": "Asym", "score_error": r"score error $\frac{1}{2}\|s - s^*\|^2$"}
+    labels = {"asym": "Asym (units of $x^{-4}$)", "score_error": "½‖s − s*‖² (units of $x^{-2}$)"}
     for (quantity, name), axes in zip(product(labels, names), panels.flat, strict=True):
-        for model, (colour, line) in STYLES.items():
+        for model, style in STYLES.items():
             if (quantity, model) == ("asym", "c"):
                 continue  # zero to rounding
             curves = np.stack([curve[quantity] for run, curve in arrays.items() if run[:2] == (name, model)])
             t = arrays[name, model, 0]["t"]
-            axes.semilogy(t, curves.mean(0), line, color=colour, label=NAMES[model], marker=".", markersize=3)
-            axes.fill_between(t, curves.min(0), curves.max(0), color=colour, alpha=0.2, linewidth=0)
+            axes.semilogy(t, curves.mean(0), label=NAMES[model], **style)
+            axes.fill_between(t, curves.min(0), curves.max(0), color=style["color"], alpha=0.2, linewidth=0)
         axes.set(title=name, xlabel="time t", ylabel=labels[quantity])
-    panels[1, 0].legend(frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -91,11 +91,11 @@ def _nll_by_seed(rows: Sequence[Mapping], names: Sequence[str]) -> Figure:
     for axes, name in zip(panels, names, strict=True):
         nll = np.stack([values(rows, name, model, "nll") for model in STYLES])
         axes.plot(range(len(STYLES)), nll, color="lightgrey", zorder=0)
-        for position, (colour, _) in enumerate(STYLES.values()):
-            axes.scatter(np.full(nll.shape[1], position), nll[position], color=colour, s=18)
+        for position, style in enumerate(STYLES.values()):
+            axes.scatter(np.full(nll.shape[1], position), nll[position], color=style["color"], s=18)
         (exact,) = values(rows, name, EXACT, "nll")
         axes.axhline(exact, color="black", linestyle="--", linewidth=1, label="exact score")
         axes.set_xticks(range(len(STYLES)), [NAMES[model] for model in STYLES])
         axes.set(title=name, xlim=(-0.5, len(STYLES) - 0.5), xlabel="model", ylabel="NLL (nats per point)")
-    panels[0].legend(frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", frameon=False)
     return figure

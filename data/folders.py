@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections import Counter
@@ -11,8 +10,6 @@ from pathlib import Path
 from experiment.randomness import seed_from
 
 __all__ = ["IMAGE_SUFFIXES", "find_halves"]
-
-logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _HALVES = {
@@ -23,13 +20,13 @@ _HALVES = {
 """Words in a folder's name, in whatever case, by which it looks like a half."""
 
 
-def find_halves(folder: Path) -> tuple[dict[str, Path], dict[str, list[str]]]:
-    """The folder of each half, ``train`` and ``test``, and the sorted names of the images in it, at any depth.
+def find_halves(folder: Path) -> tuple[dict[str, Path], dict[str, list[str]], str]:
+    """The folder of each half, ``train`` and ``test``; the sorted names of the images in it, at any depth; and in words
+    what is a half and what was left out.
 
     A subfolder for training and one for testing are the halves, under whatever usual names. Otherwise an image is held
     out for testing when a hash of its relative name falls in one tenth of all values: the choice is the same on every
-    machine, and images added later move none of the others between the halves. Hidden files are no images. What was
-    left out is logged.
+    machine, and images added later move none of the others between the halves. Hidden files are no images.
 
     Raises:
         ValueError: halves that are not one for training and one for testing, at the top; or too few images.
@@ -59,8 +56,7 @@ def find_halves(folder: Path) -> tuple[dict[str, Path], dict[str, list[str]]]:
     halves = f"halves {' and '.join(present.values())}" if present else "a tenth held out by name"
     without = [f"{name} (neither half)" for name in _visible(folder) if present and name not in present.values()]
     without += [f"{what}: {count}" for what, count in left_out.items() if count]
-    logger.info("folder %s: %s; left out: %s", folder, halves, "; ".join(without) or "nothing")
-    return roots, files
+    return roots, files, f"{halves}; left out: {'; '.join(without) or 'nothing'}"
 
 
 def _visible(folder: Path) -> list[str]:

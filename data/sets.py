@@ -39,6 +39,7 @@ __all__ = [
     "TrainingBatches",
     "UnreadableImage",
     "batch_indices",
+    "describe",
     "evenly_spaced",
     "load_dataset",
 ]
@@ -140,6 +141,7 @@ class FileSplit:
         num_classes: number of classes, None if and only if ``labels`` is.
         crop: side in pixels of a central square; None: as much as there is. The filter is that of
             score_sde_pytorch, in the first case bilinear (CelebA), in the second bicubic (LSUN).
+        about: what else is to be said of the set that it is a half of.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -158,8 +160,10 @@ class FileSplit:
         shape: tuple[int, int, int],
         num_classes: int | None = None,
         crop: int | None = None,
+        about: str = "",
     ) -> None:
         self.name = name
+        self.about = about
         self.folder = folder
         self.files = list(files)
         self.labels = torch.zeros(len(files), dtype=torch.int64) if labels is None else labels
@@ -385,9 +389,6 @@ def load_dataset(
                 raise ValueError(_wrong_size(split.name, width, height, size))
         if tuple(split.shape) != shape:
             raise ValueError(f"data.shape={shape}, but {split.name} has items of shape {tuple(split.shape)}")
-    classes = "without classes" if train.num_classes is None else f"of {train.num_classes} classes"
-    given = f"{dataset} {path}".strip()
-    logger.info("%s: %d training and %d test %s %s", given, len(train), len(test), items, classes)
     if name not in published.SETS and type(train) is type(test) and isinstance(train, TensorSplit | FileSplit):
         present = set(train.labels.tolist())
         if train.num_classes not in (None, len(present)):
@@ -399,6 +400,14 @@ def load_dataset(
         if both := _in_both(train, test):
             logger.warning("%d of %d test images are training images, too: %s …", len(both), len(test), both[0])
     return train, test
+
+
+def describe(train: Split, test: Split) -> str:
+    """How many items each half has, of how many classes; of a folder what was left out."""
+    items = "images" if len(train.shape) == 3 else "items"
+    classes = "without classes" if train.num_classes is None else f"of {train.num_classes} classes"
+    about = getattr(train, "about", "")
+    return f"{len(train)} training and {len(test)} test {items} {classes}" + (f"; {about}" if about else "")
 
 
 def _in_both(train: TensorSplit | FileSplit, test: TensorSplit | FileSplit) -> list[object]:
@@ -503,7 +512,7 @@ def _folder(*, path: str | os.PathLike[str], shape: tuple[int, int, int], resize
     folder = _given("path", path, "folder", "a folder of images")
     if not folder.is_dir():
         raise ValueError(f"data.path={folder} is not a folder")
-    roots, files = find_halves(folder)
+    roots, files, about = find_halves(folder)
     for half, root in roots.items():
         # Before training, not in the middle of it; the headers are enough.
         for file in files[half]:
@@ -519,6 +528,7 @@ def _folder(*, path: str | os.PathLike[str], shape: tuple[int, int, int], resize
             None if number is None else torch.tensor([number[file.split("/")[0]] for file in files[half]]),
             shape=shape,
             num_classes=None if number is None else len(number),
+            about=about,
         )
         for half, root in roots.items()
     )

@@ -226,10 +226,11 @@ class Runtime:
                 words.append(f"other work on {self.busy_cores} of {cores()} cores")
         return ", ".join([*words, *([f"{count} processes"] if count > 1 else []), self.numbers])
 
-    def announce(self, what: str, workdir: str | Path) -> None:
-        """The first two lines of a command: what it does and how much of it; where, and what it writes to."""
+    def announce(self, what: str, workdir: str | Path, data: str = "") -> None:
+        """The first two lines of a command: what it does and how much of it; where, and what it writes to. A third one
+        is of its data, if it reads any."""
         if self.shows_progress:
-            logger.info("%s\non %s; writes to %s", what, self.where, workdir)
+            logger.info("%s\non %s; writes to %s%s", what, self.where, workdir, data and f"\n{data}")
 
     def progress(self, *, initial: int = 0, **options) -> tqdm:
         """A progress bar of the main process, or in its place calls of ``on_progress``; options are tqdm's."""

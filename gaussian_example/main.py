@@ -34,7 +34,7 @@ from torch import Tensor
 
 from conservativeness import HelmholtzHodge, asymmetry, helmholtz_hodge
 from experiment.command_line import command
-from experiment.figures import COLOURS, new_figure, plane
+from experiment.figures import new_figure, plane
 from experiment.files import claim
 from experiment.randomness import normal_like, seed_from
 from experiment.results import markdown_table, with_error, write_results
@@ -226,9 +226,9 @@ def draw_trajectories(epsilons: Sequence[float]) -> Figure:
         arrows = _draw_field(axes, perturbed_score(kind, epsilon)(x), LogNorm(10, 500))
         positions = trajectory(kind, epsilon)
         for path in positions[: steps_to_criterion(positions).item() + 1].unbind(1):
-            axes.plot(*path.T, "x-", color=COLOURS[1], linewidth=0.5, markersize=2.5, markeredgewidth=0.6)
+            axes.plot(*path.T, "x-", color="black", linewidth=0.6, markersize=2.5, markeredgewidth=0.6)
         axes.set_title(f"{kind.upper()}, ε = {epsilon:g}")
-    figure.colorbar(arrows, ax=panels, shrink=0.8, pad=0.015, label="length of the score ‖s‖")
+    figure.colorbar(arrows, ax=panels, shrink=0.8, pad=0.015, label="length of the score ‖s‖ (units of $x^{-1}$)")
     return figure
 
 

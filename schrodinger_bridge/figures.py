@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from data.format import save_grid
-from experiment.figures import COLOURS, new_figure, plane
+from experiment.figures import COLOURS, curve_style, new_figure, plane
 
 from .half_bridges import BridgeRun
 from .marginals import ImageMarginal
@@ -42,8 +41,8 @@ def draw_comparison(rows: Sequence[Mapping]) -> Figure:
     figure = new_figure(7.2, 4.2)
     grid = figure.subplots(2, len(pairs), sharex=True, squeeze=False)
     for (error, cost), pair in zip(grid.T, pairs, strict=True):
-        for row, colour in zip((row for row in rows if row["pair"] == pair), COLOURS, strict=False):
-            _plot_history(error, cost, row["history"], BACKWARD, color=colour, label=row["algorithm"].upper())
+        for k, row in enumerate(row for row in rows if row["pair"] == pair):
+            _plot_history(error, cost, row["history"], BACKWARD, k, row["algorithm"].upper())
         error.axhline(row["sampling_error"][BACKWARD], color="0.4", linestyle=":", label="two sets of true samples")
         cost.axhline(row["static_cost"], color="black", linestyle="--", label="static bridge (Sinkhorn)")
         error.set_title(pair)
@@ -55,10 +54,11 @@ def draw_comparison(rows: Sequence[Mapping]) -> Figure:
     return figure
 
 
-def _plot_history(error: Axes, cost: Axes, history: Sequence[Mapping], direction: str, **style) -> None:
-    """W₂ and cost of one direction against the iteration, with their standard errors where there are."""
+def _plot_history(error: Axes, cost: Axes, history: Sequence[Mapping], direction: str, index: int, label: str) -> None:
+    """W₂ and cost of one direction against the iteration, with their standard errors where there are, as curve number
+    ``index``."""
     rows = [row for row in history if row["direction"] == direction]
-    style |= {"elinewidth": 0.8, "linewidth": 1.2, "marker": "o", "markersize": 2}
+    style = {"elinewidth": 0.8, "label": label, **curve_style(index, len(rows))}
     for axes, name in ((error, "w2"), (cost, "transport_cost")):
         errors = [row.get(f"{name}_error", 0) for row in rows]
         axes.errorbar([row["iteration"] for row in rows], [row[name] for row in rows], errors, **style)
@@ -70,9 +70,9 @@ def _draw_errors(run: BridgeRun) -> Figure:
     """W₂ to the true marginal against the iteration, with the level of chance; and the cost of transport."""
     figure = new_figure(7.2, 2.9)
     error, cost = figure.subplots(1, 2)
-    for direction, end, colour in ((BACKWARD, "$x_0$", COLOURS[0]), (FORWARD, "$x_N$", COLOURS[1])):
-        _plot_history(error, cost, run.history, direction, label=f"{direction}, to {end}", color=colour)
-        error.axhline(run.sampling_errors[direction], color=colour, linestyle=":", linewidth=1)
+    for k, (direction, end) in enumerate(((BACKWARD, "$x_0$"), (FORWARD, "$x_N$"))):
+        _plot_history(error, cost, run.history, direction, k, f"{direction}, to {end}")
+        error.axhline(run.sampling_errors[direction], color=COLOURS[k], linestyle=":", linewidth=1)
     for axes in (error, cost):
         axes.set_xlabel(f"iteration of {run.config.bridge.algorithm.upper()} (0: the reference)")
     error.plot([], [], color="0.4", linestyle=":", label="two sets of true samples")
@@ -93,10 +93,10 @@ def _draw_marginals(run: BridgeRun) -> Figure:
     grid = figure.subplots(2, len(columns), sharex=True, sharey=True)
     for row, (direction, states) in zip(grid, chains.items(), strict=True):
         for axes, k in zip(row, columns, strict=True):
-            axes.scatter(*states[k].T, s=0.8, linewidths=0, color="black", alpha=0.6, rasterized=True)
+            axes.scatter(*states[k].T, s=0.8, linewidths=0, color="0.6", rasterized=True)
             for path in range(8):
                 passed = states[: k + 1, path] if direction == FORWARD else states[k:, path]
-                axes.plot(*passed.T, linewidth=0.5, color=matplotlib.colormaps["tab10"](path))
+                axes.plot(*passed.T, linewidth=0.8, color=COLOURS[path % 6])
             plane(axes, half_width, f"t = {time[k]:.3g}" if direction == FORWARD else "")
         row[0].set_ylabel(f"{direction}\n$x_2$")
     first, last = (marginal.name for marginal in run.marginals)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiment.figures import COLOURS, LINES, new_figure
+from experiment.figures import COLOURS, curve_style, new_figure
 from experiment.randomness import uniform
 from sampling import AnnealedLangevinCorrector
 from sde_lib import VE, GeometricSigma
@@ -83,11 +83,11 @@ def run(folder: Path, update: Update, *, particles: int = 2000, n_iters: int = 4
         common.draw_points(points, x, 9.0, f"{sampler}, {kind} score")
         points.annotate(f"{minor_share(x):.2f}", (-6, -1.0), color=COLOURS[1])
         points.annotate(f"{1 - minor_share(x):.2f}", (4, 0.2), color=COLOURS[1])
-        lines = ax.plot(np.transpose(shares[kind, sampler]), LINES[k], color=COLOURS[k], linewidth=0.8)
+        lines = ax.plot(np.transpose(shares[kind, sampler]), **curve_style(k) | {"linewidth": 0.8})
         lines[0].set_label(f"{sampler}, {kind} score")
     ax.axhline(0.2, color="0.6", linewidth=0.8)
     ax.set(xlabel=f"σ of annealed dynamics, {STEPS} steps each", ylabel="share", ylim=(0, 0.65))
     ax.set(title="samples with $x_1 + x_2 < 0$")
     ax.set_xticks(range(LEVELS)[::3], [f"{std:.2g}" for std in levels[::3]])
-    ax.legend(fontsize=7)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return Result({"rows": rows}, claims, figure)

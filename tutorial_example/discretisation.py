@@ -14,7 +14,7 @@ from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
 from exact.gaussian_law import Law, limit_law, sampler_law, wasserstein
-from experiment.figures import COLOURS, LINES, new_figure
+from experiment.figures import COLOURS, curve_style, new_figure
 from tutorial_example.common import SDES, Result, Update, generator
 
 CHAINS = {"SMLD": SDES["VE"], "DDPM": SDES["VP"]}
@@ -76,7 +76,7 @@ def run(folder: Path, update: Update, *, fine_steps: int = 8192) -> Result:
     figure = new_figure(8.4, 2.8)
     *examples, errors = figure.subplots(1, 3)
     rows, claims = [], {}
-    for (name, sde), colour, ax in zip(CHAINS.items(), COLOURS, examples, strict=False):
+    for k, ((name, sde), ax) in enumerate(zip(CHAINS.items(), examples, strict=True)):
         limit, own = limit_law(sde, DATA, probability_flow=False), []
         for count in COUNTS:
             row = {"chain": name, "steps": count, "path": path_error(name, count)}
@@ -84,19 +84,19 @@ def run(folder: Path, update: Update, *, fine_steps: int = 8192) -> Result:
             row["reverse"] = wasserstein(sampler_law(sde, DATA, "reverse_diffusion", count), limit)
             update(1)
             own.append(row)
-        for (error, text), line in zip(ERRORS.items(), LINES, strict=False):
-            errors.plot(COUNTS, [row[error] for row in own], line, color=colour, label=f"{name}, {error}")
+        for i, (error, text) in enumerate(ERRORS.items()):
+            errors.plot(COUNTS, [row[error] for row in own], label=f"{name}, {error}", **curve_style(2 * k + i))
             # Minus the slope of log error against log N over the larger half of the counts.
             half = own[-((len(COUNTS) + 1) // 2) :]
             order = -float(np.polyfit(*(np.log([row[key] for row in half]) for key in ("steps", error)), 1)[0])
             claims[f"{name}: {text}: order, from 1"] = abs(order - 1), "<=", 0.1
         path, chain = simulate(name, COUNTS[0], 1, fine_steps)
         ax.plot(np.linspace(0, 1, fine_steps), path[0], color="0.6", linewidth=0.8, label="SDE")
-        times, style = np.linspace(0, 1, COUNTS[0] + 1), {"color": colour, "markersize": 3, "linewidth": 0.6}
+        times, style = np.linspace(0, 1, COUNTS[0] + 1), {"color": COLOURS[0], "markersize": 3, "linewidth": 0.6}
         ax.plot(times, chain[:, 0], ".-", label=f"N = {COUNTS[0]}", **style)
         ax.set(xlabel="t", ylabel="x", title=f"{name} on a Brownian path")
-        ax.legend(fontsize=7)
         rows += own
     errors.set(xscale="log", yscale="log", xlabel="steps N", ylabel="error", title="errors")
-    errors.legend(fontsize=6)
+    handles, labels = [*map(list.__add__, ax.get_legend_handles_labels(), errors.get_legend_handles_labels())]
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
     return Result({"rows": rows}, claims, figure)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiment.figures import COLOURS, LINES, new_figure
+from experiment.figures import curve_style, new_figure
 from losses import denoising_score_matching
 from sampling import langevin_dynamics
 from tutorial_example import common
@@ -84,12 +84,12 @@ def run(folder: Path, update: Update, *, duration: float = 20.0, particles: int 
     for points, kind in zip(maps, ("true", "learned"), strict=True):
         common.draw_density(points, mixture, t, WIDTH)
         common.draw_points(points, samples[kind], WIDTH, f"{kind} score, ε = {STEP_SIZES[-1]:g}")
-    for kind, colour, line in zip(kinds, COLOURS, LINES, strict=False):
+    for k, kind in enumerate(kinds):
         sizes, *bias = ([row[key] for row in by_kind[kind]] for key in ("step_size", "excess_nll", "excess_nll_se"))
-        ax.errorbar(sizes, *bias, color=colour, linestyle=line, marker=".", label=kind)
+        ax.errorbar(sizes, *bias, label=kind, **curve_style(k))
     ax.set(xscale="log", xlabel="step size ε", ylabel="nats", title="−E log p − entropy")
     ax.set_yscale("symlog", linthresh=0.01)
     ax.set_ylim(-0.02, 2)
     ax.axhline(0, color="0.6", linewidth=0.8)
-    ax.legend(fontsize=7, loc="upper left")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower right", ncols=len(kinds), frameon=False)
     return Result({"entropy": entropy, "rows": rows}, claims, figure)

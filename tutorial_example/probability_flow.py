@@ -65,7 +65,8 @@ def run(folder: Path, update: Update, *, n_iters: int = 4000, points: int = 1000
         ("true", "learned"), (mixture.score, model), (data, data.float()), figure.subplots(2, 3), strict=True
     ):
         # Likelihood by the exact trace, and by an estimate of it from one probe.
-        for trace, style in {"exact": {"color": COLOURS[1], "zorder": 3}, "rademacher": {"color": "0.7"}}.items():
+        styles = {"exact": {"color": "black", "zorder": 3}, "rademacher": {"color": COLOURS[5]}}
+        for trace, style in styles.items():
             evaluator = LikelihoodEvaluator(sde, divergence=trace, rtol=1e-5, atol=1e-5)
             found = evaluator(score, x, generator("probability_flow", "probe", 0))
             update(1)
@@ -98,7 +99,10 @@ def run(folder: Path, update: Update, *, n_iters: int = 4000, points: int = 1000
         for line, colour in zip(decoded.unbind(1), COLOURS, strict=False):
             axes[1].plot(*line.T, ".-", color=colour, markersize=3, linewidth=0.6)
         axes[2].set(xlabel="exact log p (nats)", ylabel="nats", title="log p by the ODE − exact", ylim=(-1.5, 1.5))
-        axes[2].legend(fontsize=7)
+
+    figure.legend(
+        *axes[2].get_legend_handles_labels(), loc="outside lower right", ncols=2, markerscale=3, frameon=False
+    )
 
     # What must hold.
     bounds = {"true": 0.002, "learned": 0.1}

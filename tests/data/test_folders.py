@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 import shutil
 import struct
@@ -79,9 +78,8 @@ def test_folder_without_classes(tmp_path, names):
         ("trains testaments valleys", ""),
     ],
 )
-def test_folder_halves_under_other_names(names, halves, tmp_path, caplog):
+def test_folder_halves_under_other_names(names, halves, tmp_path):
     """Understood or refused, but never trained on as two classes; what is left out is said."""
-    caplog.set_level(logging.INFO)
     for name in names.split():
         for k in range(3 if halves != "" else 30):  # of which a tenth is to be held out
             save(tmp_path / name / f"{k}.png", grey(200))
@@ -94,10 +92,11 @@ def test_folder_halves_under_other_names(names, halves, tmp_path, caplog):
         assert train.num_classes == 3 and train.folder == test.folder == tmp_path
         return
     assert [split.folder.name for split in (train, test)] == halves.split() and (len(train), len(test)) == (3, 3)
-    assert "3 training and 3 test images without classes" in caplog.text
+    said = sets.describe(train, test)
+    assert said.startswith("3 training and 3 test images without classes; halves ")
     for name in set(names.split()) - set(halves.split()):
-        assert f"{name} (neither half)" in caplog.text
-    assert ("left out: nothing" in caplog.text) == (len(names.split()) == 2)
+        assert f"{name} (neither half)" in said
+    assert ("left out: nothing" in said) == (len(names.split()) == 2)
 
 
 def test_folder_files_in_both_halves(tmp_path, monkeypatch, caplog):
@@ -114,9 +113,8 @@ def test_folder_files_in_both_halves(tmp_path, monkeypatch, caplog):
     assert sorted(read) == ["2.bmp", "3.bmp", "a.bmp", "b.bmp"]
 
 
-def test_folder_links(tmp_path, caplog):
+def test_folder_links(tmp_path):
     """A link to a folder that is read anyway multiplies nothing; a link to another one is followed."""
-    caplog.set_level(logging.INFO)
     save(tmp_path / "elsewhere/c.png", grey(3))
     save(tmp_path / "set/train/a.png", grey(1))
     save(tmp_path / "set/test/b.png", grey(2))
@@ -126,8 +124,8 @@ def test_folder_links(tmp_path, caplog):
     (tmp_path / "set/train/._d.png").write_text("what macOS leaves")
     train, test = load_dataset("folder", image_size=8, num_channels=1, path=tmp_path / "set")
     assert (train.files, test.files) == (["a.png", "far/c.png"], ["b.png"])
-    assert "files that are hidden or no images: 1" in caplog.text
-    assert "links to folders that are read anyway: 4" in caplog.text
+    assert "files that are hidden or no images: 1" in train.about
+    assert "links to folders that are read anyway: 4" in train.about
 
 
 def test_folder_hold_out(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import pickle
 import zipfile
 
@@ -226,13 +225,12 @@ def test_npz_without_images_of_a_class_or_of_few_levels(changes, message, tmp_pa
 
 def test_labels_in_a_column_and_images_in_both_halves(tmp_path, caplog):
     """Labels of shape (N, 1) are those of shape (N,). What each half holds is said, and what they share."""
-    caplog.set_level(logging.INFO)
     data = arrays()
     data["test_images"][3] = data["train_images"][7]
     np.savez(tmp_path / "a.npz", **data | {key: data[key][:, None] for key in ("train_labels", "test_labels")})
-    train, _ = load_dataset("npz", image_size=6, num_channels=1, path=tmp_path / "a.npz")
+    train, test = load_dataset("npz", image_size=6, num_channels=1, path=tmp_path / "a.npz")
     assert train.labels.tolist() == data["train_labels"].tolist()
-    assert f"npz {tmp_path}/a.npz: 12 training and 5 test images of 3 classes" in caplog.text
+    assert sets.describe(train, test) == "12 training and 5 test images of 3 classes"
     assert "1 of 5 test images are training images, too: 3 …" in caplog.text
 
 

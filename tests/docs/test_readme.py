@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from documents import ROOT, blocks, command_problem, commands, problems, run_program, shell_commands
+from PIL import Image
 
 # ml_collections loads config files in a way that Python deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -33,6 +34,24 @@ def test_what_a_document_names_exists(document: Path) -> None:
 def test_one_version() -> None:
     files = {"pyproject.toml": '\nversion = "(.*)"', "CITATION.cff": "\nversion: (.*)", "README.md": "version = {(.*)}"}
     assert len({re.search(pattern, (ROOT / name).read_text())[1] for name, pattern in files.items()}) == 1
+
+
+def test_results_on_digits_are_those_of_the_model_cards() -> None:
+    """Of U and QC, whose cards in pretrained/ have every digit."""
+    names = ("nll_bits_per_dim", "asym", "nasym", "fid", "inception_score", "precision", "recall")
+    for model, folder in (("U", "digits_u"), ("QC", "digits_qc")):
+        card = dict(
+            re.findall(r"^\| (\w+) \| ([\d.e+-]+) \|$", (ROOT / "pretrained" / folder / "README.md").read_text(), re.M)
+        )
+        [row] = re.findall(rf"^\| {model}, (?:\d+ \+ )?\d+ steps.*?\| (.*) \|$", README, re.M)
+        *cells, nfe = row.split(" | ")
+        assert nfe == f"{card['nfe_sampling']} / {card['nfe_likelihood']}"
+        for name, cell in zip(names, cells, strict=True):
+            of_card = (name, f"{name}_se") if "±" in cell else (name,)
+            for key, shown in zip(of_card, cell.split(" ± "), strict=True):
+                digits = len(shown.partition("e")[0].partition(".")[2])
+                exponent = int(shown.partition("e")[2] or 0)
+                assert shown.partition("e")[0] == f"{float(card[key]) / 10**exponent:.{digits}f}", (key, shown)
 
 
 def test_launch_commands_of_configs_start() -> None:
@@ -91,7 +110,17 @@ def test_first_steps(
         said = [record.getMessage() for record in caplog.records if record.filename in ("runtime.py", "main.py")]
         assert size in said[0] and re.search(r"[\d,]{4,} parameters", said[0])
         assert re.search(r"\non cpu, \d+ thread\(s\), fp32; writes to runs/digits/u", said[0])
+        assert caplog.messages[0] == said[0]
+        data = "\ndigits: 1437 training and 360 test images of 10 classes"
+        assert said[0].endswith(data) or "--mode=sample" in step
         assert re.fullmatch(rf"written: runs/digits/u/.*; next: python {then.format('runs/digits/u')}", said[-1])
+    caplog.clear()
+    shared = f"--checkpoint={ROOT}/pretrained/digits_u"
+    sample = ["main.py", "--mode=sample", shared, "--workdir=runs/samples", "--config.sampling.num_steps=2"]
+    run_program([*sample, "--config.sampling.num_samples=1"], only_parse=False)
+    (then,) = re.findall("; next: python (.*)", caplog.text)
+    assert then == f"main.py --workdir=runs/samples --mode=eval {shared}"
+    run_program(then.split(), only_parse=True)
     caplog.clear()
     run_program(report[1:], only_parse=False)
     assert re.fullmatch(r"From evaluated runs.*\non cpu.*; writes to runs/report", caplog.messages[0])
@@ -105,6 +134,10 @@ def test_first_steps(
     assert capsys.readouterr().out.count("tensor([") == 2
     x, t = names["x"], torch.full((16,), 0.5)
     assert x.shape == names["score"](x, t).shape == (16, 1, 8, 8)
+    (block,) = blocks((ROOT / "docs" / "evaluation.md").read_text(), "python")
+    Image.new("RGB", (9, 7), (12, 12, 12)).save("IMAGE.png")
+    exec(block.replace("runs/mine", "runs/digits/u"), {})
+    assert re.fullmatch(r"tensor\(\[[\d.]+\], dtype=torch.float64\)\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
