@@ -32,21 +32,28 @@ test: install
 	$(BIN)/python -m pytest -n 2
 
 # On the bundled digits: U for 2500 steps; QC from U's checkpoint of step 1800, also to step 2500, so that U is its
-# control; and C. Every command resumes, or does nothing if its work is done.
+# control; and C. What does not wait for something else goes side by side, a thread each. Every command resumes, or does
+# nothing if its work is done.
 DEMO := runs/digits
-RUN := $(BIN)/python main.py --cache_dir=$(DEMO)/cache
+RUN := TQDM_MININTERVAL=1 $(BIN)/python main.py --threads=1 --cache_dir=$(DEMO)/cache
 demo: install
+	$(MAKE) --no-print-directory -j $$(getconf _NPROCESSORS_ONLN) demo-qc-eval demo-c-eval demo-u-eval demo-u-samples
+	$(BIN)/python -m report.main $(DEMO)/c $(DEMO)/u $(DEMO)/qc --output $(DEMO)
+
+.PHONY: demo-u demo-qc demo-c demo-u-eval demo-u-samples demo-qc-eval demo-c-eval
+demo-u:
 	$(RUN) --config=configs/digits.py:u --workdir=$(DEMO)/u --mode=train
+demo-qc: demo-u
 	$(RUN) --config=configs/digits.py:qc --workdir=$(DEMO)/qc --mode=train \
 	  --config.training.init_from=$(DEMO)/u/checkpoints/step_00001800.pt
+demo-c:
 	$(RUN) --config=configs/digits.py:c --workdir=$(DEMO)/c --mode=train
-	$(RUN) --config=configs/digits.py:u --workdir=$(DEMO)/u --mode=eval
-	$(RUN) --config=configs/digits.py:qc --workdir=$(DEMO)/qc --mode=eval
-	$(RUN) --config=configs/digits.py:c --workdir=$(DEMO)/c --mode=eval
+demo-u-eval demo-qc-eval demo-c-eval: demo-%-eval: demo-%
+	$(RUN) --config=configs/digits.py:$* --workdir=$(DEMO)/$* --mode=eval
+demo-u-samples: demo-u-eval
 	$(RUN) --workdir=$(DEMO)/u --mode=sample --config.sampling.method=ode
 	$(RUN) --workdir=$(DEMO)/u --mode=sample --config.sampling.method=few_step \
 	  --config.sampling.solver=dpmpp_2m_sde --config.sampling.num_steps=19
-	$(BIN)/python -m report.main $(DEMO)/c $(DEMO)/u $(DEMO)/qc --output $(DEMO)
 
 # The figures and tables of the small experiments and of the demo, on one page. Resumes as the demo does.
 FIGURES := runs/figures

@@ -140,8 +140,10 @@ def command_problem(command: Sequence[str]) -> str | None:
     """What is wrong with a command; None if it would start."""
     if command[0] == "make":
         text = (ROOT / "Makefile").read_text()
-        known = re.findall(r"^([a-z][\w-]*):(?!=)", text, flags=re.M) + re.findall(r"\$\((?:if \$\()?([A-Z]+)", text)
-        unknown = [word for word in command[1:] if word.partition("=")[0] not in known]
+        targets = " ".join(re.findall(r"^([a-z][\w -]*):(?!=)", text, flags=re.M)).split()
+        known = targets + re.findall(r"\$\((?:if \$\()?([A-Z]+)", text)
+        words = re.sub(r"-j \d+|--[\w-]+", "", " ".join(command[1:])).split()
+        unknown = [word for word in words if word.partition("=")[0] not in known]
         return f"no such target: {', '.join(unknown)}" if unknown else None
     errors = io.StringIO()
     try:
