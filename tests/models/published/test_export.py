@@ -15,9 +15,10 @@ from test_run_lib import CPU, tiny_config
 
 from checkpoints import CheckpointError, read_checkpoint
 from experiment.runtime import InvalidRun
+from models.published import exported
 from models.published.safetensors import read_safetensors
 from report.audit import audit
-from run_lib import export, load, train
+from run_lib import export, load, sample, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 
@@ -61,6 +62,23 @@ def test_exported_model_is_the_run(run: Path, tmp_path: Path) -> None:
     run_program(["main.py", *small, *flags], only_parse=False)
     (grid,) = (tmp_path / "new" / "samples").glob("*/grid.png")
     assert grid.parent.name.startswith("step_00000002-")
+
+
+def test_a_model_is_read_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is done with it; its weights may be large."""
+    reads: list[Path] = []
+
+    def counted(path: Path) -> dict:
+        reads.append(path)
+        return read_safetensors(path)
+
+    monkeypatch.setattr(exported, "read_safetensors", counted)
+    config = load(run).config
+    config.sampling.update(num_samples=1, num_steps=2)
+    sample(config, tmp_path / "samples", CPU, run / "export")
+    config.training.update(init_from=str(run / "export"), n_iters=3)
+    train(config, tmp_path / "run", CPU)
+    assert reads == 2 * [run / "export" / "model.safetensors"]
 
 
 @pytest.mark.slow

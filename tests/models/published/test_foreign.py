@@ -18,7 +18,7 @@ from configs.defaults import base_config
 from conservativeness import asymmetry
 from exact.distributions import Gaussian
 from likelihood import LikelihoodEvaluator
-from models.published import read_foreign
+from models.published import read_published
 from models.published.diffusers import WEIGHTS
 from models.published.safetensors import read_safetensors, write_safetensors
 from models.score import NoiseLevel, UnconstrainedScore
@@ -324,4 +324,4 @@ def test_networks_by_import_path() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             load(path, config=config_of(**fields))
-    assert read_foreign("nothing") is None
+    assert read_published("nothing", None) is None
