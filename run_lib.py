@@ -944,7 +944,7 @@ class TrainedScore:
         is not even known of a model from elsewhere: model values and their densities are the same for all.
 
         Raises:
-            ValueError: items of another shape, or numbers where the model has levels, or the reverse.
+            ValueError: items of another shape, numbers where the model has levels, or the reverse, or other classes.
         """
         levels = {False: "levels", True: "floating-point numbers"}
         given, own = ((tuple(of.shape), levels[of.num_levels is None]) for of in (data, self.images))
@@ -952,6 +952,7 @@ class TrainedScore:
             raise ValueError(
                 f"data.dataset: {data.name} has {given[1]} of shape {given[0]}, the model is of {own[1]} of {own[0]}"
             )
+        _check_classes(self.config, data)
         self.images = dataclasses.replace(self.images, num_levels=data.num_levels)
 
     @property

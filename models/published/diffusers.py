@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -178,14 +178,18 @@ def _process(given: Mapping) -> dict[str, object]:
         raise ValueError(f"prediction_type={prediction!r}: allowed are {', '.join(PREDICTIONS)}")
     if given.get("rescale_betas_zero_snr"):
         raise ValueError("rescale_betas_zero_snr=true: its last level is noise alone, and has no log-SNR")
-    betas = ladder(given)
+    return of_ladder(ladder(given), prediction)
+
+
+def of_ladder(betas: Sequence[float], prediction: str) -> dict[str, object]:
+    """What a config says of DDPM's process with these β_i, and of what its network predicts."""
     return {
         "data.centered": True,
         "training.sde": "sde_lib:LadderVP",
         "training.continuous": False,
         "model.prediction": prediction,
         "model.schedule": "",
-        "model.betas": betas,
+        "model.betas": tuple(betas),
         "model.num_scales": len(betas),
         "sampling.predictor": "ancestral_sampling",
         "sampling.corrector": "none",
@@ -211,8 +215,14 @@ def ladder(given: Mapping) -> tuple[float, ...]:
     if kind == "scaled_linear":
         roots = torch.linspace(math.sqrt(start), math.sqrt(end), levels, dtype=torch.float64)
         return tuple((roots**2).tolist())
-    left = torch.cos((torch.arange(levels + 1, dtype=torch.float64) / levels + 0.008) / 1.008 * math.pi / 2) ** 2
-    return tuple((1 - left[1:] / left[:-1]).clamp(max=0.999).tolist())
+    return cosine_ladder(levels)
+
+
+def cosine_ladder(levels: int, offset: float = 0.008, most: float = 0.999) -> tuple[float, ...]:
+    """β_i ≤ ``most`` of ᾱ = cos²(½π (t + offset)/(1 + offset)) at t = i/N: Nichol, Dhariwal (ICML 2021)."""
+    time = torch.arange(levels + 1, dtype=torch.float64) / levels
+    left = torch.cos((time + offset) / (1 + offset) * math.pi / 2) ** 2
+    return tuple((1 - left[1:] / left[:-1]).clamp(max=most).tolist())
 
 
 def weights(network: Path) -> dict[str, Tensor]:

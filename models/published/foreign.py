@@ -64,11 +64,14 @@ def read_published(path: str | Path, config: ConfigDict | None) -> tuple[tuple[d
         for name, value in {"model.parameterization": "unconstrained", **fields}.items():
             section, _, key = name.partition(".")
             config[section][key] = value
+    num_classes = fields.get("model.num_classes", 0)
+    if num_classes and not config.training.label_dropout and not config.sampling.condition:
+        config.sampling.condition = "class_free"  # of each class in turn, for the network has no other score
     data = config.data
     images = DataFormat(
         item_shape(data),
         num_levels=256,
-        num_classes=None,
+        num_classes=num_classes or None,
         centered=data.centered,
         dequantized=data.uniform_dequantization,
     )
