@@ -975,6 +975,11 @@ class TrainedScore:
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         # In the precision asked for, but in float32 where it is differentiated (docs/mixed_precision.md).
         if class_labels is None and self.num_classes:
+            if not self.config.training.label_dropout:
+                raise ValueError(
+                    f"a network of model.num_classes={self.num_classes} trained with training.label_dropout=0 has no "
+                    "unconditional score: it needs class labels"
+                )
             class_labels = torch.full((len(x),), self.num_classes, device=x.device)
         plain = self.runtime is None or x.requires_grad
         with contextlib.nullcontext() if plain else self.runtime.accelerator.autocast():

@@ -65,6 +65,8 @@ def read_published(path: str | Path, config: ConfigDict | None) -> tuple[tuple[d
             section, _, key = name.partition(".")
             config[section][key] = value
     num_classes = fields.get("model.num_classes", 0)
+    if num_classes and config.training.label_dropout and "training.label_dropout" not in fields:
+        num_classes = config.model.num_classes = num_classes - 1  # what it has learned last stands for none
     if num_classes and not config.training.label_dropout and not config.sampling.condition:
         config.sampling.condition = "class_free"  # of each class in turn, for the network has no other score
     data = config.data
