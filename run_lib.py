@@ -576,7 +576,7 @@ def evaluate_nll(score: TrainedScore, data: Split) -> tuple[dict, dict[str, np.n
         name: mean,
         f"{name}_se": error,
         "nll_nats_per_dim": nats * mean,
-        "nll_nats_per_dim_se": nats * error,
+        "nll_nats_per_dim_se": None if error is None else nats * error,
         "nll_images": count,
         "nfe_likelihood": float(arrays["nfe"].mean()),
         "likelihood": str(likelihood),

@@ -49,9 +49,9 @@ def read_published(path: str | Path, config: ConfigDict | None) -> tuple[tuple[d
         fields, weights = given.fields(str(path)), given.Given(str(path)).state_dict()
     elif str(path).endswith(".pkl") and Path(path).is_file():
         fields, weights = read_edm(Path(path))
-    elif (exported := read_exported(Path(path))) is not None:
-        own, record, weights, step = exported
-        return (whole_state(weights, record, step), Path(path)), config or own
+    elif (exported := read_exported(Path(path), config)) is not None:
+        config, record, weights, step = exported
+        return (whole_state(weights, record, step), Path(path)), config
     elif (folders := diffusers.find(path)) is not None:
         path = folders[0]
         fields, weights = diffusers.fields(*folders), diffusers.weights(path)

@@ -127,6 +127,24 @@ def test_folders_that_are_refused(run: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message) as error:
             load(folder)
         assert "\n" not in str(error.value)
+    folder, config = tmp_path / "code", json.loads((run / "export" / "config.json").read_text())
+    shutil.copytree(run / "export", folder)
+    trace = tmp_path / "trace"
+    for section, fields in (
+        ("model", {"name": "subprocess:getoutput", "cmd": f"touch {trace}"}),
+        ("model", {"name": "models.published.given:Given", "function": "os:getcwd", "source": ""}),
+        ("eval", {"metrics": ["os:getcwd"]}),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | {section: config[section] | fields}))
+        with pytest.raises(ValueError, match="would run code that this project has not"):
+            load(folder)
+        command = ["main.py", "--mode=sample", f"--checkpoint={folder}", f"--workdir={tmp_path / 'w'}"]
+        with pytest.raises(SystemExit, match="would run code that this project has not"):
+            run_program(command, only_parse=True)
+        assert not trace.exists()
+    (folder / "config.json").write_text('{"a":' * 900 + "1" + "}" * 900)
+    with pytest.raises(ValueError, match="is nested too deeply"):
+        load(folder)
     with pytest.raises(InvalidRun, match="is a public checkpoint already"):
         export(tiny_config(), tmp_path / "again", CPU, run / "export" / "checkpoint_2.pth")
 
