@@ -54,10 +54,14 @@ class UNet2D(nn.Module):
             raise ValueError(
                 f"models of diffusers need the library: pip install -r requirements-published.txt ({first_line(error)})"
             ) from None
-        options = json.loads(architecture)
+        options = {name: value for name, value in json.loads(architecture).items() if name[0] != "_"}
         try:
+            with torch.device("meta"):  # what cannot be evaluated is said before any work
+                size, labels = options["sample_size"], torch.zeros(1, dtype=torch.int64) if num_classes else None
+                image = torch.zeros(1, options.get("in_channels", 3), *(size if isinstance(size, list) else [size] * 2))
+                UNet2DModel(**options)(image, torch.zeros(1), labels)
             with within_memory("model.architecture", 2):
-                self.unet = UNet2DModel(**{name: value for name, value in options.items() if name[0] != "_"})
+                self.unet = UNet2DModel(**options)
         except Exception as error:  # whatever the library says to options that make no network
             raise ValueError(f"model.architecture: the library cannot build it: {first_line(error)}") from error
         for module in self.unet.modules():
@@ -175,7 +179,7 @@ def fields(network: Path, scheduler: Path) -> dict[str, object]:
         raise CheckpointError(f"{scheduler}/scheduler_config.json is damaged: it holds no object")
     try:
         return found | {"model.scheduler": json.dumps(given, sort_keys=True)} | _process(given)
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise CheckpointError(f"{scheduler}/scheduler_config.json: {first_line(error)}") from None
 
 

@@ -208,6 +208,8 @@ def _model(found: _Object, path: Path) -> tuple[dict[str, object], dict[str, Ten
     options = _options(network, path)
     size, channels, classes = (int(given[name]) for name in ("img_resolution", "img_channels", "label_dim"))
     constants = {name: float(given.get(name, default)) for name, default in CONSTANTS[kind].items()}
+    if wrong := [name for name, constant in constants.items() if not 0 < constant < math.inf]:
+        raise CheckpointError(f"{path}: a {kind} of {wrong[0]}={constants[wrong[0]]:g}: allowed are positive numbers")
     fields = {
         "data.image_size": size,
         "data.num_channels": channels,
@@ -266,7 +268,11 @@ def _options(network: _Object, path: Path) -> dict:
     given = {"embedding_type": "positional", **DEFAULTS[name], **network.state["_init_kwargs"]}
     fourier, multiples = given["embedding_type"] == "fourier", [int(m) for m in given["channel_mult"]]
     encoder, taps = given.get("encoder_type", "standard"), tuple(given.get("resample_filter", (1, 1)))
+    dropout = float(given.get("dropout", 0.1))
     unknown = {
+        "embedding_type": given["embedding_type"] not in ("fourier", "positional"),
+        "resample_filter": not taps or min(taps) <= 0,
+        "dropout": not 0 <= dropout < 1,
         "channel_mult": adm and multiples[:1] != [1],  # of which the first is that of the first layer there
         "channel_mult_emb": given.get("channel_mult_emb", 4) != 4,
         "channel_mult_noise": given.get("channel_mult_noise", 1) != (2 if fourier else 1),
@@ -284,7 +290,7 @@ def _options(network: _Object, path: Path) -> dict:
         "ch_mult": multiples,
         "num_res_blocks": int(given["num_blocks"]),
         "attn_resolutions": [r for r in given["attn_resolutions"] if r in resolutions],
-        "dropout": float(given.get("dropout", 0.1)),
+        "dropout": dropout,
         "nonlinearity": "swish",
         "conditional": True,
         "embedding_type": "fourier" if fourier else "positional",

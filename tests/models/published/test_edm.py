@@ -217,7 +217,8 @@ def saved(path: Path, kind: str, network: str, classes: int = 0, **changes: obje
         else:
             parent.register_parameter(leaf, nn.Parameter(tensor))
     noise = dict(sigma_min=0.02, sigma_max=100.0) if kind == "VEPrecond" else dict(sigma_min=0, sigma_max=float("inf"))
-    constants = dict(beta_d=19.9, beta_min=0.1, M=1000) if kind == "VPPrecond" else dict(sigma_data=0.5)
+    constants = dict(beta_d=19.9, beta_min=0.1, M=1000) if kind == "VPPrecond" else {}
+    constants["sigma_data"] = changes.get("sigma_data", 0.5)
     outer = Persistent(kind, img_resolution=SIZE, img_channels=CHANNELS, label_dim=classes, **noise, **constants)
     outer.add_module("model", model)
     path.write_bytes(pickle.dumps({"ema": outer, "loss_fn": Persistent("EDMLoss"), "dataset_kwargs": {"path": "x"}}))
@@ -293,6 +294,9 @@ def test_iddpm(tmp_path: Path) -> None:
         ("EDMPrecond", {"class_name": "DhariwalUNet"}, "made for another architecture"),
         ("EDMPrecond", {"class_name": "DhariwalUNet", "channel_mult": [2]}, r"a DhariwalUNet of channel_mult=\[2\]"),
         ("EDMPrecond", {"decoder_type": "skip"}, "a SongUNet of decoder_type='skip'"),
+        ("EDMPrecond", {"embedding_type": "rotary"}, "a SongUNet of embedding_type='rotary'"),
+        ("EDMPrecond", {"resample_filter": [0, 0]}, r"a SongUNet of resample_filter=\[0, 0\]"),
+        ("EDMPrecond", {"sigma_data": 0.0}, "a EDMPrecond of sigma_data=0: allowed are positive numbers"),
         ("EDMPrecond", {"num_blocks": 10**9}, "more than 100 blocks"),
         ("EDMPrecond", {"channel_mult": "abc"}, "no model of EDM's code: ValueError"),
         ("EDMPrecond", {"num_blocks": 2}, "its weights are not those of its network"),

@@ -239,6 +239,7 @@ REFUSED = {
     "in_channels=6, out_channels=3: allowed are as many": ({"in_channels": 6}, {}),
     "num_train_timesteps=1000000000: at least 2": ({}, {"num_train_timesteps": 10**9}),
     "could not convert string to float": ({}, {"beta_start": "low"}),
+    "cannot convert float infinity to integer": ({}, {"num_train_timesteps": float("inf")}),
 }
 
 
@@ -256,9 +257,10 @@ def test_folders_that_are_refused(message: str, tmp_path: Path) -> None:
         (DDPM_BLOCKS, r"made for another architecture: network\.unet\.\S+ is missing"),
         (DDPM_BLOCKS | {"block_out_channels": (10**10, 10**10)}, "needs more memory than there is|GB of memory"),
         (DDPM_BLOCKS | {"down_block_types": ("os.system", "DownBlock2D")}, "cannot build it: os.system does not exist"),
+        (DDPM_BLOCKS | {"sample_size": 7}, "cannot build it: Sizes of tensors must match"),
         ({"os.system": "echo"}, "cannot build it: .*unexpected keyword argument 'os.system'"),
     ],
-    ids=["weights", "size", "block", "option"],
+    ids=["weights", "size", "block", "odd", "option"],
 )
 def test_networks_that_are_refused(unet: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as error:
