@@ -29,7 +29,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -320,32 +320,40 @@ def _translated(given: dict[str, Tensor], network: UNet) -> dict[str, Tensor]:
     order += dict.fromkeys(".".join(name.split(".")[:2]) for name in given if name.startswith(("enc.", "dec.")))
     order += dict.fromkeys(name.rpartition(".")[0] for name in given if name.startswith("out_"))
     translated, remaining = {}, iter(order)
+    unread = {name for name in given if not name.startswith("map_augment.") and not name.endswith(".resample_filter")}
+
+    def take(name: str) -> Tensor:
+        unread.discard(name)
+        return given[name]
+
     for name, module in entries(network):
         if isinstance(module, nn.Embedding):
-            translated[f"{name}.weight"] = _of_classes(given, network.classes_with_noise)
+            translated[f"{name}.weight"] = _of_classes(take, network.classes_with_noise)
             continue
         if not isinstance(module, layers.Attention):  # that is a part of the block before it
             place = next(remaining)
         for part, _ in module.named_parameters():
             first, _, last = part.rpartition(".")
             if isinstance(module, layers.BigGANBlock):
-                found = given[f"{place}.{_BLOCK[first]}.{last}"]
+                found = take(f"{place}.{_BLOCK[first]}.{last}")
             elif isinstance(module, layers.Attention) and first in _QKV:
-                joint = given[f"{place}.qkv.{last}"]
+                joint = take(f"{place}.qkv.{last}")
                 found = joint.unflatten(0, (-1, 3))[:, _QKV.index(first)].contiguous()
             elif isinstance(module, layers.Attention):
-                found = given[f"{place}.{({'norm': 'norm2', 'out': 'proj'})[first]}.{last}"]
+                found = take(f"{place}.{({'norm': 'norm2', 'out': 'proj'})[first]}.{last}")
             else:
-                found = given[f"{place}.{'freqs' if last == 'frequencies' else last}"]
+                found = take(f"{place}.{'freqs' if last == 'frequencies' else last}")
             translated[f"{name}.{part}"] = found.float()
+    if unread:
+        raise ValueError(f"{min(unread)} has no place in it")
     if isinstance(network.middle[0], layers.ADMBlock):  # whose cosines come before the sines
         first = translated["time_mlp.0.weight"]
         translated["time_mlp.0.weight"] = torch.cat(first.chunk(2, 1)[::-1], 1)
     return translated
 
 
-def _of_classes(given: dict[str, Tensor], with_noise: bool) -> Tensor:
+def _of_classes(take: Callable[[str], Tensor], with_noise: bool) -> Tensor:
     """What is learned of each class, and of none, (K + 1, width)."""
-    classes = given["map_label.weight"].float().t()
+    classes = take("map_label.weight").float().t()
     rows = torch.cat([classes, torch.zeros_like(classes[:1])])
-    return len(classes) ** 0.5 * rows + given["map_label.bias"].float() if with_noise else rows
+    return len(classes) ** 0.5 * rows + take("map_label.bias").float() if with_noise else rows

@@ -291,7 +291,7 @@ def test_iddpm(tmp_path: Path) -> None:
     [
         ("EDMPrecond2", {}, "a EDMPrecond2 of a SongUNet; read are VPPrecond, VEPrecond, EDMPrecond, iDDPMPrecond"),
         ("EDMPrecond", {"class_name": "UViT"}, "a EDMPrecond of a UViT; read are .* of SongUNet and DhariwalUNet"),
-        ("EDMPrecond", {"class_name": "DhariwalUNet"}, "made for another architecture"),
+        ("EDMPrecond", {"class_name": "DhariwalUNet"}, "its weights are not those of its network"),
         ("EDMPrecond", {"class_name": "DhariwalUNet", "channel_mult": [2]}, r"a DhariwalUNet of channel_mult=\[2\]"),
         ("EDMPrecond", {"decoder_type": "skip"}, "a SongUNet of decoder_type='skip'"),
         ("EDMPrecond", {"embedding_type": "rotary"}, "a SongUNet of embedding_type='rotary'"),
@@ -300,6 +300,7 @@ def test_iddpm(tmp_path: Path) -> None:
         ("EDMPrecond", {"num_blocks": 10**9}, "more than 100 blocks"),
         ("EDMPrecond", {"channel_mult": "abc"}, "no model of EDM's code: ValueError"),
         ("EDMPrecond", {"num_blocks": 2}, "its weights are not those of its network"),
+        ("EDMPrecond", {"attn_resolutions": []}, "its weights are not those of its network: .* has no place in it"),
         ("EDMPrecond", {"model_channels": 16}, "made for another architecture"),
     ],
 )
