@@ -23,7 +23,7 @@ from run_lib import export, load, sample, train
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 
 
-UNCONSTRAINED = {"model.parameterization": "unconstrained"}
+UNCONSTRAINED = {"model.parameterization": "unconstrained", "eval.features": "inception"}
 
 
 def same(one: dict, other: dict) -> bool:
