@@ -77,7 +77,6 @@ if TYPE_CHECKING:
     from data import Split
     from features.quality import SampleQuality
     from losses import Objective
-    from models.published import Exported, Foreign
     from training import Trainer
 
 __all__ = [
@@ -102,6 +101,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+Source = str | Path | tuple[dict, Path]
+"""Where weights come from: a run's folder or a file; or a checkpoint that has been read, and where it was."""
 
 OUTSIDE = (-0.5, 1.5)
 """Half the range of grey levels beyond black and white: no digit, photograph or their noise is there."""
@@ -150,7 +152,7 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
     with checked():
-        config = _as_published(config, config.training.init_from)
+        begin_with, config = _begin_with(config)
     with contextlib.ExitStack() as stack:
 
         def claim() -> None:
@@ -158,7 +160,7 @@ def train(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime())
             _check_workdir(config, Path(workdir), FREE_IN_TRAINING)  # it may have changed until now
 
         with checked():
-            loop = trainer(config, workdir, runtime, claim, announced="train")
+            loop = trainer(config, workdir, runtime, claim, begin_with, announced="train")
         _write_config(config, loop.workdir, runtime)
         loop.run()
     if "architecture" in config.model:  # back in the form that it came in
@@ -178,7 +180,8 @@ def dry_run(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runtime(
         InvalidRun: bad config, data, checkpoint or working directory.
     """
     with checked():
-        loop = trainer(config, workdir, runtime, announced="try")
+        begin_with, config = _begin_with(config)
+        loop = trainer(config, workdir, runtime, begin_with=begin_with, announced="try")
     device, steps = runtime.torch_device, config.training.qc_interval if config.training.qc_weight else 1
     first, seconds = loop.step, 0.0
     for _ in range(2):
@@ -217,11 +220,13 @@ def trainer(
     workdir: str | Path,
     runtime: Runtime = Runtime(),
     claim: Callable[[], object] | None = None,
+    begin_with: Source | None = None,
     announced: str = "",
 ) -> Trainer:
     """The training loop of a config, at the step to go on from; nothing has been written. ``claim`` is called before
-    the state in ``workdir`` is read, which nobody else may change from then on. ``announced`` is what will be done with
-    it, in a word, if that is to be said.
+    the state in ``workdir`` is read, which nobody else may change from then on. ``begin_with``: what has been found at
+    ``training.init_from``, see ``_begin_with``. ``announced`` is what will be done with the loop, in a word, if that is
+    to be said.
 
     Raises:
         ValueError, OSError: bad config, data, checkpoint or working directory.
@@ -232,7 +237,6 @@ def trainer(
     from training import Hook, Trainer
 
     check(config)
-    config = _as_published(config, config.training.init_from)
     training, workdir, device = config.training, Path(workdir), runtime.torch_device
     _check_workdir(config, workdir, FREE_IN_TRAINING)
     if config.sampling.condition not in ("", "class_free"):
@@ -269,7 +273,7 @@ def trainer(
     def begin() -> dict | None:
         _read_once(train_data, runtime)
         _read_once(test_data, runtime)
-        return _state_to_begin_with(config, model, optimizer)
+        return _state_to_begin_with(config, begin_with or training.init_from, model, optimizer)
 
     if not (workdir / "checkpoints").exists():
         begin()  # what is wrong with it is said before anything is written
@@ -350,11 +354,20 @@ def trainer(
     return loop
 
 
-def _state_to_begin_with(config: ConfigDict, model: ScoreModel, optimizer: torch.optim.Optimizer) -> dict | None:
+def _begin_with(config: ConfigDict) -> tuple[Source, ConfigDict]:
+    """What is at ``training.init_from``, and the config with what it says of itself; a run that has begun has that in
+    its config, and goes on without the other's files."""
+    init_from = config.training.init_from
+    return (init_from, config) if "architecture" in config.model else _opened(init_from, config)
+
+
+def _state_to_begin_with(
+    config: ConfigDict, source: Source, model: ScoreModel, optimizer: torch.optim.Optimizer
+) -> dict | None:
     """Weights, averages, optimiser and step of another run, as the paper starts QC from U."""
-    if not config.training.init_from:
+    if not source:
         return None
-    state, path = _read(config.training.init_from, "training.init_from=", config=config)
+    state, path = _read(source, "training.init_from=", config=config)
     if not _is_own(state, path):
         state = _convert(state, path, model, optimizer)
         if state["optimizer"] is None:
@@ -428,7 +441,7 @@ def evaluate(
     workdir, enabled = Path(workdir), config.eval
     with contextlib.ExitStack() as stack:
         with checked():
-            config = _as_published(config, checkpoint)
+            checkpoint, config = _opened(checkpoint, config)
             if config.sampling.condition not in ("", "class", "class_free"):
                 raise ValueError(f"sampling.condition={config.sampling.condition!r}: only with --mode=sample")
             if runtime.compile and not enabled.enable_sampling and runtime.torch_device.type == "cpu":
@@ -573,7 +586,7 @@ def evaluate_nll(score: TrainedScore, data: Split) -> tuple[dict, dict[str, np.n
         name: mean,
         f"{name}_se": error,
         "nll_nats_per_dim": nats * mean,
-        "nll_nats_per_dim_se": nats * error,
+        "nll_nats_per_dim_se": None if error is None else nats * error,
         "nll_images": count,
         "nfe_likelihood": float(arrays["nfe"].mean()),
         "likelihood": str(likelihood),
@@ -744,7 +757,7 @@ def score(
     workdir = Path(workdir)
     with contextlib.ExitStack() as stack:
         with checked():
-            config = _as_published(config, checkpoint)
+            checkpoint, config = _opened(checkpoint, config)
             _check_request(config, workdir, checkpoint, free=("data.",))
             train_data, data = load_data(config, runtime)
             stack.enter_context(runtime.exclusive(workdir / ".scores.lock"))
@@ -811,7 +824,7 @@ def sample(
     workdir = Path(workdir)
     with contextlib.ExitStack() as stack:
         with checked():
-            config = _as_published(config, checkpoint)
+            checkpoint, config = _opened(checkpoint, config)
             sampling = config.sampling
             _check_request(config, workdir, checkpoint)
             sampler = build_sampler(config, build_sde(config))
@@ -876,6 +889,7 @@ def _export(config: ConfigDict, workdir: Path, runtime: Runtime, checkpoint: str
 
     folder = workdir / "export"
     with checked():
+        checkpoint, config = _opened(checkpoint, config)
         _check_request(config, workdir, checkpoint)
         state, path = _read(checkpoint or workdir, "--checkpoint=" if checkpoint else "--workdir=", config=config)
         if not _is_own(state, path):
@@ -943,7 +957,7 @@ class TrainedScore:
         is not even known of a model from elsewhere: model values and their densities are the same for all.
 
         Raises:
-            ValueError: items of another shape, or numbers where the model has levels, or the reverse.
+            ValueError: items of another shape, numbers where the model has levels, or the reverse, or other classes.
         """
         levels = {False: "levels", True: "floating-point numbers"}
         given, own = ((tuple(of.shape), levels[of.num_levels is None]) for of in (data, self.images))
@@ -951,6 +965,7 @@ class TrainedScore:
             raise ValueError(
                 f"data.dataset: {data.name} has {given[1]} of shape {given[0]}, the model is of {own[1]} of {own[0]}"
             )
+        _check_classes(self.config, data)
         self.images = dataclasses.replace(self.images, num_levels=data.num_levels)
 
     @property
@@ -973,6 +988,11 @@ class TrainedScore:
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         # In the precision asked for, but in float32 where it is differentiated (docs/mixed_precision.md).
         if class_labels is None and self.num_classes:
+            if not self.config.training.label_dropout:
+                raise ValueError(
+                    f"a network of model.num_classes={self.num_classes} trained with training.label_dropout=0 has no "
+                    "unconditional score: it needs class labels"
+                )
             class_labels = torch.full((len(x),), self.num_classes, device=x.device)
         plain = self.runtime is None or x.requires_grad
         with contextlib.nullcontext() if plain else self.runtime.accelerator.autocast():
@@ -1147,8 +1167,8 @@ def load(
         CheckpointError: there is no such checkpoint, or it cannot be read.
         ValueError: a public checkpoint without its config.
     """
-    config = _as_published(config, path)
-    state, path = _read(path, "", step, config)
+    source, config = _opened(path, config)
+    state, path = _read(source, "", step, config)
     if config is None:
         if not _is_own(state, path):
             raise ValueError(f"{path} is a public checkpoint: give load(…, config=…) the config it was trained with")
@@ -1158,7 +1178,7 @@ def load(
 
 
 def _trained_score(
-    config: ConfigDict, workdir: Path, checkpoint: str | Path | None, runtime: Runtime, free: tuple[str, ...] = ()
+    config: ConfigDict, workdir: Path, checkpoint: Source | None, runtime: Runtime, free: tuple[str, ...] = ()
 ) -> TrainedScore:
     """The score of a checkpoint, for evaluation and sampling; with the classifier that guides it, if one does."""
     _check_request(config, workdir, checkpoint, free)
@@ -1181,20 +1201,18 @@ def _trained_score(
     return score
 
 
-def _check_request(
-    config: ConfigDict, workdir: Path, checkpoint: str | Path | None, free: tuple[str, ...] = ()
-) -> None:
+def _check_request(config: ConfigDict, workdir: Path, checkpoint: Source | None, free: tuple[str, ...] = ()) -> None:
     """Refuse what is known to be wrong before anything of a run but its config is read; other values of ``free`` fields
     are not."""
     check(config)
     _check_workdir(config, workdir, (*FREE_IN_EVALUATION, *free))
-    source, flag = Path(checkpoint or workdir), "--checkpoint=" if checkpoint else "--workdir="
-    if not (source.is_file() or (source / "checkpoints").is_dir() or (checkpoint and _published(checkpoint))):
+    source, flag = checkpoint or workdir, "--checkpoint=" if checkpoint else "--workdir="
+    if not isinstance(source, tuple) and not (Path(source).is_file() or (Path(source) / "checkpoints").is_dir()):
         raise CheckpointError(f"{flag}{source}: no checkpoint there; train first")
 
 
 def _read(
-    path: str | Path, flag: str, step: int | None = None, config: ConfigDict | None = None
+    source: Source, flag: str, step: int | None = None, config: ConfigDict | None = None
 ) -> tuple[dict | list, Path]:
     """The checkpoint in a file, or the one in a run's folder of a step, by default the newest, which in a folder of the
     public codes is the one of the highest number; or the model of another project, with its config; and its file.
@@ -1202,9 +1220,9 @@ def _read(
     Raises:
         CheckpointError: there is none, which ``flag`` named, or it cannot be read.
     """
-    if (published := _published(path)) is not None:
-        return published.state(config), published.path
-    path = Path(path)
+    if isinstance(source := _opened(source, config)[0], tuple):
+        return source
+    path = Path(source)
     if path.is_file():
         return read_checkpoint(path), path
     store = CheckpointStore(path / "checkpoints")
@@ -1219,23 +1237,16 @@ def _read(
     return state, store.path(state["step"])
 
 
-def _published(path: str | Path) -> Foreign | Exported | None:
-    """The model of another project at a path; None if there is a run of ours, a checkpoint file, or nothing."""
-    is_file = Path(path).is_file() and Path(path).suffix != ".pkl"
-    if not str(path) or is_file or (Path(path) / "checkpoints").is_dir():
-        return None
-    from models.published import read_foreign
+def _opened(source: Source | None, config: ConfigDict | None) -> tuple[Source | None, ConfigDict | None]:
+    """What a model of another project at a path is as a checkpoint, and the config with what it says of itself. Where
+    there is none, but a run of ours, a checkpoint file or nothing, or where it has been read, both as they are."""
+    if not source or isinstance(source, tuple) or (Path(source) / "checkpoints").is_dir():
+        return source, config
+    if Path(source).is_file() and Path(source).suffix != ".pkl":
+        return source, config
+    from models.published import read_published
 
-    return read_foreign(path)
-
-
-def _as_published(config: ConfigDict | None, path: str | Path | None) -> ConfigDict | None:
-    """A config with what a model of another project that is at a path says of itself, if there is one and the config
-    has none of it yet."""
-    if path is None or (config is not None and "architecture" in config.model):
-        return config
-    published = _published(path)
-    return config if published is None else published.config(config)
+    return read_published(source, config) or (source, config)
 
 
 def _score_from_state(state: dict | list, path: Path, config: ConfigDict, device: torch.device) -> TrainedScore:

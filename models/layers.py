@@ -2,7 +2,8 @@
 
 Sources: Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models" (NeurIPS 2020); Song et al., "Score-Based
 Generative Modeling through Stochastic Differential Equations" (ICLR 2021), Appendix H; Brock, Donahue, Simonyan,
-"Large Scale GAN Training" (BigGAN, ICLR 2019); Zhang, "Making Convolutional Networks Shift-Invariant Again"
+"Large Scale GAN Training" (BigGAN, ICLR 2019); Dhariwal, Nichol, "Diffusion Models Beat GANs on Image Synthesis"
+(NeurIPS 2021) for ADM; Zhang, "Making Convolutional Networks Shift-Invariant Again"
 (ICML 2019) for the FIR resampling; Tancik et al. (NeurIPS 2020) for the Fourier features.
 """
 
@@ -271,14 +272,32 @@ class BigGANBlock(_ResidualBlock):
         super().__init__(in_channels, out_channels, shortcut=shortcut, **options)
 
 
+class ADMBlock(BigGANBlock):
+    """The residual block of ADM: the noise level scales and shifts what is normalised for the second time, and a
+    shortcut that keeps the number of channels has no convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, temb_features: int, **options) -> None:
+        super().__init__(in_channels, out_channels, temb_features=temb_features, **options)
+        self.time = dense(temb_features, 2 * out_channels)
+        if in_channels == out_channels:
+            self.shortcut = nn.Identity()
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        h = self.conv1(self.resample(norm_act(self.norm1, self.activation, x)))
+        scale, shift = self.time(self.activation(temb))[(..., *[None] * (h.ndim - 2))].chunk(2, 1)
+        h = self.conv2(self.dropout(self.activation(self.norm2(h) * (1 + scale) + shift)))
+        return self.rescale * (self.shortcut(self.resample(x)) + h)
+
+
 class Attention(nn.Module):
-    """Single-head self-attention over all pixels with a residual connection, (B, C, H, W) → (B, C, H, W), or over all
-    places along one or three axes."""
+    """Self-attention over all pixels with a residual connection, (B, C, H, W) → (B, C, H, W), or over all places along
+    one or three axes; each of the ``heads`` has its share of the channels."""
 
     recomputable = True
 
-    def __init__(self, channels: int, *, init_scale: float, skip_rescale: bool, dims: int = 2) -> None:
+    def __init__(self, channels: int, *, init_scale: float, skip_rescale: bool, dims: int = 2, heads: int = 1) -> None:
         super().__init__()
+        self.heads = heads
         self.norm = group_norm(channels)
         self.query = conv1x1(channels, channels, 0.1, dims=dims)
         self.key = conv1x1(channels, channels, 0.1, dims=dims)
@@ -289,9 +308,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         channels, *places = x.shape[1:]
         h = self.norm(x)
-        # (B, HW, C): the order of channels-last memory, so that nothing is copied.
-        query, key, value = (layer(h).movedim(1, -1).flatten(1, -2) for layer in (self.query, self.key, self.value))
+        # (B, heads, HW, C/heads): the order of channels-last memory, so that nothing is copied.
+        query, key, value = (
+            layer(h).movedim(1, -1).flatten(1, -2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
         # Plain products: torch's fused kernels cannot be differentiated twice.
-        weights = torch.softmax((channels**-0.5 * query) @ key.transpose(1, 2), dim=-1).to(value.dtype)
-        h = (weights @ value).unflatten(1, places).movedim(-1, 1)
+        scale = (channels // self.heads) ** -0.5
+        weights = torch.softmax((scale * query) @ key.transpose(2, 3), dim=-1).to(value.dtype)
+        h = (weights @ value).transpose(1, 2).flatten(2).unflatten(1, places).movedim(-1, 1)
         return self.rescale * (x + self.out(h))

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from experiment.registry import resolve
 from models.layers import (
+    ADMBlock,
     Attention,
     BigGANBlock,
     DDPMBlock,
@@ -48,7 +49,7 @@ ACTIVATIONS = {
 }
 
 _CHOICES = {
-    "resblock_type": ("ddpm", "biggan"),
+    "resblock_type": ("ddpm", "biggan", "adm"),
     "progressive": ("none", "output_skip", "residual"),
     "progressive_input": ("none", "input_skip", "residual"),
     "progressive_combine": ("sum", "cat"),
@@ -141,12 +142,12 @@ class _Down(nn.Module):
 
 
 class _DecoderBlock(nn.Module):
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, attention: nn.Module) -> None:
         super().__init__()
-        self.block = block
+        self.block, self.attention = block, attention
 
     def forward(self, h: Tensor, temb: Tensor | None, pyramid: Tensor, skips: list[Tensor]) -> tuple[Tensor, Tensor]:
-        return self.block(concatenate(h, skips.pop()), temb), pyramid
+        return self.attention(self.block(concatenate(h, skips.pop()), temb)), pyramid
 
 
 class _LevelEnd(nn.Module):
@@ -189,8 +190,12 @@ class UNet(nn.Module):
         centered: images are in [−1, 1]; otherwise in [0, 1], and the network sees 2x − 1.
         num_levels: the number of noise levels whose index is the label; None: the label is a positive number.
         groups: of every group norm, if nf and so all widths are multiples of it; otherwise see ``layers.group_norm``.
+        classes_with_noise: what is learned of a class is added to the embedding of the noise level itself, instead of
+            to what a network makes of that.
 
-    Level i has nf·ch_mult[i] channels, the middle always attention. Of K classes the label K stands for none.
+    Level i has nf·ch_mult[i] channels, the middle always attention. Of K classes the label K stands for none. With
+    ``resblock_type`` adm there is attention after every block of the decoder, too, with a head for every 64 channels,
+    and so none where there are fewer.
 
     Raises:
         ValueError: an option outside its choices, or sizes that do not fit, naming the config field.
@@ -223,6 +228,7 @@ class UNet(nn.Module):
         num_classes: int = 0,
         num_levels: int | None = None,
         groups: int | None = None,
+        classes_with_noise: bool = False,
     ) -> None:
         super().__init__()
         given = locals()
@@ -273,14 +279,15 @@ class UNet(nn.Module):
         self.time_mlp = None
         if conditional:
             self.time_mlp = nn.Sequential(dense(self.embedding.out_features, 4 * nf), act, dense(4 * nf, 4 * nf))
-        self.class_embedding = nn.Embedding(num_classes + 1, 4 * nf) if num_classes else None
+        self.classes_with_noise = classes_with_noise and num_classes > 0
+        width = self.embedding.out_features if classes_with_noise else 4 * nf
+        self.class_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
 
         convolution, projection = partial(conv3x3, dims=dims), partial(_Projection, dims=dims)
-        attention = partial(Attention, init_scale=init_scale, skip_rescale=skip_rescale, dims=dims)
         resample = partial(resampling, taps=fir_kernel if fir else None, dims=dims)
-        biggan = resblock_type == "biggan"
+        adm = resblock_type == "adm"
         block = partial(
-            BigGANBlock if biggan else DDPMBlock,
+            {"ddpm": DDPMBlock, "biggan": BigGANBlock, "adm": ADMBlock}[resblock_type],
             activation=act,
             temb_features=temb_features,
             dropout=dropout,
@@ -289,11 +296,16 @@ class UNet(nn.Module):
             dims=dims,
         )
 
+        def attention(channels: int) -> nn.Module:
+            heads = channels // 64 if adm else 1
+            options = dict(init_scale=init_scale, skip_rescale=skip_rescale, dims=dims, heads=heads)
+            return Attention(channels, **options) if heads else nn.Identity()
+
         def attention_at(level: int, channels: int) -> nn.Module:
             return attention(channels) if resolutions[level] in attn_resolutions else nn.Identity()
 
         def resample_features(channels: int, *, up: bool) -> nn.Module:
-            if biggan:
+            if resblock_type != "ddpm":
                 return block(channels, channels, resample=resample(channels, channels, up=up, with_conv=False))
             return _WithoutTime(resample(channels, channels, up=up, with_conv=resamp_with_conv))
 
@@ -328,7 +340,8 @@ class UNet(nn.Module):
         for level in reversed(range(levels)):
             width, lowest = nf * ch_mult[level], level == levels - 1
             for _ in range(num_res_blocks + 1):
-                self.decoder.append(_DecoderBlock(block(channels + skip_channels.pop(), width)))
+                attend = attention_at(level, width) if adm else nn.Identity()
+                self.decoder.append(_DecoderBlock(block(channels + skip_channels.pop(), width), attend))
                 channels = width
             pyramid_up, merge = nn.Identity(), _Apart()
             if progressive == "output_skip":
@@ -340,7 +353,7 @@ class UNet(nn.Module):
             elif progressive == "residual":
                 pyramid_up, merge = resample(pyramid_channels, width, up=True, with_conv=True), _Sum(rescale)
             pyramid_channels = width
-            attend = attention_at(level, width)
+            attend = nn.Identity() if adm else attention_at(level, width)
             up = resample_features(width, up=True) if level else _WithoutTime(nn.Identity())
             self.decoder.append(_LevelEnd(attend, pyramid_up, merge, up))
         self.head = None if progressive == "output_skip" else projection(channels, num_channels, act, init_scale)
@@ -379,8 +392,11 @@ class UNet(nn.Module):
     def _evaluate(self, x: Tensor, label: Tensor, class_labels: Tensor | None) -> Tensor:
         temb = None
         if self.time_mlp is not None:
-            temb = self.time_mlp(self.embedding(label.to(x.dtype)))
-            if self.class_embedding is not None:
+            temb = self.embedding(label.to(x.dtype))
+            if self.classes_with_noise:
+                temb = temb + self.class_embedding(class_labels)
+            temb = self.time_mlp(temb)
+            if self.class_embedding is not None and not self.classes_with_noise:
                 temb = temb + self.class_embedding(class_labels)
 
         pyramid = self.input_scale * x + self.input_shift

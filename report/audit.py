@@ -246,7 +246,7 @@ def _table(results: dict) -> str:
         notes.append(
             f"bits/dim: {first['nll_images']} test images, uniformly dequantised, (k + u)/L of L = "
             f"{first['num_levels']} levels; −ln p/(D ln 2) of images in [−1, 1] plus log₂(L/2) = "
-            f"{number(math.log2(first['num_levels'] / 2))}, which is the bound for a model from its own least σ/α on; "
+            f"{number(math.log2(first['num_levels'] / 2))}, with p the density at the model's own least σ/α; "
             f"{first['likelihood']}."
         )
     return text + "".join(f"\n{note}\n" for note in notes)

@@ -29,17 +29,21 @@ LADDERS = {
     "scaled_linear": ("sample", dict(num_train_timesteps=100, beta_schedule="scaled_linear", beta_end=0.1)),
     "squaredcos_cap_v2": ("v_prediction", dict(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2")),
     "trained_betas": ("epsilon", dict(num_train_timesteps=20, trained_betas=TRAINED)),
+    "zero_terminal_snr": (
+        "v_prediction",
+        dict(num_train_timesteps=20, beta_start=0.05, beta_end=0.3, rescale_betas_zero_snr=True),
+    ),
 }
 X = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def saved_ddpm(folder: Path, name: str):
+def saved_ddpm(folder: Path, name: str, **options_of_network: object):
     """A random network and its scheduler, saved by the library; network, scheduler, levels."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
     prediction, options = LADDERS[name]
     torch.manual_seed(1)
-    network = UNet2DModel(**DDPM_BLOCKS).eval()
+    network = UNet2DModel(**DDPM_BLOCKS | options_of_network).eval()
     scheduler = DDPMScheduler(prediction_type=prediction, clip_sample=False, **options)
     DDPMPipeline(network, scheduler).save_pretrained(folder)
     return network, scheduler, torch.tensor([0, 7, options["num_train_timesteps"] - 2])

@@ -3,17 +3,15 @@ networks; folders of diffusers; pickles of EDM; networks by import path. And mod
 
 from models.published.checkpoint import PublicCheckpoint, convert_public_checkpoint, public_checkpoint
 from models.published.exported import model_card, write_exported
-from models.published.foreign import Exported, Foreign, read_foreign
+from models.published.foreign import read_published
 from models.published.names import official_names
 
 __all__ = [
-    "Exported",
-    "Foreign",
     "PublicCheckpoint",
     "convert_public_checkpoint",
     "model_card",
     "official_names",
     "public_checkpoint",
-    "read_foreign",
+    "read_published",
     "write_exported",
 ]

@@ -14,15 +14,15 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from checkpoints import CheckpointError, is_count
-from configs.stored import config_of
-from experiment.files import parse_json, read_json, write_text
+from configs.stored import get_config
+from experiment.files import parse_json, write_text
 from models.published.safetensors import read_metadata, read_safetensors, write_safetensors
 
 WEIGHTS = "model.safetensors"
 
 
-def read_exported(folder: Path) -> tuple[ConfigDict, dict, dict, int] | None:
-    """Config, record and weights of such a folder, and the step; None if it is none.
+def read_exported(folder: Path, config: ConfigDict | None) -> tuple[ConfigDict, dict, dict, int] | None:
+    """The config that is given, or else its own, record and weights of such a folder, and the step; None if it is none.
 
     Raises:
         CheckpointError, ValueError: it is, and is damaged.
@@ -38,7 +38,7 @@ def read_exported(folder: Path) -> tuple[ConfigDict, dict, dict, int] | None:
         record[name] = parse_json(metadata[name], path)
     if not is_count(step := record.pop("step")):
         raise CheckpointError(f"{path}: its step is {step!r}")
-    config = config_of(read_json(folder / "config.json"), folder / "config.json")
+    config = config or get_config(str(folder / "config.json"))
     return config, {"config": config.to_json(), **record}, weights, step
 
 

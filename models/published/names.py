@@ -20,6 +20,7 @@ from models.unet import Combine, UNet
 _RESIDUAL = {"norm1": "GroupNorm_0", "conv1": "Conv_0", "time": "Dense_0", "norm2": "GroupNorm_1", "conv2": "Conv_1"}
 _ENTRIES: dict[type[nn.Module], dict[str, str]] = {
     layers.BigGANBlock: {**_RESIDUAL, "shortcut": "Conv_2"},
+    layers.ADMBlock: {},
     layers.DDPMBlock: {**_RESIDUAL, "shortcut": "NIN_0"},
     layers.Attention: {"norm": "GroupNorm_0", "query": "NIN_0", "key": "NIN_1", "value": "NIN_2", "out": "NIN_3"},
     Combine: {"conv": "Conv_0"},

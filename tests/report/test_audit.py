@@ -79,6 +79,15 @@ def test_linear_networks(tmp_path: Path, forget_accelerator) -> None:
     assert not CALLS and again == found
 
 
+def test_one_image_has_no_error(tmp_path: Path, forget_accelerator) -> None:
+    forget_accelerator()
+    found = results(tmp_path, "linear", "symmetric", eval__asym_images=1, eval__nll_images=1)
+    for model in found["models"].values():
+        assert model["nasym_se"] is model["bits_per_dim_se"] is model["nll_nats_per_dim_se"] is None
+    (difference,) = found["differences"].values()
+    assert difference["bits_per_dim"]["interval"] is None and difference["nasym"]["mean"] < 0
+
+
 @pytest.mark.slow
 def test_units_of_the_images_do_not_matter(tmp_path: Path, forget_accelerator) -> None:
     """The same function of images in [−1, 1] and in [0, 1], where its Asym is 16 times as large."""

@@ -15,14 +15,15 @@ from test_run_lib import CPU, tiny_config
 
 from checkpoints import CheckpointError, read_checkpoint
 from experiment.runtime import InvalidRun
+from models.published import exported
 from models.published.safetensors import read_safetensors
 from report.audit import audit
-from run_lib import export, load, train
+from run_lib import export, load, sample, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 
 
-UNCONSTRAINED = {"model.parameterization": "unconstrained"}
+UNCONSTRAINED = {"model.parameterization": "unconstrained", "eval.features": "inception"}
 
 
 def same(one: dict, other: dict) -> bool:
@@ -61,6 +62,23 @@ def test_exported_model_is_the_run(run: Path, tmp_path: Path) -> None:
     run_program(["main.py", *small, *flags], only_parse=False)
     (grid,) = (tmp_path / "new" / "samples").glob("*/grid.png")
     assert grid.parent.name.startswith("step_00000002-")
+
+
+def test_a_model_is_read_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is done with it; its weights may be large."""
+    reads: list[Path] = []
+
+    def counted(path: Path) -> dict:
+        reads.append(path)
+        return read_safetensors(path)
+
+    monkeypatch.setattr(exported, "read_safetensors", counted)
+    config = load(run).config
+    config.sampling.update(num_samples=1, num_steps=2)
+    sample(config, tmp_path / "samples", CPU, run / "export")
+    config.training.update(init_from=str(run / "export"), n_iters=3)
+    train(config, tmp_path / "run", CPU)
+    assert reads == 2 * [run / "export" / "model.safetensors"]
 
 
 @pytest.mark.slow
@@ -109,6 +127,24 @@ def test_folders_that_are_refused(run: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message) as error:
             load(folder)
         assert "\n" not in str(error.value)
+    folder, config = tmp_path / "code", json.loads((run / "export" / "config.json").read_text())
+    shutil.copytree(run / "export", folder)
+    trace = tmp_path / "trace"
+    for section, fields in (
+        ("model", {"name": "subprocess:getoutput", "cmd": f"touch {trace}"}),
+        ("model", {"name": "models.published.given:Given", "function": "os:getcwd", "source": ""}),
+        ("eval", {"metrics": ["os:getcwd"]}),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | {section: config[section] | fields}))
+        with pytest.raises(ValueError, match="would run code that this project has not"):
+            load(folder)
+        command = ["main.py", "--mode=sample", f"--checkpoint={folder}", f"--workdir={tmp_path / 'w'}"]
+        with pytest.raises(SystemExit, match="would run code that this project has not"):
+            run_program(command, only_parse=True)
+        assert not trace.exists()
+    (folder / "config.json").write_text('{"a":' * 900 + "1" + "}" * 900)
+    with pytest.raises(ValueError, match="is nested too deeply"):
+        load(folder)
     with pytest.raises(InvalidRun, match="is a public checkpoint already"):
         export(tiny_config(), tmp_path / "again", CPU, run / "export" / "checkpoint_2.pth")
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers_models import DDPM_BLOCKS, LADDERS, NCSNPP_BLOCKS, X, needs_diffusers, saved_ddpm
 from ml_collections import ConfigDict
 from torch import Tensor, nn
+from traps import Trap
 
 from checkpoints import CheckpointError
 from configs.defaults import base_config
 from conservativeness import asymmetry
 from exact.distributions import Gaussian
 from likelihood import LikelihoodEvaluator
-from models.published import read_foreign
-from models.published.diffusers import WEIGHTS
+from models.published import read_published
+from models.published.diffusers import PICKLED, WEIGHTS
 from models.published.safetensors import read_safetensors, write_safetensors
 from models.score import NoiseLevel, UnconstrainedScore
 from run_lib import load
@@ -31,7 +35,11 @@ from sde_lib import VE, VP, Flow, LadderBeta, LadderVP, LinearBeta, PolynomialSi
 
 @needs_diffusers
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "squaredcos_cap_v2" else pytest.mark.slow) for name in LADDERS]
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("squaredcos_cap_v2", "zero_terminal_snr") else pytest.mark.slow)
+        for name in LADDERS
+    ],
 )
 def test_ddpm_score_and_steps(name: str, tmp_path: Path) -> None:
     """The score is the formula of the prediction; an ancestral step is DDPM's and a DPM-Solver++ step of order one
@@ -41,7 +49,9 @@ def test_ddpm_score_and_steps(name: str, tmp_path: Path) -> None:
     network, scheduler, levels = saved_ddpm(tmp_path, name)
     score = load(tmp_path)
     # In double precision: the library's own 1 − Π(1 − β) has lost four digits where there is little noise.
-    number, remaining = len(scheduler.betas), torch.cumprod(1 - scheduler.betas.double(), 0)[levels]
+    # Of a ladder that ends with noise alone, all levels but that one.
+    number, remaining = score.config.model.num_scales, torch.cumprod(1 - scheduler.betas.double(), 0)[levels]
+    assert number == len(scheduler.betas) - (name == "zero_terminal_snr")
     alpha, sigma = (expand(c, X.double()) for c in (remaining.sqrt(), (1 - remaining).sqrt()))
     with torch.no_grad():
         h, ours = network(X, levels).sample.double(), score(X, levels / (number - 1)).double()
@@ -52,8 +62,8 @@ def test_ddpm_score_and_steps(name: str, tmp_path: Path) -> None:
     }[LADDERS[name][0]]
     assert ((ours - expected).abs().amax((1, 2, 3)) <= 1e-5 * expected.abs().amax((1, 2, 3)) + 1e-6).all()
     ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
-    scheduler.set_timesteps(number)
-    ddim.set_timesteps(number)
+    scheduler.set_timesteps(len(scheduler.betas))
+    ddim.set_timesteps(len(scheduler.betas))
     for level in (1, 7, number - 1):
         t, s = (torch.full((3,), k / (number - 1)) for k in (level, level - 1))
         with torch.no_grad():
@@ -110,6 +120,102 @@ def test_forms_of_a_folder_and_what_can_be_asked(tmp_path: Path) -> None:
     assert first.bits_per_dim(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)).isfinite().all()
 
 
+@needs_diffusers
+def test_classes(tmp_path: Path) -> None:
+    """Of a class the score is the formula; of none there is one only where the library's network has one class more."""
+    network, _, levels = saved_ddpm(tmp_path, "trained_betas", num_class_embeds=3)
+    labels, t = torch.tensor([2, 0, 1]), levels / 19
+    score = load(tmp_path)
+    assert (score.num_classes, score.images.num_classes) == (3, 3)
+    with torch.no_grad():
+        expected = -network(X, levels, labels).sample / expand(score.sde.std(t), X)
+        torch.testing.assert_close(score(X, t, labels), expected, rtol=1e-5, atol=1e-5)
+    assert score.sample(3, num_steps=2).isfinite().all()  # of the classes in turn
+    for unconditional in (lambda: score(X, t), lambda: score.log_prob(X), lambda: score.asymmetry(X, t)):
+        with pytest.raises(ValueError, match="has no unconditional score: it needs class labels"):
+            unconditional()
+    score = load(tmp_path, config=base_config({"training.label_dropout": 0.1}))
+    with torch.no_grad():
+        none = -network(X, levels, torch.full((3,), 2)).sample / expand(score.sde.std(t), X)
+        torch.testing.assert_close(score(X, t), none, rtol=1e-5, atol=1e-5)
+    assert score.num_classes == 2
+    with pytest.raises(ValueError, match=r"model\.num_classes=2: data\.dataset='CIFAR10' has no classes"):
+        score.take_levels_of(SimpleNamespace(shape=(1, 8, 8), num_levels=17, num_classes=None, name="own"))
+
+
+@needs_diffusers
+def test_weights_as_the_first_versions_of_the_library_wrote_them(tmp_path: Path) -> None:
+    """A pickle, with other names for attention; it is read without running anything."""
+    network, *_ = saved_ddpm(tmp_path, "trained_betas")
+    folder, former = tmp_path / "unet", {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = read_safetensors(folder / WEIGHTS)
+    for now, then in former.items():
+        weights = {name.replace(f".{now}.", f".{then}."): tensor for name, tensor in weights.items()}
+    assert any(".proj_attn." in name for name in weights)
+    (folder / WEIGHTS).unlink()
+    torch.save(weights, folder / PICKLED)
+    score = load(tmp_path)
+    assert all(
+        torch.equal(tensor, score.model.network.unet.state_dict()[n]) for n, tensor in network.state_dict().items()
+    )
+    trace = tmp_path / "trace"
+    for content, message in (
+        ({"weight": Trap(trace)}, "it holds objects"),
+        ({"weight": "none"}, "other things than weights"),
+        ([torch.zeros(1)], "other things than weights"),
+    ):
+        torch.save(content, folder / PICKLED)
+        with pytest.raises(CheckpointError, match=message) as error:
+            load(tmp_path)
+        assert "\n" not in str(error.value) and not trace.exists()
+
+
+@needs_diffusers
+@pytest.mark.parametrize("file", [WEIGHTS, PICKLED])
+def test_names_on_the_hub(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All configs are fetched, then the weights of the network, in one form; of a network that is not read nothing."""
+    hub, local, fetched = tmp_path / "owner" / "name", tmp_path / "local", []
+    saved_ddpm(hub, "trained_betas")
+    if file == PICKLED:
+        torch.save(read_safetensors(hub / "unet" / WEIGHTS), hub / "unet" / PICKLED)
+        (hub / "unet" / WEIGHTS).unlink()
+    for other in ("text_encoder/model.safetensors", "unet/README.md", f"vae/{WEIGHTS}"):
+        (hub / other).parent.mkdir(exist_ok=True)
+        (hub / other).write_bytes(b"large")
+
+    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
+        assert name == "owner/name"
+        for path in hub.rglob("*"):
+            relative = str(path.relative_to(hub))
+            if path.is_file() and any(fnmatch(relative, pattern) for pattern in allow_patterns):
+                (local / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, local / relative)
+                fetched.append(relative)
+        return str(local)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
+    score, expected = load("diffusers:owner/name"), load(hub)
+    assert torch.equal(score(X, t := torch.full((3,), 0.4)), expected(X, t))
+    configs = {"model_index.json", "unet/config.json", "scheduler/scheduler_config.json"}
+    assert sorted(fetched) == sorted(configs | {f"unet/{file}"})
+    fetched.clear()
+    config = json.loads((hub / "unet" / "config.json").read_text())
+    (hub / "unet" / "config.json").write_text(json.dumps(config | {"_class_name": "UNet2DConditionModel"}))
+    with pytest.raises(CheckpointError, match="a UNet2DConditionModel; read are UNet2DModel"):
+        load("diffusers:owner/name")
+    assert {*fetched} == configs
+
+
+def test_latent_models_are_refused(tmp_path: Path) -> None:
+    """Their networks look like those of images."""
+    folder_of(tmp_path / "unet", {}, {})
+    index = {"_class_name": "LDMPipeline", "unet": ["diffusers", "UNet2DModel"], "vqvae": ["diffusers", "VQModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for path in (tmp_path, tmp_path / "unet"):
+        with pytest.raises(CheckpointError, match="of what an autoencoder makes of images"):
+            load(path)
+
+
 def folder_of(path: Path, unet: dict, scheduler: dict | None = None) -> Path:
     """A folder with configs, and with weights that fit no network."""
     path.mkdir()
@@ -126,12 +232,14 @@ REFUSED = {
     "no scheduler_config.json there": ({}, None),
     "beta_schedule='laplace': allowed are linear, scaled_linear": ({}, {"beta_schedule": "laplace"}),
     "prediction_type='flow': allowed are epsilon": ({}, {"prediction_type": "flow"}),
-    "rescale_betas_zero_snr=true": ({}, {"rescale_betas_zero_snr": True}),
     "sample_size=None": ({"sample_size": None}, {}),
     "layers_per_block=1000000000": ({"layers_per_block": 10**9}, {}),
-    "given classes": ({"num_class_embeds": 10}, {}),
+    "class_embed_type='identity'": ({"class_embed_type": "identity"}, {}),
+    "num_class_embeds='ten'": ({"num_class_embeds": "ten"}, {}),
+    "in_channels=6, out_channels=3: allowed are as many": ({"in_channels": 6}, {}),
     "num_train_timesteps=1000000000: at least 2": ({}, {"num_train_timesteps": 10**9}),
     "could not convert string to float": ({}, {"beta_start": "low"}),
+    "cannot convert float infinity to integer": ({}, {"num_train_timesteps": float("inf")}),
 }
 
 
@@ -149,9 +257,10 @@ def test_folders_that_are_refused(message: str, tmp_path: Path) -> None:
         (DDPM_BLOCKS, r"made for another architecture: network\.unet\.\S+ is missing"),
         (DDPM_BLOCKS | {"block_out_channels": (10**10, 10**10)}, "needs more memory than there is|GB of memory"),
         (DDPM_BLOCKS | {"down_block_types": ("os.system", "DownBlock2D")}, "cannot build it: os.system does not exist"),
+        (DDPM_BLOCKS | {"sample_size": 7}, "cannot build it: Sizes of tensors must match"),
         ({"os.system": "echo"}, "cannot build it: .*unexpected keyword argument 'os.system'"),
     ],
-    ids=["weights", "size", "block", "option"],
+    ids=["weights", "size", "block", "odd", "option"],
 )
 def test_networks_that_are_refused(unet: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as error:
@@ -324,4 +433,4 @@ def test_networks_by_import_path() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             load(path, config=config_of(**fields))
-    assert read_foreign("nothing") is None
+    assert read_published("nothing", None) is None
