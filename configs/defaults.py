@@ -137,6 +137,9 @@ FIELDS: dict[str, Field] = {
     ),
     "sampling.factor": Field(2, "of super_resolution", at_least(2)),
     "sampling.num_views": Field(23, "of ct", at_least(1, most=1000)),
+    "sampling.conditions_path": Field(
+        "", "of a network that takes conditions: a file with them, in place of those of the test set"
+    ),
     "sampling.operator": Field("", "of linear: a .npy file with a matrix"),
     "sampling.measurement_noise": Field(0.0, "standard deviation, in units of the network's images", not_negative),
     "sampling.num_images": Field(8, "images that are measured", at_least(1)),

@@ -15,7 +15,7 @@ import hashlib
 import inspect
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -39,6 +39,7 @@ __all__ = [
     "TrainingBatches",
     "UnreadableImage",
     "batch_indices",
+    "conditions_of",
     "evenly_spaced",
     "load_dataset",
 ]
@@ -65,6 +66,8 @@ class Split(Protocol):
         num_levels: number L of levels, integers 0 … L−1; None for floating-point numbers.
         num_classes: number of classes, or None for a set without labels.
         fingerprint: a short string that changes with the contents; a cache key.
+
+    What a network is told of each item is a split, too, ``conditions``, which a split may have or not.
     """
 
     name: str
@@ -90,13 +93,21 @@ class TensorSplit:
         labels: int64 (N,), or None.
         num_levels: number L of grey levels.
         num_classes: number of classes, None if and only if ``labels`` is.
+        conditions: a split of what a network is told of each image.
 
     Raises:
         ValueError: images or labels of another type or shape.
     """
 
     def __init__(
-        self, name: str, images: Tensor, labels: Tensor | None, *, num_levels: int = 256, num_classes: int | None = None
+        self,
+        name: str,
+        images: Tensor,
+        labels: Tensor | None,
+        *,
+        num_levels: int = 256,
+        num_classes: int | None = None,
+        conditions: Split | None = None,
     ) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(f"{name}: images must be uint8 (N, C, H, W), not {images.dtype} {tuple(images.shape)}")
@@ -114,7 +125,9 @@ class TensorSplit:
         self.shape = tuple(images.shape[1:])
         self.num_levels = num_levels
         self.num_classes = num_classes
+        self.conditions = conditions
         description = (tuple(images.shape), num_levels, num_classes)
+        description += () if conditions is None else (conditions.fingerprint,)
         self.fingerprint = _hash(description, self.images.numpy().reshape(-1), self.labels.numpy())
 
     def __len__(self) -> int:
@@ -221,6 +234,11 @@ class FileSplit:
         except Exception as error:  # Pillow raises unrelated types on damaged files
             raise UnreadableImage(f"{self.name}: cannot read the image {file}: {first_line(error)}") from error
         return _crop_and_resize(upright, size, self.filter, self.crop)
+
+
+def conditions_of(split: Split) -> Split | None:
+    """What a network is told of each item of a split; None: nothing."""
+    return getattr(split, "conditions", None)
 
 
 def _hash(description: object, *arrays: np.ndarray) -> str:
@@ -385,6 +403,7 @@ def load_dataset(
                 raise ValueError(_wrong_size(split.name, width, height, size))
         if tuple(split.shape) != shape:
             raise ValueError(f"data.shape={shape}, but {split.name} has items of shape {tuple(split.shape)}")
+    _check_conditions(train, test)
     classes = "without classes" if train.num_classes is None else f"of {train.num_classes} classes"
     given = f"{dataset} {path}".strip()
     logger.info("%s: %d training and %d test %s %s", given, len(train), len(test), items, classes)
@@ -399,6 +418,24 @@ def load_dataset(
         if both := _in_both(train, test):
             logger.warning("%d of %d test images are training images, too: %s …", len(both), len(test), both[0])
     return train, test
+
+
+def _check_conditions(train: Split, test: Split) -> None:
+    """Whether both halves have conditions of one shape, one for each item, or neither has any."""
+    conditions = [conditions_of(split) for split in (train, test)]
+    if all(given is None for given in conditions):
+        return
+    for split, given in zip((train, test), conditions, strict=True):
+        if not _is_split(given):
+            raise ValueError(f"{split.name}: its conditions are {given!r:.60}, not a split as those of the other half")
+        if len(given) != len(split):
+            raise ValueError(f"{given.name}: {len(given)} conditions for {len(split)} items")
+        shape, wanted = tuple(given.shape), tuple(split.shape)
+        if len(shape) != len(wanted) or shape[1:] != wanted[1:]:
+            raise ValueError(f"{given.name}: of shape {shape}, of data.shape={wanted} but for the channels is allowed")
+    first, second = (tuple(given.shape) for given in conditions)
+    if first != second:
+        raise ValueError(f"{train.name} has conditions of shape {first}, {test.name} of shape {second}")
 
 
 def _in_both(train: TensorSplit | FileSplit, test: TensorSplit | FileSplit) -> list[object]:
@@ -435,8 +472,10 @@ def _in_memory(
     num_levels: int = 256,
     shape: tuple[int, int, int],
     resize: bool,
+    conditions: Mapping[str, Split] = {},
 ) -> tuple[Split, ...]:
-    """Splits from two pairs, train and test, of images uint8 (N, H, W, C) and labels (N,) or None."""
+    """Splits from two pairs, train and test, of images uint8 (N, H, W, C) and labels (N,) or None, and their conditions
+    by half."""
     splits = []
     for half, (images, labels) in zip(("train", "test"), halves, strict=True):
         channels, size = images.shape[-1], shape[1:]
@@ -447,7 +486,8 @@ def _in_memory(
             images = np.stack(resized).reshape(-1, *size, channels)
         levels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
         classes = None if labels is None else torch.from_numpy(labels.astype(np.int64))
-        splits.append(TensorSplit(f"{name}-{half}", levels, classes, num_levels=num_levels, num_classes=num_classes))
+        options = dict(num_levels=num_levels, num_classes=num_classes, conditions=conditions.get(half))
+        splits.append(TensorSplit(f"{name}-{half}", levels, classes, **options))
     return tuple(splits)
 
 
@@ -469,7 +509,10 @@ def _digits(*, shape: tuple[int, int, int], resize: bool, **_) -> tuple[Split, .
 
 def _npz(*, path: str | os.PathLike[str], shape: tuple[int, int, int], resize: bool, **_) -> tuple[Split, ...]:
     """A NumPy archive with ``train_images`` and ``test_images``, uint8 (N, H, W) or (N, H, W, C), and optionally
-    ``train_labels`` and ``test_labels``, integers (N,) or (N, 1) counted from 0."""
+    ``train_labels`` and ``test_labels``, integers (N,) or (N, 1) counted from 0, and ``train_conditions`` and
+    ``test_conditions``, numbers (N, H, W) or (N, H, W, C')."""
+    from data.arrays import ConditionSplit
+
     file = _given("path", path, "npz", "a file with train_images, test_images and, if any, train_labels, test_labels")
     try:
         arrays = read_arrays(file)
@@ -479,6 +522,7 @@ def _npz(*, path: str | os.PathLike[str], shape: tuple[int, int, int], resize: b
     labels = {key: array[:, 0] if array.shape[1:] == (1,) else array for key, array in labels.items()}
     # Labels for one half only are a mistake, not a set without labels.
     wanted = ["train_images", "test_images", *(["train_labels", "test_labels"] if labels else [])]
+    wanted += ["train_conditions", "test_conditions"] if {"train_conditions", "test_conditions"} & {*arrays} else []
     if missing := [key for key in wanted if key not in arrays]:
         raise ValueError(f"data.path={file} lacks {', '.join(missing)} (it has {', '.join(arrays) or 'nothing'})")
     for key in ("train_images", "test_images"):
@@ -494,7 +538,14 @@ def _npz(*, path: str | os.PathLike[str], shape: tuple[int, int, int], resize: b
             raise ValueError(f"data.path={file}: {key} must be integers from 0, not {array.dtype} up to {array.max()}")
     num_classes = max(int(array.max(initial=0)) for array in labels.values()) + 1 if labels else None
     halves = [(arrays[f"{half}_images"], labels.get(f"{half}_labels")) for half in ("train", "test")]
-    return _in_memory(file.stem, halves, num_classes=num_classes, shape=shape, resize=resize)
+    conditions = {}
+    for half in ("train", "test") if "train_conditions" in arrays else ():
+        array = arrays[f"{half}_conditions"]
+        array = np.moveaxis(array, -1, 1) if array.ndim == 4 else array
+        conditions[half] = ConditionSplit(f"{file.stem}-{half}-conditions", array, len(shape))
+    if conditions and resize:
+        raise ValueError(f"data.resize=True: conditions, which data.path={file} has, are not resized")
+    return _in_memory(file.stem, halves, num_classes=num_classes, shape=shape, resize=resize, conditions=conditions)
 
 
 def _folder(*, path: str | os.PathLike[str], shape: tuple[int, int, int], resize: bool, **_) -> tuple[Split, ...]:

@@ -22,7 +22,7 @@ from scipy import stats
 from configs.checks import check
 from data import Split
 from data.format import is_picture
-from data.sets import evenly_spaced
+from data.sets import conditions_of, evenly_spaced
 from experiment.figures import curve_style, new_figure
 from experiment.files import check_folder
 from experiment.randomness import SampleGenerators, normal_like
@@ -101,6 +101,7 @@ def _load(name: str, config: ConfigDict, data: Split, workdir: Path, runtime: Ru
     try:
         score = load(name, device=str(runtime.torch_device), config=None if own else config)
         score.take_levels_of(data)
+        score.conditions = conditions_of(data)
     except ValueError as error:
         raise InvalidRun(f"--model={name}: {error}") from error
     settings = ConfigDict(score.config.to_dict())
@@ -173,7 +174,9 @@ def _asymmetries(score: TrainedScore, data: Split, ratios: np.ndarray) -> dict[s
 
     def compute(items: range) -> dict[str, np.ndarray]:
         started = time.perf_counter()
-        images, labels = data.batch(evenly_spaced([i // levels for i in items], count, len(data)))
+        indices = evenly_spaced([i // levels for i in items], count, len(data))
+        images, labels = data.batch(indices)
+        told = dict(class_labels=labels, condition=score.images.condition_of(data, indices))
         # Streams apart, so that a model which is given dequantised images has the others' noise and probes.
         dequantisation, noise, probes = (
             SampleGenerators((seed, f"audit, {purpose}"), items) for purpose in ("dequantisation", "noise", "probes")
@@ -182,7 +185,7 @@ def _asymmetries(score: TrainedScore, data: Split, ratios: np.ndarray) -> dict[s
         t = times[[i % levels for i in items]].to(score.device)
         mean, std = sde.marginal(x0, t)
         xt = mean + expand(std, x0) * normal_like(x0, noise)
-        result = score.asymmetry(xt, t, probes=settings.asym_probes, generator=probes, class_labels=labels)
+        result = score.asymmetry(xt, t, probes=settings.asym_probes, generator=probes, **told)
         scaled = (std**4 * result.asym).cpu().numpy()
         seconds = np.full(len(items), (time.perf_counter() - started) / len(items))
         return {"nasym": result.nasym.cpu().numpy(), "scaled_asym": scaled, "seconds": seconds}
