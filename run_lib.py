@@ -266,7 +266,7 @@ def trainer(
     def begin() -> dict | None:
         _read_once(train_data, runtime)
         _read_once(test_data, runtime)
-        return _state_to_begin_with(config, model, optimizer)
+        return _state_to_begin_with(config, model, optimizer, images)
 
     if not (workdir / "checkpoints").exists():
         begin()  # what is wrong with it is said before anything is written
@@ -351,7 +351,9 @@ def trainer(
     )
 
 
-def _state_to_begin_with(config: ConfigDict, model: ScoreModel, optimizer: torch.optim.Optimizer) -> dict | None:
+def _state_to_begin_with(
+    config: ConfigDict, model: ScoreModel, optimizer: torch.optim.Optimizer, images: DataFormat
+) -> dict | None:
     """Weights, averages, optimiser and step of another run, as the paper starts QC from U."""
     if not config.training.init_from:
         return None
@@ -360,11 +362,25 @@ def _state_to_begin_with(config: ConfigDict, model: ScoreModel, optimizer: torch
         state = _convert(state, path, model, optimizer)
         if state["optimizer"] is None:
             logger.warning("training.init_from=%s has no optimiser state: Adam's moments start from zero", path)
+    elif state["record"]["data"] is not None:  # that of a model from elsewhere is unknown
+        theirs = DataFormat.from_dict(state["record"]["images"])
+        for what, given, own in (("data", images, theirs), ("conditions", images.condition, theirs.condition)):
+            if (now := _model_values(given)) != (then := _model_values(own)):
+                raise ValueError(f"training.init_from={path}: its model sees {what} as {then}, here they are {now}")
     if state["step"] >= (n_iters := config.training.n_iters):
         raise ValueError(
             f"training.n_iters={n_iters}: training.init_from={path} has done {state['step']} steps already"
         )
     return {**state, "source": f"training.init_from={path}"}
+
+
+def _model_values(images: DataFormat | None) -> str:
+    """How a model sees data, in words."""
+    if images is None:
+        return "none"
+    if images.num_levels is not None:
+        return "levels in [−1, 1]" if images.centered else "levels in [0, 1]"
+    return ", ".join(f"(x − {o:.6g})/{s:.6g}" for o, s in zip(images.offset, images.scale, strict=True))
 
 
 def _record(config: ConfigDict, images: DataFormat, train_data: Split) -> dict:
@@ -1412,7 +1428,7 @@ def load_data(config: ConfigDict, runtime: Runtime | None = None) -> tuple[Split
     from data import load_dataset
 
     data = config.data
-    names = ("num_levels", "path", "root", "download", "resize")
+    names = ("num_levels", "path", "root", "download", "resize", "background")
     with runtime.accelerator.main_process_first() if runtime else contextlib.nullcontext():
         train_data, test_data = load_dataset(
             data.dataset, shape=item_shape(data), **{name: data[name] for name in names}

@@ -22,7 +22,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 
 from data import published
@@ -46,6 +46,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N")
+"""What Pillow calls grey of unsigned 16 bits in a file."""
 _DARK = 16
 """The largest level of images that were meant for fewer than 256 levels; 15 is what 12 bits give in place of 16."""
 
@@ -153,13 +155,13 @@ class FileSplit:
         num_classes: number of classes, None if and only if ``labels`` is.
         crop: side in pixels of a central square; None: as much as there is. The filter is that of
             score_sde_pytorch, in the first case bilinear (CelebA), in the second bicubic (LSUN).
+        num_levels: 256, or those of grey images of 16 bits.
+        background: the colour under transparent pixels, as Pillow names it.
 
     Raises:
         FileNotFoundError: a file is missing.
         UnreadableImage: from ``batch`` and ``read_all``.
     """
-
-    num_levels = 256
 
     def __init__(
         self,
@@ -171,9 +173,12 @@ class FileSplit:
         shape: tuple[int, int, int],
         num_classes: int | None = None,
         crop: int | None = None,
+        num_levels: int = 256,
+        background: str = "white",
     ) -> None:
         self.name = name
         self.folder = folder
+        self.num_levels, self.background = num_levels, background
         self.files = list(files)
         self.labels = torch.zeros(len(files), dtype=torch.int64) if labels is None else labels
         self.shape = shape
@@ -185,7 +190,8 @@ class FileSplit:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{name}: the image {error.filename} is missing") from error
         listing = sorted((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
-        self.fingerprint = _hash((shape, num_classes, crop, self.filter, listing), self.labels.numpy())
+        taken = () if (num_levels, background) == (256, "white") else (num_levels, background)
+        self.fingerprint = _hash((shape, num_classes, crop, self.filter, listing, *taken), self.labels.numpy())
 
     def __len__(self) -> int:
         return len(self.files)
@@ -193,9 +199,10 @@ class FileSplit:
     def batch(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         channels, *size = self.shape
-        images = np.empty((len(chosen), *size, channels), dtype=np.uint8)
+        images = np.empty((len(chosen), *size, channels), dtype=np.uint8 if self.num_levels <= 256 else np.int32)
         for image, i in zip(images, chosen.tolist(), strict=True):
-            image[:] = np.asarray(self._decode(self.folder / self.files[i])).reshape(*size, channels)
+            decoded = np.asarray(self._decode(self.folder / self.files[i])).reshape(*size, channels)
+            image[:] = decoded if decoded.dtype == np.uint8 else decoded.clip(0, 2**16 - 1)
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), self.labels[chosen]
 
     def read_all(self, progress: Callable[[int], object] = lambda count: None) -> None:
@@ -219,7 +226,7 @@ class FileSplit:
         if errors := [level for level in levels if isinstance(level, UnreadableImage)]:
             more = f"; and {len(errors) - 1} more" if len(errors) > 1 else ""
             raise UnreadableImage(f"{errors[0]}{more}")
-        _check_range(self.name, max(levels, default=255))
+        _check_range(self.name, max(levels, default=self.num_levels - 1), self.num_levels)
 
     def _decode(self, file: Path) -> Image.Image:
         channels, *size = self.shape
@@ -227,8 +234,10 @@ class FileSplit:
             with Image.open(file) as image:
                 # Cameras store the orientation apart from the pixels.
                 upright = ImageOps.exif_transpose(image)
+                if self.num_levels > 256:
+                    return _crop_and_resize(upright.convert("I"), size, self.filter, self.crop)
                 if upright.has_transparency_data:  # which may have any colour; a page shows white there
-                    page = Image.new("RGBA", upright.size, "white")
+                    page = Image.new("RGBA", upright.size, self.background)
                     upright = Image.alpha_composite(page, upright.convert("RGBA"))
                 upright = upright.convert("L" if channels == 1 else "RGB")
         except Exception as error:  # Pillow raises unrelated types on damaged files
@@ -248,10 +257,16 @@ def _hash(description: object, *arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _check_range(name: str, largest: int) -> None:
-    """Refuse images whose levels are not 0 to 255: they would be black to a model."""
-    if largest <= _DARK:
-        raise UnreadableImage(f"{name}: no pixel is above level {largest} of 255; bring the images to levels 0 to 255")
+def _check_range(name: str, largest: int, num_levels: int = 256) -> None:
+    """Refuse images whose levels are not 0 to L − 1: most would be black to a model."""
+    highest = num_levels - 1
+    if largest > highest:
+        raise UnreadableImage(f"{name}: a pixel has level {largest}, not 0 to {highest}, data.num_levels={num_levels}")
+    if largest <= _DARK * num_levels // 256:
+        other = ", or say with data.num_levels how many there are" if num_levels > 256 else ""
+        raise UnreadableImage(
+            f"{name}: no pixel is above level {largest} of {highest}; bring the images to levels 0 to {highest}{other}"
+        )
 
 
 def _crop_and_resize(
@@ -346,6 +361,7 @@ def load_dataset(
     root: str | os.PathLike[str] = "",
     download: bool = False,
     resize: bool = False,
+    background: str = "white",
 ) -> tuple[Split, Split]:
     """The training and the test half of a set.
 
@@ -358,11 +374,12 @@ def load_dataset(
         image_size, num_channels: short for the shape of square images. Image files are converted to 1 (grey) or 3 (RGB)
             channels; others must have as many. A function of yours is given the image size (H, W), or whatever the
             axes are, where they are no square.
-        num_levels: of integers in ``array``, if they are fewer than their type has.
+        num_levels: of integers in ``array`` and of 16 bits in ``folder``, if they are fewer than their type has.
         path: the file or folder of ``npz``, ``folder`` or ``array``.
         root: where published sets are, or torchvision's are to be put.
         download: whether torchvision may fetch a set that is not in ``root``.
         resize: whether images of another size are cut to the wanted proportions and resized. CelebA always is.
+        background: the colour under transparent pixels of ``folder``.
 
     Raises:
         ValueError: an argument is wrong, or the images do not fit it.
@@ -373,8 +390,10 @@ def load_dataset(
     if str(path) and name in SETS and name not in ("npz", "folder", "array"):
         # Otherwise somebody's own images would silently be replaced by the default set.
         raise ValueError(f"data.path={path} is read by data.dataset='npz', 'folder' or 'array', not by {dataset!r}")
-    if num_levels and name in SETS and name != "array":
-        raise ValueError(f"data.num_levels={num_levels}: is read by data.dataset='array', not by {dataset!r}")
+    if num_levels and name in SETS and name not in ("array", "folder"):
+        raise ValueError(
+            f"data.num_levels={num_levels}: is read by data.dataset='array' and 'folder', not by {dataset!r}"
+        )
     shape = tuple(shape) or (num_channels, image_size, image_size)
     num_channels, *size = shape
     if name in SETS and name != "array" and len(size) != 2:
@@ -384,6 +403,7 @@ def load_dataset(
     square = len(size) == 2 and size[0] == size[1]
     options = dict(shape=shape, image_size=size[0] if square else tuple(size), num_channels=num_channels)
     options |= dict(num_levels=num_levels, path=path, root=root, download=download, resize=resize)
+    options["background"] = background
     taken = inspect.signature(load).parameters.values()
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
         options = {parameter.name: options[parameter.name] for parameter in taken if parameter.name in options}
@@ -548,17 +568,37 @@ def _npz(*, path: str | os.PathLike[str], shape: tuple[int, int, int], resize: b
     return _in_memory(file.stem, halves, num_classes=num_classes, shape=shape, resize=resize, conditions=conditions)
 
 
-def _folder(*, path: str | os.PathLike[str], shape: tuple[int, int, int], resize: bool, **_) -> tuple[Split, ...]:
+def _folder(
+    *,
+    path: str | os.PathLike[str],
+    shape: tuple[int, int, int],
+    num_levels: int,
+    resize: bool,
+    background: str,
+    **_,
+) -> tuple[Split, ...]:
     """A folder of images, in the halves that ``folders.find_halves`` finds. If every image lies in a subfolder of its
-    half, and there are at least two of these, the names of the subfolders in alphabetical order are the classes."""
+    half, and there are at least two of these, the names of the subfolders in alphabetical order are the classes. Images
+    have 256 levels, or all of them, being grey of 16 bits, 65,536 or ``num_levels``."""
+    try:
+        ImageColor.getrgb(background)
+    except ValueError:
+        raise ValueError(f"data.background={background!r}: allowed are colours such as white or #808080") from None
     folder = _given("path", path, "folder", "a folder of images")
     if not folder.is_dir():
         raise ValueError(f"data.path={folder} is not a folder")
     roots, files = find_halves(folder)
-    for half, root in roots.items():
-        # Before training, not in the middle of it; the headers are enough.
-        for file in files[half]:
-            _check_header(root / file, None if resize else shape[1:])
+    # Before training, not in the middle of it; the headers are enough.
+    size = None if resize else shape[1:]
+    deep = {root / file: _check_header(root / file, size) for half, root in roots.items() for file in files[half]}
+    if any(deep.values()):
+        if shape[0] != 1:
+            raise ValueError(f"data.num_channels={shape[0]}: {max(deep, key=deep.get)} is grey, of 16 bits")
+        if not all(deep.values()):
+            raise ValueError(f"data.path: {max(deep, key=deep.get)} has 16 bits, {min(deep, key=deep.get)} has 8")
+        num_levels = num_levels or 2**16
+    elif num_levels not in (0, 256):
+        raise ValueError(f"data.num_levels={num_levels}: the images of data.path={folder} have 8 bits, 256 levels")
     in_subfolders = all("/" in file for half in files.values() for file in half)
     classes = sorted({file.split("/")[0] for half in files.values() for file in half}) if in_subfolders else []
     number = {name: k for k, name in enumerate(classes)} if len(classes) > 1 else None
@@ -570,12 +610,15 @@ def _folder(*, path: str | os.PathLike[str], shape: tuple[int, int, int], resize
             None if number is None else torch.tensor([number[file.split("/")[0]] for file in files[half]]),
             shape=shape,
             num_classes=None if number is None else len(number),
+            num_levels=num_levels or 256,
+            background=background,
         )
         for half, root in roots.items()
     )
 
 
-def _check_header(file: Path, size: tuple[int, int] | None) -> None:
+def _check_header(file: Path, size: tuple[int, int] | None) -> bool:
+    """Whether an image is grey, of 16 bits; a ValueError unless it is of this size, and of these or 8 bits."""
     if file.exists() and not file.is_file():  # a pipe would be waited for
         raise ValueError(f"data.path: {file} is no regular file")
     try:
@@ -586,12 +629,20 @@ def _check_header(file: Path, size: tuple[int, int] | None) -> None:
                 ";16" in str(stored) or (codec[:3] == "ppm" and mode != "1" and stored[1] > 255)
                 for codec, _, _, stored in image.tile
             )
+            grey = mode in ("I", "I;16") and not image.has_transparency_data
+            grey = grey and all(
+                codec[:3] == "ppm" or (stored if isinstance(stored, str) else stored[0]) in _GREY_16
+                for codec, _, _, stored in image.tile
+            )
     except Exception as error:
         raise ValueError(f"data.path: cannot read the image {file}: {first_line(error)}") from error
-    if mode[0] in "IF" or deep:  # other modes than these Pillow clips to 255
-        raise ValueError(f"data.path: {file} has more than 8 bits per channel ({mode}); convert it to 8 bits")
+    if (mode[0] in "IF" or deep) and not grey:  # other modes than these Pillow clips to 255
+        raise ValueError(
+            f"data.path: {file} has more than 8 bits per channel ({mode}) and is not grey of 16; convert it to 8 bits"
+        )
     if size is not None and (height, width) != size:
         raise ValueError(_wrong_size(file, width, height, size))
+    return grey
 
 
 def _array(*, path: str | os.PathLike[str], resize: bool, **options) -> tuple[Split, ...]:

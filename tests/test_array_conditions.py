@@ -247,6 +247,8 @@ def test_runs_with_conditions(tmp_path):
         with pytest.raises(ValueError, match=r"^condition: of shape None, but the network is to be given \(2, 2\)$"):
             call(x, t)
 
+    again = arrays | {"train": 1.1 * arrays["train"]}
+    moved = arrays | {"train_conditions": arrays["train_conditions"] + 1}
     short = arrays | {"test_conditions": arrays["test_conditions"][:-1]}
     unpaired = {name: array for name, array in arrays.items() if not name.endswith("conditions")}
     not_finite = arrays | {"train_conditions": np.where(np.arange(60)[:, None] == 7, np.nan, 1.0) * np.ones((60, 2))}
@@ -254,8 +256,12 @@ def test_runs_with_conditions(tmp_path):
     words = arrays | {"train_conditions": np.full((60, 2), "x")}
     half = {name: array for name, array in arrays.items() if name != "test_conditions"}
     new = "train", tmp_path / "new", {}
+    started = *new[:2], dict(training__n_iters=5, training__init_from=str(workdir))
     sampled = "sample", workdir, dict(training__n_iters=3)
     for (mode, folder, more), content, message in (
+        (started, again, "its model sees data as (x − "),
+        (started, moved, "its model sees conditions as (x − "),
+        (started, unpaired, "here they are none"),
         (new, short, "test-conditions: 41 conditions for 42 items"),
         (new, not_finite, "train-conditions: item 7 has values that are not finite"),
         (new, wider, "has conditions of shape (2,), bad-test of shape (3,)"),
