@@ -93,6 +93,7 @@ __all__ = [
     "export",
     "load",
     "load_data",
+    "read_once",
     "sample",
     "score",
     "statistics",
@@ -264,8 +265,8 @@ def trainer(
 
     @functools.cache
     def begin() -> dict | None:
-        _read_once(train_data, runtime)
-        _read_once(test_data, runtime)
+        read_once(train_data, runtime)
+        read_once(test_data, runtime)
         return _state_to_begin_with(config, model, optimizer, images)
 
     if not (workdir / "checkpoints").exists():
@@ -393,8 +394,8 @@ def _record(config: ConfigDict, images: DataFormat, train_data: Split) -> dict:
     }
 
 
-def _read_once(data: Split, runtime: Runtime) -> None:
-    """Read all files and arrays before a run begins with them, so that a damaged one does not stop it later. They are
+def read_once(data: Split, runtime: Runtime) -> None:
+    """Read all files and arrays before there is work with them, so that a damaged one does not stop it later. They are
     then known by the fingerprint that the run keeps."""
     if hasattr(data, "read_all"):
         with runtime.progress(total=len(data), unit="item", desc=f"read {data.name}") as bar:
@@ -410,7 +411,7 @@ def _check_data(record: dict, train_data: Split, workdir: Path, runtime: Runtime
         return
     if isinstance(train_data, FileSplit):
         logger.warning("the training data are not, or not known to be, those of %s", workdir)
-        return _read_once(train_data, runtime)
+        return read_once(train_data, runtime)
     raise ValueError(
         f"data.path: other training data than those of --workdir={workdir}; to go on with these take a new workdir and "
         "training.init_from"
@@ -473,6 +474,8 @@ def evaluate(
             score.conditions = _conditions(score, runtime, test_data)
             if score.trained_on not in (None, train_data.fingerprint):
                 logger.warning("data.path=%s: other data than those that the model was trained on", config.data.path)
+                read_once(train_data, runtime)
+            read_once(test_data, runtime)
         if not (workdir / "config.json").exists():  # a checkpoint from elsewhere
             _write_config(config, workdir, runtime)
         folder = workdir / "eval"
@@ -768,6 +771,7 @@ def score(
             stack.enter_context(runtime.exclusive(workdir / ".scores.lock"))
             trained = _trained_score(config, workdir, checkpoint, runtime, free=("data.",))
             trained.take_levels_of(data)
+            read_once(data, runtime)
         count = min(config.eval.nll_images or len(data), len(data))
         runtime.announce(f"scores of {count} test items of {_named_data(config)} by {trained.description}", workdir)
         times = torch.arange(1, 11) / 10 * trained.sde.end_time
@@ -1339,7 +1343,7 @@ def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime =
         if images.condition is not None:
             raise ValueError(f"--mode=train_classifier: {train_data.name} has conditions, which no classifier is told")
         if not (workdir / "classifier" / "experiment.json").exists():
-            _read_once(train_data, runtime)
+            read_once(train_data, runtime)
         training = ClassifierTraining(
             workdir,
             build_sde(config),
@@ -1452,13 +1456,14 @@ def _conditions(score: TrainedScore, runtime: Runtime, test_data: Split | None =
         data = load_data(config, runtime)[1] if test_data is None else test_data
         if test_data is None:
             score.take_levels_of(data)
-        return data.conditions
-    from data.arrays import read_conditions
+        given = data.conditions
+    else:
+        from data.arrays import read_conditions
 
-    given = read_conditions(Path(path).expanduser(), len(own.shape))
-    if given.shape != own.shape:
-        raise ValueError(f"sampling.conditions_path={path}: conditions of shape {given.shape}, not {own.shape}")
-    _read_once(given, runtime)
+        given = read_conditions(Path(path).expanduser(), len(own.shape))
+        if given.shape != own.shape:
+            raise ValueError(f"sampling.conditions_path={path}: conditions of shape {given.shape}, not {own.shape}")
+    read_once(given, runtime)
     return given
 
 

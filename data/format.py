@@ -253,17 +253,17 @@ def save_grid(path: Path, arrays: np.ndarray, data: DataFormat) -> None:
     """Write a PNG of up to 64 items, as ``DataFormat.to_arrays`` gives them: pictures in rows of eight; of others the
     first 16, signals as curves, of images and the middle slices of volumes the first channel; vectors as points."""
     if not data.is_picture:
-        from experiment.figures import new_figure, save_figure
+        from experiment.figures import COLOURS, new_figure, save_figure
 
-        figure = new_figure(7, 7)
+        figure = new_figure(5, 4)
         if len(data.shape) == 1:
             axes = figure.subplots()
-            axes.plot(*np.atleast_2d(arrays.T)[[0, -1]], ".", markersize=3)
+            axes.plot(*np.atleast_2d(arrays.T)[[0, -1]], ".", markersize=3, color=COLOURS[0])
             axes.set(xlabel="first component", ylabel="last component")
         else:
-            for axes, item in zip(figure.subplots(4, 4).flat, arrays[:16], strict=False):
+            for axes, item in zip(figure.subplots(4, 4, sharex=True, sharey=True).flat, arrays[:16], strict=False):
                 if item.ndim == 2:
-                    axes.plot(item.T, linewidth=0.8)
+                    axes.plot(item.T, linewidth=0.8, **({"color": COLOURS[0]} if len(item) == 1 else {}))
                 else:
                     axes.imshow(item[0] if item.ndim == 3 else item[0, item.shape[1] // 2])
                     axes.set_axis_off()

@@ -423,6 +423,9 @@ def load_dataset(
                 raise ValueError(_wrong_size(split.name, width, height, size))
         if tuple(split.shape) != shape:
             raise ValueError(f"data.shape={shape}, but {split.name} has items of shape {tuple(split.shape)}")
+    if train.num_levels != test.num_levels:
+        kinds = [f"{split.num_levels or 'no'} levels" for split in halves]
+        raise ValueError(f"data.dataset={dataset!r}: {train.name} has {kinds[0]}, {test.name} {kinds[1]}")
     _check_conditions(train, test)
     classes = "without classes" if train.num_classes is None else f"of {train.num_classes} classes"
     given = f"{dataset} {path}".strip()

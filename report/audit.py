@@ -29,7 +29,16 @@ from experiment.randomness import SampleGenerators, normal_like
 from experiment.results import markdown_table, mean_and_error, number, with_error, write_results
 from experiment.runtime import InvalidRun, Runtime, checked
 from likelihood import LIKELIHOOD_EPS
-from run_lib import TrainedScore, build_sampler, evaluate_nll, evaluate_samples, in_all_processes, load, load_data
+from run_lib import (
+    TrainedScore,
+    build_sampler,
+    evaluate_nll,
+    evaluate_samples,
+    in_all_processes,
+    load,
+    load_data,
+    read_once,
+)
 from sde_lib import expand
 
 __all__ = ["audit"]
@@ -66,6 +75,11 @@ def audit(config: ConfigDict, workdir: str | Path, runtime: Runtime, models: str
             if len(set(names)) < len(names):
                 raise ValueError(f"--model={models}: one of them stands there twice")
             _, data = train_and_test = load_data(config, runtime)
+            if config.eval.enable_bpd and data.num_levels is None:
+                raise ValueError(
+                    f"eval.enable_bpd=True: audits count the bits of levels, and {data.name} has floating-point numbers"
+                )
+            read_once(data, runtime)
             scores = {name: _load(name, config, data, workdir, runtime) for name in names}
             quality = None
             if config.eval.enable_sampling and is_picture(data):

@@ -138,6 +138,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         (good | {"train": (100 * good["train"]).astype(int)}, "int64: allowed are"),
         (good | {"train": np.asfortranarray(good["train"])}, "Fortran"),
         (good | {"train": good["train"][:0]}, "set-train holds no items"),
+        (good | {"test": np.zeros((5, 2, 5), np.uint8)}, "set-train has no levels, set-test 256 levels"),
         (good | {"train_labels": np.zeros(3, int), "test_labels": np.zeros(5, int)}, "labels"),
     ]
     for content, message in cases:

@@ -30,7 +30,7 @@ def run(command: list[str], *extra: str) -> None:
 def test_the_six_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_accelerator: Callable) -> None:
     monkeypatch.chdir(tmp_path)
     forget_accelerator()
-    conditional, code = blocks(TEXT, "python")
+    conditional, code, figure = blocks(TEXT, "python")
     exec(code.replace('"train": 400, "test": 100', '"train": 60, "test": 42'), {})
     for command in commands(TEXT)[:9]:
         run(command)
@@ -48,6 +48,8 @@ def test_the_six_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forge
     found: dict = {"conditions": torch.zeros(2, 1, 128)}
     exec(conditional.replace("condition=y))", "condition=y, num_steps=2))"), found)
     assert found["x"].shape == (2, 1, 128) and found["y"].mean() < 0.1
+    exec(figure, {})
+    assert (tmp_path / "arrays/denoised.png").stat().st_size > 1000
     metrics = json.loads((tmp_path / "runs/ecg/eval/metrics.json").read_text())
     assert metrics["nll_bits_per_dim"] is None and metrics["fid"] is None
     assert all(metrics[name] > 0 for name in ("sliced_w2", "sliced_w2_se", "marginal_w1_se", "spectrum_error_se"))
