@@ -395,11 +395,12 @@ def _record(config: ConfigDict, images: DataFormat, train_data: Split) -> dict:
 
 
 def read_once(data: Split, runtime: Runtime) -> None:
-    """Read all files and arrays before there is work with them, so that a damaged one does not stop it later. They are
-    then known by the fingerprint that the run keeps."""
-    if hasattr(data, "read_all"):
-        with runtime.progress(total=len(data), unit="item", desc=f"read {data.name}") as bar:
-            runtime.in_main_process(lambda: data.read_all(bar.update))
+    """Read all files and arrays, conditions included, before there is work with them, so that a damaged one does not
+    stop it later. They are then known by the fingerprint that the run keeps."""
+    for split in (data, conditions_of(data)):
+        if hasattr(split, "read_all"):
+            with runtime.progress(total=len(split), unit="item", desc=f"read {split.name}") as bar:
+                runtime.in_main_process(functools.partial(split.read_all, bar.update))
 
 
 def _check_data(record: dict, train_data: Split, workdir: Path, runtime: Runtime) -> None:
@@ -742,6 +743,8 @@ def statistics(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runti
         if config.eval.stats_path:
             raise ValueError(f"eval.stats_path={config.eval.stats_path}: there is nothing to compute; leave it empty")
         train_data, test_data = load_data(config, runtime)
+        if not is_picture(train_data):
+            raise ValueError(f"--mode=stats: features are of grey and colour images, not of {_named_data(config)}")
         cache_dir = _cache_dir(Path(workdir), runtime)
         quality = SampleQuality(config.eval, train_data, test_data, cache_dir, runtime, seed=config.seed)
     runtime.announce(f"features of {len(train_data)} training images of {_named_data(config)}", cache_dir)
@@ -1340,6 +1343,8 @@ def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime =
         _check_workdir(config, workdir, FREE_IN_EVALUATION)
         train_data, test_data = load_data(config, runtime)
         images = _data_format(config, train_data)
+        if len(images.shape) != 3:
+            raise ValueError(f"--mode=train_classifier: of images, data.shape=(C, H, W), not of {_named_data(config)}")
         if images.condition is not None:
             raise ValueError(f"--mode=train_classifier: {train_data.name} has conditions, which no classifier is told")
         if not (workdir / "classifier" / "experiment.json").exists():

@@ -56,6 +56,7 @@ class ArraySplit:
         num_classes: int | None = None,
         conditions: object = None,
     ) -> None:
+        count = _number_of(name, items)
         self.name, self.items, self.num_classes = name, items, num_classes
         self.labels = None if labels is None else np.asarray(labels)
         if self.labels is not None and (self.labels.shape != (len(items),) or self.labels.dtype.kind not in "ui"):
@@ -63,7 +64,7 @@ class ArraySplit:
                 f"{name}: labels must be integers of shape {(len(items),)}, not {self.labels.dtype} of shape "
                 f"{self.labels.shape}"
             )
-        if not len(items):
+        if not count:
             raise ValueError(f"{name} holds no items")
         first = _channels_first(self._item(0)[0])
         self.num_levels = _levels(name, first.dtype, num_levels)
@@ -103,8 +104,6 @@ class ArraySplit:
         for start in range(0, len(self), 256):
             part = range(start, min(start + 256, len(self)))
             self.batch(part)
-            if self.conditions is not None:
-                self.conditions.batch(part)
             progress(len(part))
 
     def _item(self, i: int) -> tuple[object, int]:
@@ -143,7 +142,7 @@ class ConditionSplit(ArraySplit):
 
     def __init__(self, name: str, items: object, axes: int) -> None:
         self.items, shape = items, None
-        if len(items):
+        if _number_of(name, items):
             first = self._item(0)[0]
             shape = next((array.shape for array in _layouts(first) if array.ndim == axes), first.shape)
         super().__init__(name, items, shape=shape)
@@ -193,6 +192,13 @@ def _parts(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(pair), np.concatenate([np.atleast_1d(part) for part in pair])
 
 
+def _number_of(name: str, items: object) -> int:
+    try:
+        return len(items)
+    except TypeError:  # numpy and h5py have single numbers as arrays
+        raise ValueError(f"{name} is a single {type(items).__name__}, not a number of items") from None
+
+
 def _layouts(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The forms that an array may have as an item."""
     return _parts(values) if values.dtype.kind == "c" else (values, values[None])
@@ -229,8 +235,11 @@ class _Rows:
             version = np.lib.format.read_magic(stream)
             old = version == (1, 0)
             read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-            (count, *self.shape), fortran, self.dtype = read_header(stream)
-            self.count, self.start = count, stream.tell()
+            shape, fortran, self.dtype = read_header(stream)
+            if not shape:
+                raise ValueError("it holds a single number where items are to be")
+            (count, *self.shape), self.start = shape, stream.tell()
+            self.count = count
             self.size = math.prod(self.shape) * self.dtype.itemsize
             if self.dtype.hasobject:
                 raise ValueError("it holds objects, which are pickled (allow_pickle): only arrays of numbers are read")

@@ -423,6 +423,9 @@ def load_dataset(
                 raise ValueError(_wrong_size(split.name, width, height, size))
         if tuple(split.shape) != shape:
             raise ValueError(f"data.shape={shape}, but {split.name} has items of shape {tuple(split.shape)}")
+    if name not in SETS:
+        for split in halves:
+            _check_batch(split)
     if train.num_levels != test.num_levels:
         kinds = [f"{split.num_levels or 'no'} levels" for split in halves]
         raise ValueError(f"data.dataset={dataset!r}: {train.name} has {kinds[0]}, {test.name} {kinds[1]}")
@@ -443,6 +446,22 @@ def load_dataset(
     return train, test
 
 
+def _check_batch(split: Split) -> None:
+    """Whether a split of the user's own has items as it says, by the first."""
+    batch = split.batch([0])
+    wanted = (
+        f"({'integers' if split.num_levels else 'floating-point numbers'} of shape {(1, *split.shape)}, labels (1,))"
+    )
+    found = f"a {type(batch).__name__}"
+    if isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        items, labels = batch
+        found = f"({items.dtype} of shape {tuple(items.shape)}, {labels.dtype} of shape {tuple(labels.shape)})"
+        right = items.is_floating_point() == (split.num_levels is None) and not labels.is_floating_point()
+        if right and items.shape == (1, *split.shape) and labels.shape == (1,):
+            return
+    raise ValueError(f"{split.name}: batch([0]) gives {found}, not tensors {wanted}")
+
+
 def _check_conditions(train: Split, test: Split) -> None:
     """Whether both halves have conditions of one shape, one for each item, or neither has any."""
     conditions = [conditions_of(split) for split in (train, test)]
@@ -451,6 +470,7 @@ def _check_conditions(train: Split, test: Split) -> None:
     for split, given in zip((train, test), conditions, strict=True):
         if not _is_split(given):
             raise ValueError(f"{split.name}: its conditions are {given!r:.60}, not a split as those of the other half")
+        _check_batch(given)
         if len(given) != len(split):
             raise ValueError(f"{given.name}: {len(given)} conditions for {len(split)} items")
         shape, wanted = tuple(given.shape), tuple(split.shape)

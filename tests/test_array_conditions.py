@@ -255,6 +255,7 @@ def test_runs_with_conditions(tmp_path):
     later = arrays | {"test": np.where(np.arange(42)[:, None] == 41, np.inf, arrays["test"])}
     wider = arrays | {"test_conditions": np.zeros((42, 3))}
     words = arrays | {"train_conditions": np.full((60, 2), "x")}
+    single = arrays | {"train_conditions": np.float64(3)}
     half = {name: array for name, array in arrays.items() if name != "test_conditions"}
     new = "train", tmp_path / "new", {}
     started = *new[:2], dict(training__n_iters=5, training__init_from=str(workdir))
@@ -267,6 +268,7 @@ def test_runs_with_conditions(tmp_path):
         (new, not_finite, "train-conditions: item 7 has values that are not finite"),
         (new, wider, "has conditions of shape (2,), bad-test of shape (3,)"),
         (new, words, "train-conditions is <U1: allowed are"),
+        (new, single, "it holds a single number where items are to be"),
         (new, half, "lacks test_conditions"),
         (sampled, unpaired, "of conditions bad-test has none, the model takes some of shape (2,)"),
         (("evaluate", *sampled[1:]), unpaired, "of conditions bad-test has none, the model takes some of shape (2,)"),
@@ -303,6 +305,10 @@ def test_conditions_beside_images_in_npz(tmp_path):
         assert np.array_equal(found, np.moveaxis(masks[4].reshape(4, 8, channels), -1, 0))
         plain, _ = load_dataset("npz", shape=(3, 4, 8), path=written(tmp_path / "set.npz", **images))
         assert plain.fingerprint != train.fingerprint and test.conditions.num_levels is None
+    bad = np.where(masks > 0.99, np.nan, masks)
+    path = written(tmp_path / "set.npz", **images, train_conditions=bad, test_conditions=bad)
+    with pytest.raises(ValueError, match=r"set-train-conditions: item \d has values that are not finite"):
+        run_lib.read_once(load_dataset("npz", shape=(3, 4, 8), path=path)[0], CPU)
     path = written(tmp_path / "set.npz", **images, train_conditions=masks[:, :2], test_conditions=masks[:, :2])
     with pytest.raises(ValueError, match=r"set-train-conditions: of shape \(2, 2, 8\), of data.shape=\(3, 4, 8\) but"):
         load_dataset("npz", shape=(3, 4, 8), path=path)
