@@ -240,6 +240,7 @@ def test_runs_with_conditions(tmp_path):
     found = read_arrays(run_lib.sample(other, workdir, CPU) / "samples.npz")
     assert np.array_equal(found["conditions"], given.repeat(2, 0))
     exported = run_lib.load(run_lib.export(config(training__n_iters=3), workdir, CPU))
+    assert "with conditions of shape 2," in (workdir / "export" / "README.md").read_text()
     x, t = torch.zeros(2, 3), torch.full((2,), 0.5)
     condition = torch.ones(2, 2)
     assert torch.equal(exported(x, t, condition=condition), run_lib.load(workdir)(x, t, condition=condition))
