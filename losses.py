@@ -95,7 +95,13 @@ class Objective(nn.Module):
         self.dropouts = [module for module in score_model.modules() if isinstance(module, Dropout) and module.p > 0]
 
     def forward(
-        self, x0: Tensor, generator: Generator = None, *, step: int = 0, class_labels: Tensor | None = None
+        self,
+        x0: Tensor,
+        generator: Generator = None,
+        *,
+        step: int = 0,
+        class_labels: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss terms of a batch.
 
@@ -104,6 +110,7 @@ class Objective(nn.Module):
             generator: source of times, noise, dropout and probes.
             step: optimiser step, which decides whether a lazy QC term is due.
             class_labels: (B,) for a class-conditional model.
+            condition: (B, C', H, W) for a model that takes conditions.
 
         Returns:
             Scalars: ``loss`` to minimise; ``dsm``, the score-matching term; ``qc``, L_QC without
@@ -123,12 +130,13 @@ class Objective(nn.Module):
         for take, with_qc in self._parts(len(x0), qc_due):
             if dropout_keys is not None:
                 set_dropout_keys(self.dropouts, take(dropout_keys))
-            labels = None if class_labels is None else take(class_labels)
+            told = {"class_labels": class_labels, "condition": condition}.items()
+            score = partial(self.score_model, **{name: take(given) for name, given in told if given is not None})
             if with_qc:
                 probe_source = take(generator) if isinstance(generator, SampleGenerators) else generator
-                value, terms["qc"] = self._score_and_qc(take(xt), take(t), labels, take(weight), probe_source)
+                value, terms["qc"] = self._score_and_qc(score, take(xt), take(t), take(weight), probe_source)
             else:
-                value = self.score_model(take(xt), take(t), labels)
+                value = score(take(xt), take(t))
             # σs + z rather than s + z/σ: the two differ by the weight, and this one never divides by a small σ.
             error = ((expand(take(std), x0) * value + take(z)) ** 2).flatten(1).sum(1)
             errors.append(take(weight) / take(std) ** 2 * error)
@@ -151,10 +159,9 @@ class Objective(nn.Module):
         ]
 
     def _score_and_qc(
-        self, xt: Tensor, t: Tensor, class_labels: Tensor | None, weight: Tensor, generator: Generator
+        self, score: ScoreFunction, xt: Tensor, t: Tensor, weight: Tensor, generator: Generator
     ) -> tuple[Tensor, Tensor]:
         """The score at x_t and L_QC there, weighted by λ(t) and averaged over all probes."""
-        score = partial(self.score_model, class_labels=class_labels)
         probes = 1 if self.qc_estimator == "exact" else self.qc_probes
         total: Tensor | float = 0.0
         parameters: list[Tensor] = []

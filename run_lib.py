@@ -54,7 +54,7 @@ from configs.defaults import FIELDS
 from configs.fields import flatten
 from configs.stored import config_of
 from data.format import GRID_IMAGES, DataFormat, is_picture, save_grid, unscale
-from data.sets import describe, evenly_spaced
+from data.sets import conditions_of, describe, evenly_spaced
 from experiment.files import check_folder, differences, parse_json, read_json, write_arrays, write_json, write_text
 from experiment.randomness import SampleGenerators, normal_like, uniform
 from experiment.runtime import (
@@ -92,6 +92,7 @@ __all__ = [
     "export",
     "load",
     "load_data",
+    "read_once",
     "sample",
     "score",
     "statistics",
@@ -264,16 +265,20 @@ def trainer(
         weight_decay=config.optim.weight_decay,
         fused=True,
     )
-    batches = TrainingBatches(train_data, seed=config.seed, batch_size=training.batch_size)
+    order = dict(seed=config.seed, batch_size=training.batch_size)
+    batches = TrainingBatches(train_data, **order)
+    conditions = TrainingBatches(train_data.conditions, **order) if images.condition else None
     count = min(config.eval.batch_size, len(test_data))
-    test_levels, test_labels = test_data.batch(evenly_spaced(range(count), count, len(test_data)))
+    test_items = evenly_spaced(range(count), count, len(test_data))
+    test_levels, test_labels = test_data.batch(test_items)
+    test_condition = to_device(images.condition_of(test_data, test_items), device)
     _check_stride(config, runtime)
 
     @functools.cache
     def begin() -> dict | None:
-        _read_once(train_data, runtime)
-        _read_once(test_data, runtime)
-        return _state_to_begin_with(config, begin_with or training.init_from, model, optimizer)
+        read_once(train_data, runtime)
+        read_once(test_data, runtime)
+        return _state_to_begin_with(config, begin_with or training.init_from, model, optimizer, images)
 
     if not (workdir / "checkpoints").exists():
         begin()  # what is wrong with it is said before anything is written
@@ -291,11 +296,15 @@ def trainer(
     def loss(objective: Objective, step: int, positions: range) -> dict[str, Tensor]:
         levels, labels = batches(step, positions)
         generator = SampleGenerators((config.seed, "train", step), positions)
-        x0 = images.to_model(levels, generator)
+        x0, condition = images.to_model(levels, generator), None
+        if conditions is not None:
+            x0 = torch.cat([x0, images.condition.to_model(conditions(step, positions)[0])], dim=1)
         if config.data.random_flip:
-            x0 = random_flip(x0, generator)
-        labels = class_labels(labels, generator)
-        return objective(to_device(x0, device), generator, step=step, class_labels=labels)
+            x0 = random_flip(x0, generator)  # with its condition
+        if conditions is not None:
+            x0, condition = x0.split([images.shape[0], images.condition.shape[0]], dim=1)
+        told = dict(class_labels=class_labels(labels, generator), condition=to_device(condition, device))
+        return objective(to_device(x0, device), generator, step=step, **told)
 
     def warmup(step: int) -> float:
         # step + 1: the source's step/warmup makes the first step one of size zero.
@@ -307,13 +316,16 @@ def trainer(
         the same times and noise."""
         generator = SampleGenerators((config.seed, "test loss"), range(count))
         x0 = images.to_model(test_levels, generator).to(device)
-        terms = test_objective(x0, generator, class_labels=class_labels(test_labels, None))
+        told = dict(class_labels=class_labels(test_labels, None), condition=test_condition)
+        terms = test_objective(x0, generator, **told)
         return {"eval_loss": float(terms["dsm"])}
 
     def sample_grid(step: int) -> dict[str, bytes]:
         score = TrainedScore(config, ema.model, images, step, runtime=runtime, workdir=workdir)
         share = runtime.share(GRID_IMAGES)
-        drawn = runtime.gather([score.draw(share, sampler, progress=runtime.shows_progress)[0]] if share else [])
+        score.conditions = conditions_of(test_data)
+        options = dict(count=GRID_IMAGES, progress=runtime.shows_progress)
+        drawn = runtime.gather([score.draw(share, sampler, **options)[0]] if share else [])
         if runtime.is_main:
             path, arrays = workdir / "samples" / f"step_{step:08d}.png", np.concatenate(drawn)
             save_grid(path, arrays, images)
@@ -362,7 +374,7 @@ def _begin_with(config: ConfigDict) -> tuple[Source, ConfigDict]:
 
 
 def _state_to_begin_with(
-    config: ConfigDict, source: Source, model: ScoreModel, optimizer: torch.optim.Optimizer
+    config: ConfigDict, source: Source, model: ScoreModel, optimizer: torch.optim.Optimizer, images: DataFormat
 ) -> dict | None:
     """Weights, averages, optimiser and step of another run, as the paper starts QC from U."""
     if not source:
@@ -374,11 +386,25 @@ def _state_to_begin_with(
             logger.warning("training.init_from=%s has no optimiser state: Adam's moments start from zero", path)
     else:
         _check_same_score(state["record"], config, path)
+        if state["record"]["data"] is not None:  # that of a model from elsewhere is unknown
+            theirs = DataFormat.from_dict(state["record"]["images"])
+            for what, given, own in (("data", images, theirs), ("conditions", images.condition, theirs.condition)):
+                if (now := _model_values(given)) != (then := _model_values(own)):
+                    raise ValueError(f"training.init_from={path}: its model sees {what} as {then}, here they are {now}")
     if state["step"] >= (n_iters := config.training.n_iters):
         raise ValueError(
             f"training.n_iters={n_iters}: training.init_from={path} has done {state['step']} steps already"
         )
     return {**state, "source": f"training.init_from={path}"}
+
+
+def _model_values(images: DataFormat | None) -> str:
+    """How a model sees data, in words."""
+    if images is None:
+        return "none"
+    if images.num_levels is not None:
+        return "levels in [−1, 1]" if images.centered else "levels in [0, 1]"
+    return ", ".join(f"(x − {o:.6g})/{s:.6g}" for o, s in zip(images.offset, images.scale, strict=True))
 
 
 def _record(config: ConfigDict, images: DataFormat, train_data: Split) -> dict:
@@ -391,12 +417,13 @@ def _record(config: ConfigDict, images: DataFormat, train_data: Split) -> dict:
     }
 
 
-def _read_once(data: Split, runtime: Runtime) -> None:
-    """Read all files and arrays before a run begins with them, so that a damaged one does not stop it later. They are
-    then known by the fingerprint that the run keeps."""
-    if hasattr(data, "read_all"):
-        with runtime.progress(total=len(data), unit="item", desc=f"read {data.name}") as bar:
-            runtime.in_main_process(lambda: data.read_all(bar.update))
+def read_once(data: Split, runtime: Runtime) -> None:
+    """Read all files and arrays, conditions included, before there is work with them, so that a damaged one does not
+    stop it later. They are then known by the fingerprint that the run keeps."""
+    for split in (data, conditions_of(data)):
+        if hasattr(split, "read_all"):
+            with runtime.progress(total=len(split), unit="item", desc=f"read {split.name}") as bar:
+                runtime.in_main_process(functools.partial(split.read_all, bar.update))
 
 
 def _check_data(record: dict, train_data: Split, workdir: Path, runtime: Runtime) -> None:
@@ -408,7 +435,7 @@ def _check_data(record: dict, train_data: Split, workdir: Path, runtime: Runtime
         return
     if isinstance(train_data, FileSplit):
         logger.warning("the training data are not, or not known to be, those of %s", workdir)
-        return _read_once(train_data, runtime)
+        return read_once(train_data, runtime)
     raise ValueError(
         f"data.path: other training data than those of --workdir={workdir}; to go on with these take a new workdir and "
         "training.init_from"
@@ -468,8 +495,11 @@ def evaluate(
             stack.enter_context(runtime.exclusive(workdir / ".evaluation.lock"))
             score = _trained_score(config, workdir, checkpoint, runtime)
             score.take_levels_of(test_data)
+            score.conditions = _conditions(score, runtime, test_data)
             if score.trained_on not in (None, train_data.fingerprint):
                 logger.warning("data.path=%s: other data than those that the model was trained on", config.data.path)
+                read_once(train_data, runtime)
+            read_once(test_data, runtime)
         if not (workdir / "config.json").exists():  # a checkpoint from elsewhere
             _write_config(config, workdir, runtime)
         folder = workdir / "eval"
@@ -575,7 +605,8 @@ def evaluate_nll(score: TrainedScore, data: Split) -> tuple[dict, dict[str, np.n
         indices = evenly_spaced(positions, count, len(data))
         generator = SampleGenerators((config.seed, "likelihood"), indices)
         levels, labels = data.batch(indices)
-        bits, nfe = score.bits_and_nfe(levels, generator, labels)
+        told = dict(class_labels=labels, condition=score.images.condition_of(data, indices))
+        bits, nfe = score.bits_and_nfe(levels, generator, **told)
         return {name: unit * bits.cpu().numpy(), "nfe": np.full(len(bits), nfe)}
 
     identity = {"data": data.fingerprint, "likelihood": config.likelihood.to_dict()}
@@ -633,7 +664,8 @@ def _asymmetry_of_items(score: TrainedScore, data: Split, count: int) -> tuple[d
         t = times[[i % levels for i in items]].to(score.device)
         mean, std = sde.marginal(x0, t)
         xt = mean + expand(std, x0) * normal_like(x0, generator)
-        result = score.asymmetry(xt, t, probes=settings.asym_probes, generator=generator, class_labels=labels)
+        told = dict(class_labels=labels, condition=score.images.condition_of(data, indices))
+        result = score.asymmetry(xt, t, probes=settings.asym_probes, generator=generator, **told)
         return {"asym": result.asym.cpu().numpy(), "nasym": result.nasym.cpu().numpy()}
 
     identity = {"data": data.fingerprint, "levels": levels, "first": first, "probes": settings.asym_probes}
@@ -666,7 +698,7 @@ def evaluate_samples(
 
 def _draw_samples(score: TrainedScore, sampler, count: int) -> dict[str, np.ndarray]:
     def compute(indices: range) -> dict[str, np.ndarray]:
-        images, nfe, outside = score.draw(indices, sampler, progress=score._shows_progress)
+        images, nfe, outside = score.draw(indices, sampler, count=count, progress=score._shows_progress)
         of_levels = {} if score.images.num_levels is None else {"outside": outside}
         return {"images": images, "nfe": np.full(len(images), nfe), **of_levels}
 
@@ -707,12 +739,14 @@ def _compare_distributions(
 def _sampling_identity(score: TrainedScore) -> dict:
     """What decides samples, beside weights and model."""
     settings = json.loads(score.config.sampling.to_json())
-    del settings["num_samples"]
+    del settings["num_samples"], settings["conditions_path"]
     if not settings["condition"]:
         from guidance.conditions import CONDITION_FIELDS
 
         settings = {name: value for name, value in settings.items() if name not in CONDITION_FIELDS}
     identity = {"sampling": settings, "images": score.images.as_dict()}
+    if score.conditions is not None:
+        identity["conditions"] = score.conditions.fingerprint
     return identity if score.classifier is None else {**identity, "classifier": weights_digest(score.classifier)}
 
 
@@ -733,6 +767,8 @@ def statistics(config: ConfigDict, workdir: str | Path, runtime: Runtime = Runti
         if config.eval.stats_path:
             raise ValueError(f"eval.stats_path={config.eval.stats_path}: there is nothing to compute; leave it empty")
         train_data, test_data = load_data(config, runtime)
+        if not is_picture(train_data):
+            raise ValueError(f"--mode=stats: features are of grey and colour images, not of {_named_data(config)}")
         cache_dir = _cache_dir(Path(workdir), runtime)
         quality = SampleQuality(config.eval, train_data, test_data, cache_dir, runtime, seed=config.seed)
     what = f"features of {len(train_data)} training images of {_named_data(config)}"
@@ -763,18 +799,21 @@ def score(
             stack.enter_context(runtime.exclusive(workdir / ".scores.lock"))
             trained = _trained_score(config, workdir, checkpoint, runtime, free=("data.",))
             trained.take_levels_of(data)
+            read_once(data, runtime)
         count = min(config.eval.nll_images or len(data), len(data))
         what = f"scores of {count} test items of {_named_data(config)} by {trained.description}"
         runtime.announce(what, workdir, _about(config, train_data, data))
         times = torch.arange(1, 11) / 10 * trained.sde.end_time
 
         def norms(positions: range) -> dict[str, np.ndarray]:
-            items, labels = data.batch(evenly_spaced(positions, count, len(data)))
+            indices = evenly_spaced(positions, count, len(data))
+            items, labels = data.batch(indices)
             x, found = trained.images.to_model(items).to(trained.device), []
+            given = trained._given(labels, trained.images.condition_of(data, indices))
             for time in times:
                 t = torch.full((len(x),), float(time), device=x.device)
                 std = expand(trained.sde.std(t), x)
-                value = std * trained._of_class(labels)(expand(trained.sde.mean_coefficient(t), x) * x, t)
+                value = std * given(expand(trained.sde.mean_coefficient(t), x) * x, t)
                 found.append(value.detach().flatten(1).norm(dim=1) / trained.images.dimension**0.5)
             return {"norms": torch.stack(found, 1).cpu().numpy(), "label": labels.numpy()}
 
@@ -808,10 +847,12 @@ def sample(
 ) -> Path:
     """Draw samples from a checkpoint under ``config.sampling.condition``; return their folder.
 
-    A condition on a class, or none, gives ``sampling.num_samples`` samples and needs no data set:
+    A condition on a class, or none, gives ``sampling.num_samples`` samples and needs no data set; a network that is
+    told an array of each sample takes those of ``sampling.conditions_path``, or of test items, evenly spaced:
 
         W/samples/NAME/samples.npz       images (N, H, W, C), num_levels, nfe and, if they are of classes, labels (N,);
-                                         of data that are no grey or colour images, samples (N, ...) in their own units
+                                         of data that are no grey or colour images, samples (N, ...) in their own units;
+                                         conditions (N, C', ...), of a network that is told them
         W/samples/NAME/grid.png, metrics.json, settings.json
 
     A condition that measures test images: see ``guidance.measured``. NAME says with which sampler and under which
@@ -835,6 +876,7 @@ def sample(
                 name, data = f"{name}-{sampling.conditioning}", load_data(config, runtime)
             stack.enter_context(runtime.exclusive(workdir / f".samples-{name}.lock"))
             score = _trained_score(config, workdir, checkpoint, runtime)
+            score.conditions = _conditions(score, runtime)
             if data is not None:
                 from guidance.measured import MeasuredImages
 
@@ -851,9 +893,12 @@ def sample(
             arrays = _draw_samples(score, sampler, count)
             if runtime.is_main:
                 metrics = {"sampler": str(sampler), **_of_samples(arrays)}
-                labels = {"labels": score.wanted_labels(range(count)).cpu().numpy()} if sampling.condition else {}
+                told = {"labels": score.wanted_labels(range(count)).cpu().numpy()} if sampling.condition else {}
+                if score.conditions is not None:
+                    given = evenly_spaced(range(count), count, len(score.conditions))
+                    told["conditions"] = score.conditions.batch(given)[0].numpy()
                 nfe, drawn = metrics["nfe_sampling"], arrays["images"]
-                write_arrays(folder / "samples.npz", **_as_file(drawn, score.images), nfe=nfe, **labels)
+                write_arrays(folder / "samples.npz", **_as_file(drawn, score.images), nfe=nfe, **told)
                 save_grid(folder / "grid.png", drawn, score.images)
                 write_json(folder / "metrics.json", metrics)
         if runtime.is_main:
@@ -919,7 +964,8 @@ class TrainedScore:
     """The score s(x, t) = ∇ log p_t(x) of a run's moving average, and what can be asked of it.
 
     Called with x (B, C, ...) as the model sees it, ``images.to_model``, and t (B,) in [0, 1], it gives (B, C, ...). Of
-    a network that knows classes it is the unconditional score unless labels (B,) are given.
+    a network that knows classes it is the unconditional score unless labels (B,) are given. A network that takes
+    conditions (B, C', ...) is to be given them, as the model sees them, ``images.condition.to_model``.
 
     Attributes:
         sde: the forward process.
@@ -942,6 +988,7 @@ class TrainedScore:
         self.runtime, self.workdir = runtime, workdir
         self.trained_on: str | None = None  # the fingerprint of the training data, if it is known
         self.classifier: torch.nn.Module | None = None  # where sampling is guided by it
+        self.conditions: Split | None = None  # what samples are given, of a network that takes conditions
 
     @property
     def description(self) -> str:
@@ -966,6 +1013,7 @@ class TrainedScore:
                 f"data.dataset: {data.name} has {given[1]} of shape {given[0]}, the model is of {own[1]} of {own[0]}"
             )
         _check_classes(self.config, data)
+        _check_conditions(data, self.images)
         self.images = dataclasses.replace(self.images, num_levels=data.num_levels)
 
     @property
@@ -985,7 +1033,10 @@ class TrainedScore:
         """Of the network, which in its place among the labels has one that stands for no class; 0: it knows none."""
         return self.config.model.get("num_classes", 0)
 
-    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
+        self._check_condition(condition, len(x))
         # In the precision asked for, but in float32 where it is differentiated (docs/mixed_precision.md).
         if class_labels is None and self.num_classes:
             if not self.config.training.label_dropout:
@@ -996,15 +1047,23 @@ class TrainedScore:
             class_labels = torch.full((len(x),), self.num_classes, device=x.device)
         plain = self.runtime is None or x.requires_grad
         with contextlib.nullcontext() if plain else self.runtime.accelerator.autocast():
-            return self.model(x, t, class_labels).to(x.dtype)
+            return self.model(x, t, class_labels, condition).to(x.dtype)
+
+    def _check_condition(self, condition: Tensor | None, count: int) -> None:
+        given, own = None if condition is None else tuple(condition.shape), self.images.condition
+        if given != (wanted := None if own is None else (count, *own.shape)):
+            raise ValueError(f"condition: of shape {given}, but the network is to be given {wanted}")
 
     # -- samples
 
-    def sample(self, n: int, *, seed: int = 0, progress: bool = False, **options) -> Tensor:
+    def sample(
+        self, n: int, *, condition: Tensor | None = None, seed: int = 0, progress: bool = False, **options
+    ) -> Tensor:
         """``n`` samples (n, C, ...) in model values; ``images.to_data`` gives levels, or numbers in the data's units.
 
         Args:
             n: how many.
+            condition: (n, C', ...), of a network that takes conditions.
             seed: sample i is a function of (seed, i).
             progress: show a progress bar.
             options: fields of ``config.sampling`` to be used instead of those of the run, e.g. ``num_steps=100``,
@@ -1025,14 +1084,22 @@ class TrainedScore:
         generator = SampleGenerators((seed, "samples"), range(n))
         like = torch.zeros((n, *self.shape), device=self.device)
         sampler = build_sampler(config, self.sde)
-        return sampler(score._sampling_score(range(n)), like, generator, progress=progress).x
+        self._check_condition(condition, n)
+        return sampler(score._sampling_score(range(n), condition), like, generator, progress=progress).x
 
-    def draw(self, indices: Sequence[int], sampler, *, progress: bool = False) -> tuple[np.ndarray, float, np.ndarray]:
-        """Samples number ``indices`` as files have them; network evaluations per sample; and in which samples of levels
-        (B,) a value was outside of ``OUTSIDE`` before it was clipped, the lowest level being 0 and the highest 1."""
+    def draw(
+        self, indices: Sequence[int], sampler, *, count: int, progress: bool = False
+    ) -> tuple[np.ndarray, float, np.ndarray]:
+        """Samples number ``indices`` of ``count`` as files have them; network evaluations per sample; and of levels in
+        which of them (B,) a value was outside of ``OUTSIDE`` before it was clipped, the lowest level being 0 and the
+        highest 1."""
         generator = SampleGenerators((self.config.seed, "samples"), indices)
         like = torch.zeros((len(indices), *self.shape), device=self.device)
-        samples = sampler(self._sampling_score(indices), like, generator, progress=progress)
+        condition = None
+        if self.conditions is not None:
+            chosen = evenly_spaced(indices, count, len(self.conditions))
+            condition = self.images.condition.to_model(self.conditions.batch(chosen)[0])
+        samples = sampler(self._sampling_score(indices, condition), like, generator, progress=progress)
         values, (low, high) = unscale(samples.x.flatten(1), self.images.centered), OUTSIDE
         outside = ((values < low) | (values > high)).any(1).cpu().numpy()
         return self.images.to_arrays(self.images.to_data(samples.x)), samples.nfe, outside
@@ -1042,16 +1109,17 @@ class TrainedScore:
         label, numbers = self.config.sampling.class_label, torch.tensor(list(indices), device=self.device)
         return numbers % self.images.num_classes if label == -1 else torch.full_like(numbers, label)
 
-    def _sampling_score(self, indices: Sequence[int]):
-        """The score for samples number ``indices``: of their class, or unconditional."""
+    def _sampling_score(self, indices: Sequence[int], condition: Tensor | None):
+        """The score for samples number ``indices``: of their class, or unconditional; with their condition, if any."""
         sampling = self.config.sampling
         if sampling.condition not in ("class", "class_free"):
-            return self
+            return self._given(None, condition)
         from guidance.conditions import ClassifierFreeGuidance, ClassifierGuidance
 
         labels, weight = self.wanted_labels(indices), sampling.guidance_weight
         if sampling.condition == "class_free":
-            return ClassifierFreeGuidance(self, labels, self.num_classes, weight=weight)
+            condition = to_device(condition, self.device)
+            return ClassifierFreeGuidance(self, labels, self.num_classes, weight, condition)
         return ClassifierGuidance(self, self.classifier.log_probs, labels, weight=weight)
 
     # -- likelihood and asymmetry
@@ -1063,24 +1131,29 @@ class TrainedScore:
 
         return LikelihoodEvaluator(self.sde, **self.config.likelihood)
 
-    def log_prob(self, x: Tensor, *, seed: int = 0) -> Tensor:
+    def log_prob(self, x: Tensor, *, condition: Tensor | None = None, seed: int = 0) -> Tensor:
         """log p(x) (B,) in nats at points (B, C, ...) as the model sees them, by the probability flow."""
         generator = SampleGenerators((seed, "likelihood"), range(len(x)))
-        return self.likelihood(self._of_class(None), x.to(self.device), generator).log_prob
+        return self.likelihood(self._given(None, condition), x.to(self.device), generator).log_prob
 
-    def bits_per_dim(self, levels: Tensor, *, seed: int = 0) -> Tensor:
+    def bits_per_dim(self, levels: Tensor, *, condition: Tensor | None = None, seed: int = 0) -> Tensor:
         """Bits per dimension (B,) of levels (B, C, ...), uniformly dequantised, or of numbers in their own units; ln 2
         times as many nats."""
-        return self.bits_and_nfe(levels, SampleGenerators((seed, "likelihood"), range(len(levels))))[0]
+        generator = SampleGenerators((seed, "likelihood"), range(len(levels)))
+        return self.bits_and_nfe(levels, generator, condition=condition)[0]
 
     def bits_and_nfe(
-        self, levels: Tensor, generator: SampleGenerators, class_labels: Tensor | None = None
+        self,
+        levels: Tensor,
+        generator: SampleGenerators,
+        class_labels: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> tuple[Tensor, float]:
         """The same, of images of classes (B,), with given noise, and network evaluations per image."""
         from likelihood import bits_per_dim
 
         x = self.images.to_model(levels, generator, dequantize=True).to(self.device)
-        result = self.likelihood(self._of_class(class_labels), x, generator, progress=self._shows_progress)
+        result = self.likelihood(self._given(class_labels, condition), x, generator, progress=self._shows_progress)
         return bits_per_dim(result.log_prob, self.images.dimension, self.images.log2_unit), result.nfe
 
     def asymmetry(
@@ -1091,6 +1164,7 @@ class TrainedScore:
         probes: int | None = None,
         generator: SampleGenerators | None = None,
         class_labels: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Asymmetry:
         """Asym and NAsym (B,) at x (B, C, ...) and t (B,), from so many probes, or exact with ``probes=0``.
 
@@ -1102,19 +1176,21 @@ class TrainedScore:
             probes = 0 if math.prod(self.shape) <= EXACT_MAX_DIMENSION else 16
         x, t = x.to(self.device), t.to(self.device)
         options = dict(probes=probes or None, generator=generator, progress=self._shows_progress)
-        return asymmetry(self._of_class(class_labels), x, t, **options)
+        return asymmetry(self._given(class_labels, condition), x, t, **options)
 
     @property
     def _shows_progress(self) -> bool:
         return self.runtime is not None and self.runtime.shows_progress
 
-    def _of_class(self, class_labels: Tensor | None):
-        """The score that a network which knows classes has for these (B,), of data; of one which does not, its own."""
-        if class_labels is None or not self.num_classes:
+    def _given(self, class_labels: Tensor | None, condition: Tensor | None):
+        """The score that a network has for what it is told of items (B, ...): for their classes, if it knows classes,
+        and their conditions."""
+        class_labels = class_labels if self.num_classes else None
+        if class_labels is None and condition is None:
             return self
-        from guidance.conditions import ClassifierFreeGuidance
+        from guidance.conditions import GivenScore
 
-        return ClassifierFreeGuidance(self, class_labels.to(self.device), self.num_classes)
+        return GivenScore(self, to_device(class_labels, self.device), to_device(condition, self.device))
 
     # -- stages of an evaluation
 
@@ -1293,8 +1369,12 @@ def train_classifier(config: ConfigDict, workdir: str | Path, runtime: Runtime =
         _check_workdir(config, workdir, FREE_IN_EVALUATION)
         train_data, test_data = load_data(config, runtime)
         images = _data_format(config, train_data)
+        if len(images.shape) != 3:
+            raise ValueError(f"--mode=train_classifier: of images, data.shape=(C, H, W), not of {_named_data(config)}")
+        if images.condition is not None:
+            raise ValueError(f"--mode=train_classifier: {train_data.name} has conditions, which no classifier is told")
         if not (workdir / "classifier" / "experiment.json").exists():
-            _read_once(train_data, runtime)
+            read_once(train_data, runtime)
         training = ClassifierTraining(
             workdir,
             build_sde(config),
@@ -1338,11 +1418,13 @@ def build_sde(config: ConfigDict) -> SDE:
 def _data_format(config: ConfigDict, data: Split, workdir: Path | None = None) -> DataFormat:
     """That of a run; the normalisation of numbers is computed when it begins, and kept in its checkpoints."""
     settings = config.data
-    if workdir is not None and data.num_levels is None:
+    if workdir is not None and (data.num_levels is None or conditions_of(data) is not None):
         store = CheckpointStore(workdir / "checkpoints")
         if (state := store.load_latest()) is not None:
             _check_program(state["record"], store.path(state["step"]))
-            return DataFormat.from_dict(state["record"]["images"])
+            images = DataFormat.from_dict(state["record"]["images"])
+            _check_conditions(data, images)
+            return images
     options = dict(centered=settings.centered, dequantized=settings.uniform_dequantization)
     return DataFormat.of(data, **options, normalization=settings.normalization)
 
@@ -1353,6 +1435,7 @@ def build_score_model(config: ConfigDict, sde: SDE, images: DataFormat, copies: 
     torch.manual_seed(config.seed)
     with within_memory(f"model.nf={model.nf}", copies):
         options = dict(shape=images.shape, centered=images.centered, num_levels=num_scales)
+        options["condition_channels"] = images.condition.shape[0] if images.condition else 0
         network = make_network(model.name, model, **options)
     return make_score_model(
         sde,
@@ -1380,13 +1463,47 @@ def load_data(config: ConfigDict, runtime: Runtime | None = None) -> tuple[Split
     from data import load_dataset
 
     data = config.data
-    names = ("num_levels", "path", "root", "download", "resize")
+    names = ("num_levels", "path", "root", "download", "resize", "background")
     with runtime.accelerator.main_process_first() if runtime else contextlib.nullcontext():
         train_data, test_data = load_dataset(
             data.dataset, shape=item_shape(data), **{name: data[name] for name in names}
         )
     _check_classes(config, train_data)
     return train_data, test_data
+
+
+def _conditions(score: TrainedScore, runtime: Runtime, test_data: Split | None = None) -> Split | None:
+    """What samples are given: the conditions of ``sampling.conditions_path``, or those of test data, which are loaded
+    if need be; None if the network takes none."""
+    config, own = score.config, score.images.condition
+    path = config.sampling.conditions_path
+    if own is None:
+        if path:
+            raise ValueError(f"sampling.conditions_path={path}: this network takes no conditions")
+        return None
+    if config.sampling.condition not in ("", "class_free"):
+        raise ValueError(f"sampling.condition={config.sampling.condition!r}: not of a network that takes conditions")
+    if not path:
+        data = load_data(config, runtime)[1] if test_data is None else test_data
+        if test_data is None:
+            score.take_levels_of(data)
+        given = data.conditions
+    else:
+        from data.arrays import read_conditions
+
+        given = read_conditions(Path(path).expanduser(), len(own.shape))
+        if given.shape != own.shape:
+            raise ValueError(f"sampling.conditions_path={path}: conditions of shape {given.shape}, not {own.shape}")
+    read_once(given, runtime)
+    return given
+
+
+def _check_conditions(data: Split, images: DataFormat) -> None:
+    given, own = (
+        "none" if of is None else f"some of shape {tuple(of.shape)}" for of in (conditions_of(data), images.condition)
+    )
+    if given != own:
+        raise ValueError(f"data.dataset: of conditions {data.name} has {given}, the model takes {own}")
 
 
 def _cache_dir(workdir: Path, runtime: Runtime) -> Path:

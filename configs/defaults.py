@@ -43,13 +43,16 @@ FIELDS: dict[str, Field] = {
     "data.download": Field(False, "fetch those of torchvision if they are not there"),
     "data.image_size": Field(32, "height and width in pixels", at_least(1, most=2**13)),
     "data.num_channels": Field(3, "1 for grey, 3 for colour", at_least(1, most=2**13)),
-    "data.num_levels": Field(0, "of integers in array; 0: as many as 8 or 16 bits have", _LEVELS),
+    "data.num_levels": Field(
+        0, "of integers in array, 16-bit images in folder; 0: as many as their bits have", _LEVELS
+    ),
     "data.normalization": Field(
         "standard",
         "of floating-point data: mean 0 and standard deviation 1, or [-1, 1], of each channel; or none",
         choices("standard", "range", "none"),
     ),
     "data.resize": Field(False, "crop and resize images of another size, instead of refusing them"),
+    "data.background": Field("white", "colour under transparent pixels of image files, such as black or #808080"),
     "data.centered": Field(False, "levels in [-1, 1] instead of [0, 1]"),
     "data.random_flip": Field(True, "flip training images at random"),
     "data.uniform_dequantization": Field(False, "in training; likelihood is always of dequantised data"),
@@ -137,6 +140,9 @@ FIELDS: dict[str, Field] = {
     ),
     "sampling.factor": Field(2, "of super_resolution", at_least(2)),
     "sampling.num_views": Field(23, "of ct", at_least(1, most=1000)),
+    "sampling.conditions_path": Field(
+        "", "of a network that takes conditions: a file with them, in place of those of the test set"
+    ),
     "sampling.operator": Field("", "of linear: a .npy file with a matrix"),
     "sampling.measurement_noise": Field(0.0, "standard deviation, in units of the network's images", not_negative),
     "sampling.num_images": Field(8, "images that are measured", at_least(1)),

@@ -1,6 +1,6 @@
 """Data sets by name, arrays and image files, and the map between data and the values that a model sees."""
 
-from data.arrays import ArraySplit, DatasetSplit, HuggingFaceSplit
+from data.arrays import ArraySplit, ConditionSplit, DatasetSplit, HuggingFaceSplit
 from data.format import DataFormat, random_flip
 from data.sets import (
     SETS,
@@ -17,6 +17,7 @@ from data.sets import (
 __all__ = [
     "SETS",
     "ArraySplit",
+    "ConditionSplit",
     "DataFormat",
     "DatasetSplit",
     "FileSplit",

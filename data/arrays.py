@@ -21,7 +21,7 @@ from torch import Tensor
 
 from experiment.files import first_line, read_arrays
 
-__all__ = ["ArraySplit", "DatasetSplit", "HuggingFaceSplit", "read_halves"]
+__all__ = ["ArraySplit", "ConditionSplit", "DatasetSplit", "HuggingFaceSplit", "read_conditions", "read_halves"]
 
 _FINGERPRINT_ITEMS = 1000
 
@@ -38,6 +38,7 @@ class ArraySplit:
         shape: of an item, with the channels first, which one of a single channel may lack; None: that of the first.
         num_levels: of integers; 0: as many as 8 or 16 bits have.
         num_classes: number of classes, None if and only if there are no labels.
+        conditions: what a network is told of each item, see ``ConditionSplit``.
 
     Raises:
         ValueError: items or labels of another type or shape; from ``batch`` also numbers that are not finite, and
@@ -53,7 +54,9 @@ class ArraySplit:
         shape: Sequence[int] | None = None,
         num_levels: int = 0,
         num_classes: int | None = None,
+        conditions: object = None,
     ) -> None:
+        count = _number_of(name, items)
         self.name, self.items, self.num_classes = name, items, num_classes
         self.labels = None if labels is None else np.asarray(labels)
         if self.labels is not None and (self.labels.shape != (len(items),) or self.labels.dtype.kind not in "ui"):
@@ -61,7 +64,7 @@ class ArraySplit:
                 f"{name}: labels must be integers of shape {(len(items),)}, not {self.labels.dtype} of shape "
                 f"{self.labels.shape}"
             )
-        if not len(items):
+        if not count:
             raise ValueError(f"{name} holds no items")
         first = _channels_first(self._item(0)[0])
         self.num_levels = _levels(name, first.dtype, num_levels)
@@ -73,6 +76,10 @@ class ArraySplit:
             digest.update(repr(int(label)).encode() + np.ascontiguousarray(_channels_first(values)).tobytes())
         if self.labels is not None:
             digest.update(self.labels.astype("<i8").tobytes())
+        self.conditions = None
+        if conditions is not None:
+            self.conditions = ConditionSplit(f"{name}-conditions", conditions, len(self.shape))
+            digest.update(self.conditions.fingerprint.encode())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -109,8 +116,7 @@ class ArraySplit:
         dtype, wanted = values.dtype, "levels" if self.num_levels else "floating-point numbers"
         if (dtype.kind in "ui") != bool(self.num_levels) or dtype.kind not in "uifc":
             raise ValueError(f"{self.name}: item {i} is {dtype}, others are {wanted}")
-        candidates = _parts(values) if dtype.kind == "c" else (values, values[None])
-        fitting = next((array for array in candidates if array.shape == self.shape), None)
+        fitting = next((array for array in _layouts(values) if array.shape == self.shape), None)
         if fitting is None:
             complex_too = f" ({dtype})" if dtype.kind == "c" else ""
             raise ValueError(f"data.shape={self.shape}, but item {i} of {self.name} is {values.shape}{complex_too}")
@@ -122,6 +128,29 @@ class ArraySplit:
         if not np.isfinite(fitting).all():
             raise ValueError(f"{self.name}: item {i} has values that are not finite")
         return fitting.astype(np.float32 if fitting.itemsize <= 4 else np.float64)
+
+
+class ConditionSplit(ArraySplit):
+    """What a network is told of the items of a split, one by one: arrays of their shape, but for the number of
+    channels. Integers and truth values are numbers like others.
+
+    Args:
+        name: see ``ArraySplit``.
+        items: ``items[i]`` is an array of such a shape, or without the axis of a single channel.
+        axes: number of axes of an item of the data, that of the channels included.
+    """
+
+    def __init__(self, name: str, items: object, axes: int) -> None:
+        self.items, shape = items, None
+        if _number_of(name, items):
+            first = self._item(0)[0]
+            shape = next((array.shape for array in _layouts(first) if array.ndim == axes), first.shape)
+        super().__init__(name, items, shape=shape)
+
+    def _item(self, i: int) -> tuple[object, int]:
+        values = _channels_first(self.items[i])
+        whole = values.dtype.kind in "uib"
+        return values.astype(np.float32 if values.itemsize <= 2 else np.float64) if whole else values, 0
 
 
 class DatasetSplit(ArraySplit):
@@ -163,6 +192,18 @@ def _parts(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(pair), np.concatenate([np.atleast_1d(part) for part in pair])
 
 
+def _number_of(name: str, items: object) -> int:
+    try:
+        return len(items)
+    except TypeError:  # numpy and h5py have single numbers as arrays
+        raise ValueError(f"{name} is a single {type(items).__name__}, not a number of items") from None
+
+
+def _layouts(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The forms that an array may have as an item."""
+    return _parts(values) if values.dtype.kind == "c" else (values, values[None])
+
+
 def _levels(name: str, dtype: np.dtype, num_levels: int) -> int | None:
     if dtype.kind in "fc":
         if num_levels:
@@ -194,8 +235,11 @@ class _Rows:
             version = np.lib.format.read_magic(stream)
             old = version == (1, 0)
             read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-            (count, *self.shape), fortran, self.dtype = read_header(stream)
-            self.count, self.start = count, stream.tell()
+            shape, fortran, self.dtype = read_header(stream)
+            if not shape:
+                raise ValueError("it holds a single number where items are to be")
+            (count, *self.shape), self.start = shape, stream.tell()
+            self.count = count
             self.size = math.prod(self.shape) * self.dtype.itemsize
             if self.dtype.hasobject:
                 raise ValueError("it holds objects, which are pickled (allow_pickle): only arrays of numbers are read")
@@ -217,8 +261,9 @@ class _Rows:
 
 
 def read_halves(path: Path, *, shape: Sequence[int], num_levels: int = 0, **_) -> tuple[ArraySplit, ArraySplit]:
-    """Training and test arrays ``train`` and ``test``, (N, C, ...), and if there are labels ``train_labels`` and
-    ``test_labels``, integers (N,) from 0: in an .npz or HDF5 file, or in a folder of .npy files of these names.
+    """Training and test arrays ``train`` and ``test``, (N, C, ...), if there are labels ``train_labels`` and
+    ``test_labels``, integers (N,) from 0, and if there are conditions ``train_conditions`` and ``test_conditions``: in
+    an .npz or HDF5 file, or in a folder of .npy files of these names.
 
     Raises:
         ValueError: a file that is missing, damaged or of another kind; an array that is missing.
@@ -227,8 +272,11 @@ def read_halves(path: Path, *, shape: Sequence[int], num_levels: int = 0, **_) -
         arrays = _open(path)
     except Exception as error:  # numpy, zipfile and h5py raise a dozen unrelated types on damaged files
         raise ValueError(f"data.path={path}: {first_line(error)}") from error
-    has_labels = any(f"{half}_labels" in arrays for half in ("train", "test"))
+    has_labels, has_conditions = (
+        any(f"{half}_{what}" in arrays for half in ("train", "test")) for what in ("labels", "conditions")
+    )
     wanted = ["train", "test", *(["train_labels", "test_labels"] if has_labels else [])]
+    wanted += ["train_conditions", "test_conditions"] if has_conditions else []
     if missing := [name for name in wanted if name not in arrays]:
         raise ValueError(f"data.path={path} lacks {', '.join(missing)} (it has {', '.join(arrays) or 'nothing'})")
     labels: dict[str, np.ndarray | None] = {"train": None, "test": None}
@@ -238,8 +286,29 @@ def read_halves(path: Path, *, shape: Sequence[int], num_levels: int = 0, **_) -
             labels[half] = np.array([rows[i] for i in range(len(rows))])
     num_classes = 1 + max(int(array.max(initial=0)) for array in labels.values()) if has_labels else None
     options = dict(shape=shape, num_levels=num_levels, num_classes=num_classes)
-    train, test = (ArraySplit(f"{path.stem}-{half}", arrays[half], labels[half], **options) for half in labels)
+    train, test = (
+        ArraySplit(
+            f"{path.stem}-{half}", arrays[half], labels[half], conditions=arrays.get(f"{half}_conditions"), **options
+        )
+        for half in labels
+    )
     return train, test
+
+
+def read_conditions(path: Path, axes: int) -> ConditionSplit:
+    """Conditions for samples: those of an .npy, or the ``test_conditions`` of what ``read_halves`` reads.
+
+    Raises:
+        ValueError: as there.
+    """
+    given, name = f"sampling.conditions_path={path}", "test_conditions"
+    try:
+        arrays = {name: _Rows(path)} if path.suffix == ".npy" and path.is_file() else _open(path)
+    except Exception as error:
+        raise ValueError(f"{given}: {first_line(error)}") from error
+    if name not in arrays:
+        raise ValueError(f"{given} lacks {name} (it has {', '.join(arrays) or 'nothing'})")
+    return ConditionSplit(given, arrays[name], axes)
 
 
 def _open(path: Path) -> Mapping[str, object]:

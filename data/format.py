@@ -11,7 +11,7 @@ log P(k) ≥ E_u[log p((k + u)/L)] − D log L for D dimensions, which is what m
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.sets import Split
+from data.sets import Split, conditions_of
 from experiment.files import write_atomically
 from experiment.randomness import Generator, uniform
 
@@ -56,6 +56,8 @@ class DataFormat:
         centered: whether model values are centred at 0, as levels in [−1, 1] are, rather than in [0, 1].
         dequantized: whether the model learns uniformly dequantised levels.
         offset, scale: of floating-point numbers, for each channel: model values are (x − offset)/scale.
+        condition: the same of what a network is told of each item, of whose shape only the number of channels may be
+            another; None: nothing.
     """
 
     shape: tuple[int, ...]
@@ -65,6 +67,7 @@ class DataFormat:
     dequantized: bool
     offset: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
+    condition: DataFormat | None = None
 
     def __post_init__(self) -> None:
         for name in ("shape", "offset", "scale"):
@@ -82,19 +85,23 @@ class DataFormat:
         Args:
             split: its training half.
             centered, dequantized: of levels.
-            normalization: of floating-point numbers. 'standard': each channel has mean 0 and standard deviation 1;
-                'range': it lies between −1 and 1; 'none': as they are.
+            normalization: of floating-point numbers, also of conditions. 'standard': each channel has mean 0 and
+                standard deviation 1; 'range': it lies between −1 and 1; 'none': as they are.
 
         Raises:
             ValueError: data without variation, or that cannot be dequantised.
         """
+        condition = None
+        if (given := conditions_of(split)) is not None:
+            condition = cls.of(given, centered=True, dequantized=False, normalization=normalization)
         if split.num_levels is not None:
-            return cls(split.shape, split.num_levels, split.num_classes, centered, dequantized)
+            levels = split.num_levels, split.num_classes, centered, dequantized
+            return cls(split.shape, *levels, condition=condition)
         if dequantized:
             raise ValueError(f"data.uniform_dequantization=True: {split.name} has floating-point numbers, not levels")
         if normalization == "none":
             zeros = (0.0,) * split.shape[0]
-            return cls(split.shape, None, split.num_classes, True, False, zeros, (1.0,) * len(zeros))
+            return cls(split.shape, None, split.num_classes, True, False, zeros, (1.0,) * len(zeros), condition)
         mean, std, low, high = _channel_statistics(split)
         if normalization == "range":
             offset, scale = (low + high) / 2, (high - low) / 2
@@ -106,18 +113,21 @@ class DataFormat:
                 f"data.normalization={normalization!r}: channel {channel} of {split.name} is {low[channel]:g} "
                 "everywhere; leave it out, or use 'none'"
             )
-        return cls(split.shape, None, split.num_classes, True, False, offset.tolist(), scale.tolist())
+        return cls(split.shape, None, split.num_classes, True, False, offset.tolist(), scale.tolist(), condition)
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, object]) -> DataFormat:
         """The inverse of ``as_dict``; a TypeError or KeyError of anything else."""
-        return cls(stored["image_shape"], **{name: value for name, value in stored.items() if name != "image_shape"})
+        fields = {name: value for name, value in stored.items() if name not in ("image_shape", "condition")}
+        condition = cls.from_dict(stored["condition"]) if "condition" in stored else None
+        return cls(stored["image_shape"], **fields, condition=condition)
 
     def as_dict(self) -> dict[str, object]:
         """Plain values; the shape under the name that it has in files since there were only images."""
         fields = asdict(self)
         normalisation = {} if self.num_levels else {"offset": self.offset, "scale": self.scale}
-        return {"image_shape": self.shape} | {name: fields[name] for name in _LEVEL_FIELDS} | normalisation
+        condition = {} if self.condition is None else {"condition": self.condition.as_dict()}
+        return {"image_shape": self.shape} | {name: fields[name] for name in _LEVEL_FIELDS} | normalisation | condition
 
     @property
     def dimension(self) -> int:
@@ -150,6 +160,10 @@ class DataFormat:
         if self.dequantized if dequantize is None else dequantize:
             noise = torch.full(data.shape, 0.5) if generator is None else uniform(data.shape, generator)
         return scale(to_unit_interval(data, self.num_levels, dequantization=noise), self.centered)
+
+    def condition_of(self, split: Split, indices: Sequence[int]) -> Tensor | None:
+        """What a network is told of these items (B, ...), on the CPU; None if it is told nothing."""
+        return None if self.condition is None else self.condition.to_model(split.conditions.batch(indices)[0])
 
     def to_data(self, x: Tensor) -> Tensor:
         """The levels, uint8 or, of more than 256, int32; or the numbers, float64, of model values (B, ...)."""
@@ -239,17 +253,17 @@ def save_grid(path: Path, arrays: np.ndarray, data: DataFormat) -> None:
     """Write a PNG of up to 64 items, as ``DataFormat.to_arrays`` gives them: pictures in rows of eight; of others the
     first 16, signals as curves, of images and the middle slices of volumes the first channel; vectors as points."""
     if not data.is_picture:
-        from experiment.figures import new_figure, save_figure
+        from experiment.figures import COLOURS, new_figure, save_figure
 
-        figure = new_figure(7, 7)
+        figure = new_figure(5, 4)
         if len(data.shape) == 1:
             axes = figure.subplots()
-            axes.plot(*np.atleast_2d(arrays.T)[[0, -1]], ".", markersize=3)
+            axes.plot(*np.atleast_2d(arrays.T)[[0, -1]], ".", markersize=3, color=COLOURS[0])
             axes.set(xlabel="first component", ylabel="last component")
         else:
-            for axes, item in zip(figure.subplots(4, 4).flat, arrays[:16], strict=False):
+            for axes, item in zip(figure.subplots(4, 4, sharex=True, sharey=True).flat, arrays[:16], strict=False):
                 if item.ndim == 2:
-                    axes.plot(item.T, linewidth=0.8)
+                    axes.plot(item.T, linewidth=0.8, **({"color": COLOURS[0]} if len(item) == 1 else {}))
                 else:
                     axes.imshow(item[0] if item.ndim == 3 else item[0, item.shape[1] // 2])
                     axes.set_axis_off()

@@ -15,14 +15,14 @@ import hashlib
 import inspect
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 
 from data import published
@@ -39,6 +39,7 @@ __all__ = [
     "TrainingBatches",
     "UnreadableImage",
     "batch_indices",
+    "conditions_of",
     "describe",
     "evenly_spaced",
     "load_dataset",
@@ -46,6 +47,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N")
+"""What Pillow calls grey of unsigned 16 bits in a file."""
 _DARK = 16
 """The largest level of images that were meant for fewer than 256 levels; 15 is what 12 bits give in place of 16."""
 
@@ -66,6 +69,8 @@ class Split(Protocol):
         num_levels: number L of levels, integers 0 … L−1; None for floating-point numbers.
         num_classes: number of classes, or None for a set without labels.
         fingerprint: a short string that changes with the contents; a cache key.
+
+    What a network is told of each item is a split, too, ``conditions``, which a split may have or not.
     """
 
     name: str
@@ -91,13 +96,21 @@ class TensorSplit:
         labels: int64 (N,), or None.
         num_levels: number L of grey levels.
         num_classes: number of classes, None if and only if ``labels`` is.
+        conditions: a split of what a network is told of each image.
 
     Raises:
         ValueError: images or labels of another type or shape.
     """
 
     def __init__(
-        self, name: str, images: Tensor, labels: Tensor | None, *, num_levels: int = 256, num_classes: int | None = None
+        self,
+        name: str,
+        images: Tensor,
+        labels: Tensor | None,
+        *,
+        num_levels: int = 256,
+        num_classes: int | None = None,
+        conditions: Split | None = None,
     ) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(f"{name}: images must be uint8 (N, C, H, W), not {images.dtype} {tuple(images.shape)}")
@@ -115,7 +128,9 @@ class TensorSplit:
         self.shape = tuple(images.shape[1:])
         self.num_levels = num_levels
         self.num_classes = num_classes
+        self.conditions = conditions
         description = (tuple(images.shape), num_levels, num_classes)
+        description += () if conditions is None else (conditions.fingerprint,)
         self.fingerprint = _hash(description, self.images.numpy().reshape(-1), self.labels.numpy())
 
     def __len__(self) -> int:
@@ -141,14 +156,14 @@ class FileSplit:
         num_classes: number of classes, None if and only if ``labels`` is.
         crop: side in pixels of a central square; None: as much as there is. The filter is that of
             score_sde_pytorch, in the first case bilinear (CelebA), in the second bicubic (LSUN).
+        num_levels: 256, or those of grey images of 16 bits.
+        background: the colour under transparent pixels, as Pillow names it.
         about: what else is to be said of the set that it is a half of.
 
     Raises:
         FileNotFoundError: a file is missing.
         UnreadableImage: from ``batch`` and ``read_all``.
     """
-
-    num_levels = 256
 
     def __init__(
         self,
@@ -160,11 +175,14 @@ class FileSplit:
         shape: tuple[int, int, int],
         num_classes: int | None = None,
         crop: int | None = None,
+        num_levels: int = 256,
+        background: str = "white",
         about: str = "",
     ) -> None:
         self.name = name
         self.about = about
         self.folder = folder
+        self.num_levels, self.background = num_levels, background
         self.files = list(files)
         self.labels = torch.zeros(len(files), dtype=torch.int64) if labels is None else labels
         self.shape = shape
@@ -176,7 +194,8 @@ class FileSplit:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{name}: the image {error.filename} is missing") from error
         listing = sorted((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
-        self.fingerprint = _hash((shape, num_classes, crop, self.filter, listing), self.labels.numpy())
+        taken = () if (num_levels, background) == (256, "white") else (num_levels, background)
+        self.fingerprint = _hash((shape, num_classes, crop, self.filter, listing, *taken), self.labels.numpy())
 
     def __len__(self) -> int:
         return len(self.files)
@@ -184,9 +203,10 @@ class FileSplit:
     def batch(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         channels, *size = self.shape
-        images = np.empty((len(chosen), *size, channels), dtype=np.uint8)
+        images = np.empty((len(chosen), *size, channels), dtype=np.uint8 if self.num_levels <= 256 else np.int32)
         for image, i in zip(images, chosen.tolist(), strict=True):
-            image[:] = np.asarray(self._decode(self.folder / self.files[i])).reshape(*size, channels)
+            decoded = np.asarray(self._decode(self.folder / self.files[i])).reshape(*size, channels)
+            image[:] = decoded if decoded.dtype == np.uint8 else decoded.clip(0, 2**16 - 1)
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), self.labels[chosen]
 
     def read_all(self, progress: Callable[[int], object] = lambda count: None) -> None:
@@ -210,7 +230,7 @@ class FileSplit:
         if errors := [level for level in levels if isinstance(level, UnreadableImage)]:
             more = f"; and {len(errors) - 1} more" if len(errors) > 1 else ""
             raise UnreadableImage(f"{errors[0]}{more}")
-        _check_range(self.name, max(levels, default=255))
+        _check_range(self.name, max(levels, default=self.num_levels - 1), self.num_levels)
 
     def _decode(self, file: Path) -> Image.Image:
         channels, *size = self.shape
@@ -218,13 +238,20 @@ class FileSplit:
             with Image.open(file) as image:
                 # Cameras store the orientation apart from the pixels.
                 upright = ImageOps.exif_transpose(image)
+                if self.num_levels > 256:
+                    return _crop_and_resize(upright.convert("I"), size, self.filter, self.crop)
                 if upright.has_transparency_data:  # which may have any colour; a page shows white there
-                    page = Image.new("RGBA", upright.size, "white")
+                    page = Image.new("RGBA", upright.size, self.background)
                     upright = Image.alpha_composite(page, upright.convert("RGBA"))
                 upright = upright.convert("L" if channels == 1 else "RGB")
         except Exception as error:  # Pillow raises unrelated types on damaged files
             raise UnreadableImage(f"{self.name}: cannot read the image {file}: {first_line(error)}") from error
         return _crop_and_resize(upright, size, self.filter, self.crop)
+
+
+def conditions_of(split: Split) -> Split | None:
+    """What a network is told of each item of a split; None: nothing."""
+    return getattr(split, "conditions", None)
 
 
 def _hash(description: object, *arrays: np.ndarray) -> str:
@@ -234,10 +261,16 @@ def _hash(description: object, *arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _check_range(name: str, largest: int) -> None:
-    """Refuse images whose levels are not 0 to 255: they would be black to a model."""
-    if largest <= _DARK:
-        raise UnreadableImage(f"{name}: no pixel is above level {largest} of 255; bring the images to levels 0 to 255")
+def _check_range(name: str, largest: int, num_levels: int = 256) -> None:
+    """Refuse images whose levels are not 0 to L − 1: most would be black to a model."""
+    highest = num_levels - 1
+    if largest > highest:
+        raise UnreadableImage(f"{name}: a pixel has level {largest}, not 0 to {highest}, data.num_levels={num_levels}")
+    if largest <= _DARK * num_levels // 256:
+        other = ", or say with data.num_levels how many there are" if num_levels > 256 else ""
+        raise UnreadableImage(
+            f"{name}: no pixel is above level {largest} of {highest}; bring the images to levels 0 to {highest}{other}"
+        )
 
 
 def _crop_and_resize(
@@ -332,6 +365,7 @@ def load_dataset(
     root: str | os.PathLike[str] = "",
     download: bool = False,
     resize: bool = False,
+    background: str = "white",
 ) -> tuple[Split, Split]:
     """The training and the test half of a set.
 
@@ -344,11 +378,12 @@ def load_dataset(
         image_size, num_channels: short for the shape of square images. Image files are converted to 1 (grey) or 3 (RGB)
             channels; others must have as many. A function of yours is given the image size (H, W), or whatever the
             axes are, where they are no square.
-        num_levels: of integers in ``array``, if they are fewer than their type has.
+        num_levels: of integers in ``array`` and of 16 bits in ``folder``, if they are fewer than their type has.
         path: the file or folder of ``npz``, ``folder`` or ``array``.
         root: where published sets are, or torchvision's are to be put.
         download: whether torchvision may fetch a set that is not in ``root``.
         resize: whether images of another size are cut to the wanted proportions and resized. CelebA always is.
+        background: the colour under transparent pixels of ``folder``.
 
     Raises:
         ValueError: an argument is wrong, or the images do not fit it.
@@ -359,8 +394,10 @@ def load_dataset(
     if str(path) and name in SETS and name not in ("npz", "folder", "array"):
         # Otherwise somebody's own images would silently be replaced by the default set.
         raise ValueError(f"data.path={path} is read by data.dataset='npz', 'folder' or 'array', not by {dataset!r}")
-    if num_levels and name in SETS and name != "array":
-        raise ValueError(f"data.num_levels={num_levels}: is read by data.dataset='array', not by {dataset!r}")
+    if num_levels and name in SETS and name not in ("array", "folder"):
+        raise ValueError(
+            f"data.num_levels={num_levels}: is read by data.dataset='array' and 'folder', not by {dataset!r}"
+        )
     shape = tuple(shape) or (num_channels, image_size, image_size)
     num_channels, *size = shape
     if name in SETS and name != "array" and len(size) != 2:
@@ -370,6 +407,7 @@ def load_dataset(
     square = len(size) == 2 and size[0] == size[1]
     options = dict(shape=shape, image_size=size[0] if square else tuple(size), num_channels=num_channels)
     options |= dict(num_levels=num_levels, path=path, root=root, download=download, resize=resize)
+    options["background"] = background
     taken = inspect.signature(load).parameters.values()
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
         options = {parameter.name: options[parameter.name] for parameter in taken if parameter.name in options}
@@ -389,6 +427,13 @@ def load_dataset(
                 raise ValueError(_wrong_size(split.name, width, height, size))
         if tuple(split.shape) != shape:
             raise ValueError(f"data.shape={shape}, but {split.name} has items of shape {tuple(split.shape)}")
+    if name not in SETS:
+        for split in halves:
+            _check_batch(split)
+    if train.num_levels != test.num_levels:
+        kinds = [f"{split.num_levels or 'no'} levels" for split in halves]
+        raise ValueError(f"data.dataset={dataset!r}: {train.name} has {kinds[0]}, {test.name} {kinds[1]}")
+    _check_conditions(train, test)
     if name not in published.SETS and type(train) is type(test) and isinstance(train, TensorSplit | FileSplit):
         present = set(train.labels.tolist())
         if train.num_classes not in (None, len(present)):
@@ -408,6 +453,41 @@ def describe(train: Split, test: Split) -> str:
     classes = "without classes" if train.num_classes is None else f"of {train.num_classes} classes"
     about = getattr(train, "about", "")
     return f"{len(train)} training and {len(test)} test {items} {classes}" + (f"; {about}" if about else "")
+
+
+def _check_batch(split: Split) -> None:
+    """Whether a split of the user's own has items as it says, by the first."""
+    batch = split.batch([0])
+    wanted = (
+        f"({'integers' if split.num_levels else 'floating-point numbers'} of shape {(1, *split.shape)}, labels (1,))"
+    )
+    found = f"a {type(batch).__name__}"
+    if isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        items, labels = batch
+        found = f"({items.dtype} of shape {tuple(items.shape)}, {labels.dtype} of shape {tuple(labels.shape)})"
+        right = items.is_floating_point() == (split.num_levels is None) and not labels.is_floating_point()
+        if right and items.shape == (1, *split.shape) and labels.shape == (1,):
+            return
+    raise ValueError(f"{split.name}: batch([0]) gives {found}, not tensors {wanted}")
+
+
+def _check_conditions(train: Split, test: Split) -> None:
+    """Whether both halves have conditions of one shape, one for each item, or neither has any."""
+    conditions = [conditions_of(split) for split in (train, test)]
+    if all(given is None for given in conditions):
+        return
+    for split, given in zip((train, test), conditions, strict=True):
+        if not _is_split(given):
+            raise ValueError(f"{split.name}: its conditions are {given!r:.60}, not a split as those of the other half")
+        _check_batch(given)
+        if len(given) != len(split):
+            raise ValueError(f"{given.name}: {len(given)} conditions for {len(split)} items")
+        shape, wanted = tuple(given.shape), tuple(split.shape)
+        if len(shape) != len(wanted) or shape[1:] != wanted[1:]:
+            raise ValueError(f"{given.name}: of shape {shape}, of data.shape={wanted} but for the channels is allowed")
+    first, second = (tuple(given.shape) for given in conditions)
+    if first != second:
+        raise ValueError(f"{train.name} has conditions of shape {first}, {test.name} of shape {second}")
 
 
 def _in_both(train: TensorSplit | FileSplit, test: TensorSplit | FileSplit) -> list[object]:
@@ -444,8 +524,10 @@ def _in_memory(
     num_levels: int = 256,
     shape: tuple[int, int, int],
     resize: bool,
+    conditions: Mapping[str, Split] = {},
 ) -> tuple[Split, ...]:
-    """Splits from two pairs, train and test, of images uint8 (N, H, W, C) and labels (N,) or None."""
+    """Splits from two pairs, train and test, of images uint8 (N, H, W, C) and labels (N,) or None, and their conditions
+    by half."""
     splits = []
     for half, (images, labels) in zip(("train", "test"), halves, strict=True):
         channels, size = images.shape[-1], shape[1:]
@@ -456,7 +538,8 @@ def _in_memory(
             images = np.stack(resized).reshape(-1, *size, channels)
         levels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
         classes = None if labels is None else torch.from_numpy(labels.astype(np.int64))
-        splits.append(TensorSplit(f"{name}-{half}", levels, classes, num_levels=num_levels, num_classes=num_classes))
+        options = dict(num_levels=num_levels, num_classes=num_classes, conditions=conditions.get(half))
+        splits.append(TensorSplit(f"{name}-{half}", levels, classes, **options))
     return tuple(splits)
 
 
@@ -478,7 +561,10 @@ def _digits(*, shape: tuple[int, int, int], resize: bool, **_) -> tuple[Split, .
 
 def _npz(*, path: str | os.PathLike[str], shape: tuple[int, int, int], resize: bool, **_) -> tuple[Split, ...]:
     """A NumPy archive with ``train_images`` and ``test_images``, uint8 (N, H, W) or (N, H, W, C), and optionally
-    ``train_labels`` and ``test_labels``, integers (N,) or (N, 1) counted from 0."""
+    ``train_labels`` and ``test_labels``, integers (N,) or (N, 1) counted from 0, and ``train_conditions`` and
+    ``test_conditions``, numbers (N, H, W) or (N, H, W, C')."""
+    from data.arrays import ConditionSplit
+
     file = _given("path", path, "npz", "a file with train_images, test_images and, if any, train_labels, test_labels")
     try:
         arrays = read_arrays(file)
@@ -488,6 +574,7 @@ def _npz(*, path: str | os.PathLike[str], shape: tuple[int, int, int], resize: b
     labels = {key: array[:, 0] if array.shape[1:] == (1,) else array for key, array in labels.items()}
     # Labels for one half only are a mistake, not a set without labels.
     wanted = ["train_images", "test_images", *(["train_labels", "test_labels"] if labels else [])]
+    wanted += ["train_conditions", "test_conditions"] if {"train_conditions", "test_conditions"} & {*arrays} else []
     if missing := [key for key in wanted if key not in arrays]:
         raise ValueError(f"data.path={file} lacks {', '.join(missing)} (it has {', '.join(arrays) or 'nothing'})")
     for key in ("train_images", "test_images"):
@@ -503,20 +590,47 @@ def _npz(*, path: str | os.PathLike[str], shape: tuple[int, int, int], resize: b
             raise ValueError(f"data.path={file}: {key} must be integers from 0, not {array.dtype} up to {array.max()}")
     num_classes = max(int(array.max(initial=0)) for array in labels.values()) + 1 if labels else None
     halves = [(arrays[f"{half}_images"], labels.get(f"{half}_labels")) for half in ("train", "test")]
-    return _in_memory(file.stem, halves, num_classes=num_classes, shape=shape, resize=resize)
+    conditions = {}
+    for half in ("train", "test") if "train_conditions" in arrays else ():
+        array = arrays[f"{half}_conditions"]
+        array = np.moveaxis(array, -1, 1) if array.ndim == 4 else array
+        conditions[half] = ConditionSplit(f"{file.stem}-{half}-conditions", array, len(shape))
+    if conditions and resize:
+        raise ValueError(f"data.resize=True: conditions, which data.path={file} has, are not resized")
+    return _in_memory(file.stem, halves, num_classes=num_classes, shape=shape, resize=resize, conditions=conditions)
 
 
-def _folder(*, path: str | os.PathLike[str], shape: tuple[int, int, int], resize: bool, **_) -> tuple[Split, ...]:
+def _folder(
+    *,
+    path: str | os.PathLike[str],
+    shape: tuple[int, int, int],
+    num_levels: int,
+    resize: bool,
+    background: str,
+    **_,
+) -> tuple[Split, ...]:
     """A folder of images, in the halves that ``folders.find_halves`` finds. If every image lies in a subfolder of its
-    half, and there are at least two of these, the names of the subfolders in alphabetical order are the classes."""
+    half, and there are at least two of these, the names of the subfolders in alphabetical order are the classes. Images
+    have 256 levels, or all of them, being grey of 16 bits, 65,536 or ``num_levels``."""
+    try:
+        ImageColor.getrgb(background)
+    except ValueError:
+        raise ValueError(f"data.background={background!r}: allowed are colours such as white or #808080") from None
     folder = _given("path", path, "folder", "a folder of images")
     if not folder.is_dir():
         raise ValueError(f"data.path={folder} is not a folder")
     roots, files, about = find_halves(folder)
-    for half, root in roots.items():
-        # Before training, not in the middle of it; the headers are enough.
-        for file in files[half]:
-            _check_header(root / file, None if resize else shape[1:])
+    # Before training, not in the middle of it; the headers are enough.
+    size = None if resize else shape[1:]
+    deep = {root / file: _check_header(root / file, size) for half, root in roots.items() for file in files[half]}
+    if any(deep.values()):
+        if shape[0] != 1:
+            raise ValueError(f"data.num_channels={shape[0]}: {max(deep, key=deep.get)} is grey, of 16 bits")
+        if not all(deep.values()):
+            raise ValueError(f"data.path: {max(deep, key=deep.get)} has 16 bits, {min(deep, key=deep.get)} has 8")
+        num_levels = num_levels or 2**16
+    elif num_levels not in (0, 256):
+        raise ValueError(f"data.num_levels={num_levels}: the images of data.path={folder} have 8 bits, 256 levels")
     in_subfolders = all("/" in file for half in files.values() for file in half)
     classes = sorted({file.split("/")[0] for half in files.values() for file in half}) if in_subfolders else []
     number = {name: k for k, name in enumerate(classes)} if len(classes) > 1 else None
@@ -528,13 +642,16 @@ def _folder(*, path: str | os.PathLike[str], shape: tuple[int, int, int], resize
             None if number is None else torch.tensor([number[file.split("/")[0]] for file in files[half]]),
             shape=shape,
             num_classes=None if number is None else len(number),
+            num_levels=num_levels or 256,
+            background=background,
             about=about,
         )
         for half, root in roots.items()
     )
 
 
-def _check_header(file: Path, size: tuple[int, int] | None) -> None:
+def _check_header(file: Path, size: tuple[int, int] | None) -> bool:
+    """Whether an image is grey, of 16 bits; a ValueError unless it is of this size, and of these or 8 bits."""
     if file.exists() and not file.is_file():  # a pipe would be waited for
         raise ValueError(f"data.path: {file} is no regular file")
     try:
@@ -545,12 +662,20 @@ def _check_header(file: Path, size: tuple[int, int] | None) -> None:
                 ";16" in str(stored) or (codec[:3] == "ppm" and mode != "1" and stored[1] > 255)
                 for codec, _, _, stored in image.tile
             )
+            grey = mode in ("I", "I;16") and not image.has_transparency_data
+            grey = grey and all(
+                codec[:3] == "ppm" or (stored if isinstance(stored, str) else stored[0]) in _GREY_16
+                for codec, _, _, stored in image.tile
+            )
     except Exception as error:
         raise ValueError(f"data.path: cannot read the image {file}: {first_line(error)}") from error
-    if mode[0] in "IF" or deep:  # other modes than these Pillow clips to 255
-        raise ValueError(f"data.path: {file} has more than 8 bits per channel ({mode}); convert it to 8 bits")
+    if (mode[0] in "IF" or deep) and not grey:  # other modes than these Pillow clips to 255
+        raise ValueError(
+            f"data.path: {file} has more than 8 bits per channel ({mode}) and is not grey of 16; convert it to 8 bits"
+        )
     if size is not None and (height, width) != size:
         raise ValueError(_wrong_size(file, width, height, size))
+    return grey
 
 
 def _array(*, path: str | os.PathLike[str], resize: bool, **options) -> tuple[Split, ...]:

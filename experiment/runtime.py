@@ -464,8 +464,11 @@ def within_memory(field: str, copies: int) -> Iterator[None]:
         hook.remove()
 
 
-def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device. A copy from the host to CUDA waits for its turn, and the host does not wait for it."""
+def to_device(x: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """A tensor on a device; None as it is. A copy from the host to CUDA waits for its turn, and the host does not wait
+    for it."""
+    if x is None:
+        return None
     if device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)  # not to be read before it is there

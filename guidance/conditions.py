@@ -193,13 +193,29 @@ class ClassifierGuidance(ConditionalScore):
 
 
 @dataclass
+class GivenScore(ConditionalScore):
+    """s(x, t, c, y) of a network that is told the class c of each sample, an array y, or both."""
+
+    score: Callable[..., Tensor]
+    """s(x, t, c[, y])."""
+    labels: Tensor | None = None
+    """c (B,)."""
+    condition: Tensor | None = None
+    """y (B, ...)."""
+
+    def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
+        told = (self.labels,) if self.condition is None else (self.labels, self.condition)
+        return self.score(x, t, *(given if given is None or rows is None else given[rows] for given in told))
+
+
+@dataclass
 class ClassifierFreeGuidance(ConditionalScore):
     """s(x, t) + γ (s(x, t, c) − s(x, t)) of one network (Ho and Salimans, 2022, Eq. 6 with w = γ − 1).
 
     With γ = 0 or 1 only one of the two scores is evaluated.
     """
 
-    score: Callable[[Tensor, Tensor, Tensor], Tensor]
+    score: Callable[..., Tensor]
     """s(x, t, labels)."""
     labels: Tensor
     """The class c wanted of every sample, int64 (B,)."""
@@ -207,17 +223,19 @@ class ClassifierFreeGuidance(ConditionalScore):
     """The label that means no class."""
     weight: float = 1.0
     """γ."""
+    condition: Tensor | None = None
+    """An array y (B, ...) that all these scores are told besides."""
 
     def __post_init__(self) -> None:
         self.evaluations = 1 if self.weight in (0, 1) else 2
 
     def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
-        labels = self.labels if rows is None else self.labels[rows]
-        null = torch.full_like(labels, self.null_label)
+        null = torch.full_like(self.labels, self.null_label)
+        with_class, without = (GivenScore(self.score, labels, self.condition) for labels in (self.labels, null))
         if self.weight in (0, 1):
-            return self.score(x, t, labels if self.weight else null)
-        without = self.score(x, t, null)
-        return without + self.weight * (self.score(x, t, labels) - without)
+            return (with_class if self.weight else without)(x, t, rows)
+        unguided = without(x, t, rows)
+        return unguided + self.weight * (with_class(x, t, rows) - unguided)
 
 
 # ---------------------------------------------------------------------------------------------------------------

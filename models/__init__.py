@@ -67,7 +67,8 @@ def make_network(name: str, options: Mapping[str, object], *, shape: Sequence[in
         options: the fields of ``config.model``.
         shape: of an item of the data, with the channels first. It gives the options ``num_channels``, ``image_size``, a
             tuple where the data are no square images, and ``dimension``, how many numbers an item has.
-        more: further options: what data and process prescribe, such as ``centered`` and ``num_levels``.
+        more: further options: what data and process prescribe, such as ``centered``, ``num_levels`` and
+            ``condition_channels``, how many channels of a condition follow those of x.
 
     Raises:
         ValueError: unknown name or option, one that the network lacks, or sizes that do not fit.
@@ -86,4 +87,6 @@ def make_network(name: str, options: Mapping[str, object], *, shape: Sequence[in
         raise ValueError(f"model.name={name!r}: this network also needs {', '.join(missing)}")
     if offered.get("num_classes") and "num_classes" not in declared:
         raise ValueError(f"model.num_classes={offered['num_classes']}: model.name={name!r} knows no classes")
+    if offered.get("condition_channels") and "condition_channels" not in declared:
+        raise ValueError(f"model.name={name!r}: takes no conditions, which the data have")
     return build(**{field: offered[field] for field in declared if field in offered})

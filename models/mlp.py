@@ -77,6 +77,7 @@ class TimeConditionalMLP(nn.Module):
         dimension: D.
         outputs: E; D if not given.
         num_classes: 0, or the number K of classes the network is conditioned on; the label K stands for none.
+        condition_channels: how many numbers of a condition follow x, whose size is 1.
         width: of z and of the label's features.
         depth: number of residual layers.
         input_scale: c, the size of typical points.
@@ -90,6 +91,7 @@ class TimeConditionalMLP(nn.Module):
         *,
         outputs: int | None = None,
         num_classes: int = 0,
+        condition_channels: int = 0,
         width: int = 64,
         depth: int = 3,
         input_scale: float = 1.0,
@@ -100,7 +102,8 @@ class TimeConditionalMLP(nn.Module):
         embedding = FourierEmbedding(16, fourier_scale) if fourier_scale else PositionalEmbedding(32)
         self.label = nn.Sequential(embedding, nn.Linear(embedding.out_features, width))
         self.classes = nn.Embedding(num_classes + 1, width) if num_classes else None
-        self.first = nn.Linear(dimension, width)
+        self.dimension = dimension
+        self.first = nn.Linear(dimension + condition_channels, width)
         self.modulations = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(depth))
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.last = nn.Linear(width, outputs or dimension)
@@ -113,7 +116,8 @@ class TimeConditionalMLP(nn.Module):
             features = features + self.classes(class_labels)
         features = F.silu(features)
         input_scale = (1 + label[:, None].to(x.dtype) ** 2).sqrt() if self.label_is_sigma else self.input_scale
-        z = self.first(x / input_scale)
+        points, condition = x[:, : self.dimension] / input_scale, x[:, self.dimension :]
+        z = self.first(torch.cat([points, condition], dim=1) if condition.numel() else points)
         for modulation, layer in zip(self.modulations, self.layers, strict=True):
             scale, shift = modulation(features).chunk(2, dim=1)
             z = z + layer(F.silu((1 + scale) * z + shift))
@@ -128,6 +132,7 @@ def vector_mlp(
     embedding_type: str,
     fourier_scale: float,
     num_classes: int = 0,
+    condition_channels: int = 0,
 ) -> TimeConditionalMLP:
     """A ``TimeConditionalMLP`` with the options of the U-Net (configs/defaults.py), for data of shape (D,): ``nf`` is
     its width, ``num_res_blocks`` its depth; the embedding 'fourier' is for VE, whose label is σ.
@@ -138,8 +143,7 @@ def vector_mlp(
     if image_size != ():
         raise ValueError("model.name='vector_mlp': is for vectors, data.shape=(D,); 'ncsnpp' is for all others")
     scale = fourier_scale if embedding_type == "fourier" else 0.0
-    network = TimeConditionalMLP(
-        dimension, width=nf, depth=num_res_blocks, num_classes=num_classes, fourier_scale=scale
-    )
+    told = dict(num_classes=num_classes, condition_channels=condition_channels)
+    network = TimeConditionalMLP(dimension, width=nf, depth=num_res_blocks, fourier_scale=scale, **told)
     network.last.reset_parameters()  # a conservative score of h = 0 has no gradient to learn from
     return network

@@ -118,7 +118,11 @@ class NoiseLevel(nn.Module):
 
 
 class ScoreModel(nn.Module):
-    """A score s(x, t): x (B, C, H, W) and t (B,) → (B, C, H, W)."""
+    """A score s(x, t[, c][, y]): x (B, C, H, W) and t (B,) → (B, C, H, W).
+
+    A network that knows classes is told c (B,), one that takes conditions y (B, C', H, W), as further channels of its
+    input. Derivatives are with respect to x alone.
+    """
 
     def __init__(self, network: nn.Module, noise_level: NoiseLevel) -> None:
         super().__init__()
@@ -136,13 +140,16 @@ class ScoreModel(nn.Module):
     def sde(self) -> SDE:
         return self.noise_level.sde
 
-    def residual(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def residual(
+        self, x: Tensor, t: Tensor, class_labels: Tensor | None, condition: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The network's output h (B, C, H, W) and the noise's scale σ (B, 1, 1, 1)."""
         label, std = self.noise_level(t)
         network = self.network
         if self._compiled and not x.requires_grad:
             network = self._compiled[0]
-        h = network(x, label) if class_labels is None else network(x, label, class_labels)
+        given = x if condition is None else torch.cat([x, condition.to(x)], dim=1)
+        h = network(given, label) if class_labels is None else network(given, label, class_labels)
         return h, expand(std, x)
 
 
@@ -153,25 +160,31 @@ class UnconstrainedScore(ScoreModel):
         super().__init__(network, noise_level)
         self.prediction = prediction or USUAL_PREDICTION[noise_level.sde.name]
 
-    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        h, std = self.residual(x, t, class_labels)
+    def forward(
+        self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
+        h, std = self.residual(x, t, class_labels, condition)
         return PREDICTIONS[self.prediction](self.sde, h, x, t, std)
 
 
 class ConservativeScore(ScoreModel):
     """s = ∇ₓ(−‖h‖²/(2σ)): conservative by construction, at the price of a backward pass per evaluation."""
 
-    def log_density(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def log_density(
+        self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """The unnormalised log-density −‖h(x, t)‖²/(2σ_t), (B,) in nats."""
-        h, std = self.residual(x, t, class_labels)
+        h, std = self.residual(x, t, class_labels, condition)
         return -(h**2 / (2 * std)).flatten(1).sum(1)
 
-    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
             if not x.requires_grad:
                 x = x.clone().requires_grad_()  # unlike detach(), keeps the tangent of a dual number
-            log_density = self.log_density(x, t, class_labels)
+            log_density = self.log_density(x, t, class_labels, condition)
             with gradients_of("inputs"):
                 (score,) = torch.autograd.grad(log_density.sum(), x, create_graph=differentiable)
         return score
@@ -182,10 +195,12 @@ class PreconditionedScore(ScoreModel):
 
     data_std = 0.5
 
-    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         signal = expand(self.sde.mean_coefficient(t), x) * self.data_std
         total = (signal**2 + expand(self.sde.std(t), x) ** 2).sqrt()
-        h, std = self.residual(x / total, t, class_labels)
+        h, std = self.residual(x / total, t, class_labels, condition)
         return signal / (std * total) * h - x / total**2
 
 

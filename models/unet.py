@@ -187,6 +187,7 @@ class UNet(nn.Module):
             divisible by 2^(levels − 1); or the height and width of square images. The first is the *resolution*, which
             ``attn_resolutions`` speak of.
         num_channels: channels of the images.
+        condition_channels: of a condition, which follow those of the images in x.
         centered: images are in [−1, 1]; otherwise in [0, 1], and the network sees 2x − 1.
         num_levels: the number of noise levels whose index is the label; None: the label is a positive number.
         groups: of every group norm, if nf and so all widths are multiples of it; otherwise see ``layers.group_norm``.
@@ -227,6 +228,7 @@ class UNet(nn.Module):
         init_scale: float,
         num_classes: int = 0,
         num_levels: int | None = None,
+        condition_channels: int = 0,
         groups: int | None = None,
         classes_with_noise: bool = False,
     ) -> None:
@@ -262,7 +264,8 @@ class UNet(nn.Module):
                 "needs model.embedding_type='positional'"
             )
 
-        self.image_shape = (num_channels, *sizes)
+        in_channels = num_channels + condition_channels
+        self.image_shape, self.condition_channels = (num_channels, *sizes), condition_channels
         # Both are for comparisons alone: torch's own second derivatives are slower and otherwise the same.
         self.memory_format = torch.channels_last if dims == 2 else torch.contiguous_format
         self.own_derivatives = True
@@ -310,16 +313,16 @@ class UNet(nn.Module):
             return _WithoutTime(resample(channels, channels, up=up, with_conv=resamp_with_conv))
 
         # Encoder.
-        self.stem = convolution(num_channels, nf)
+        self.stem = convolution(in_channels, nf)
         self.encoder = nn.ModuleList()
-        channels, skip_channels, pyramid_channels = nf, [nf], num_channels
+        channels, skip_channels, pyramid_channels = nf, [nf], in_channels
         for level, multiplier in enumerate(ch_mult):
             if level:
                 width = channels
                 pyramid_down, merge = nn.Identity(), _Apart()
                 if progressive_input == "input_skip":
-                    pyramid_down = resample(num_channels, num_channels, up=False, with_conv=False)
-                    merge = Combine(num_channels, width, concatenate=progressive_combine == "cat", dims=dims)
+                    pyramid_down = resample(in_channels, in_channels, up=False, with_conv=False)
+                    merge = Combine(in_channels, width, concatenate=progressive_combine == "cat", dims=dims)
                     channels = merge.out_channels
                 elif progressive_input == "residual":
                     pyramid_down, merge = resample(pyramid_channels, width, up=False, with_conv=True), _Sum(rescale)
@@ -367,18 +370,19 @@ class UNet(nn.Module):
         """The raw network output.
 
         Args:
-            x: images (B, C, H, W), signals (B, C, L) or volumes (B, C, D, H, W).
+            x: images (B, C, H, W), signals (B, C, L) or volumes (B, C, D, H, W), then the channels of their condition.
             label: time labels (B,): σ, 999·t or an index, as the score model decides.
             class_labels: integers (B,), required exactly when the network has classes.
 
         Returns:
-            The shape and dtype of ``x``.
+            The shape of the images and the dtype of ``x``.
 
         Raises:
             ValueError: images of another shape, or class labels missing or unexpected.
         """
-        if tuple(x.shape[1:]) != self.image_shape:
-            raise ValueError(f"images of shape {tuple(x.shape[1:])} given to a network built for {self.image_shape}")
+        channels, *sizes = self.image_shape
+        if tuple(x.shape[1:]) != (wanted := (channels + self.condition_channels, *sizes)):
+            raise ValueError(f"images of shape {tuple(x.shape[1:])} given to a network built for {wanted}")
         if (class_labels is None) == bool(self.num_classes):
             raise ValueError(
                 f"class labels {'missing' if class_labels is None else 'given'}: the network has "

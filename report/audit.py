@@ -22,14 +22,23 @@ from scipy import stats
 from configs.checks import check
 from data import Split
 from data.format import is_picture
-from data.sets import evenly_spaced
+from data.sets import conditions_of, evenly_spaced
 from experiment.figures import curve_style, new_figure
 from experiment.files import check_folder
 from experiment.randomness import SampleGenerators, normal_like
 from experiment.results import markdown_table, mean_and_error, number, with_error, write_results
 from experiment.runtime import InvalidRun, Runtime, checked
 from likelihood import LIKELIHOOD_EPS
-from run_lib import TrainedScore, build_sampler, evaluate_nll, evaluate_samples, in_all_processes, load, load_data
+from run_lib import (
+    TrainedScore,
+    build_sampler,
+    evaluate_nll,
+    evaluate_samples,
+    in_all_processes,
+    load,
+    load_data,
+    read_once,
+)
 from sde_lib import expand
 
 __all__ = ["audit"]
@@ -66,6 +75,11 @@ def audit(config: ConfigDict, workdir: str | Path, runtime: Runtime, models: str
             if len(set(names)) < len(names):
                 raise ValueError(f"--model={models}: one of them stands there twice")
             _, data = train_and_test = load_data(config, runtime)
+            if config.eval.enable_bpd and data.num_levels is None:
+                raise ValueError(
+                    f"eval.enable_bpd=True: audits count the bits of levels, and {data.name} has floating-point numbers"
+                )
+            read_once(data, runtime)
             scores = {name: _load(name, config, data, workdir, runtime) for name in names}
             quality = None
             if config.eval.enable_sampling and is_picture(data):
@@ -101,6 +115,7 @@ def _load(name: str, config: ConfigDict, data: Split, workdir: Path, runtime: Ru
     try:
         score = load(name, device=str(runtime.torch_device), config=None if own else config)
         score.take_levels_of(data)
+        score.conditions = conditions_of(data)
     except ValueError as error:
         raise InvalidRun(f"--model={name}: {error}") from error
     settings = ConfigDict(score.config.to_dict())
@@ -173,7 +188,9 @@ def _asymmetries(score: TrainedScore, data: Split, ratios: np.ndarray) -> dict[s
 
     def compute(items: range) -> dict[str, np.ndarray]:
         started = time.perf_counter()
-        images, labels = data.batch(evenly_spaced([i // levels for i in items], count, len(data)))
+        indices = evenly_spaced([i // levels for i in items], count, len(data))
+        images, labels = data.batch(indices)
+        told = dict(class_labels=labels, condition=score.images.condition_of(data, indices))
         # Streams apart, so that a model which is given dequantised images has the others' noise and probes.
         dequantisation, noise, probes = (
             SampleGenerators((seed, f"audit, {purpose}"), items) for purpose in ("dequantisation", "noise", "probes")
@@ -182,7 +199,7 @@ def _asymmetries(score: TrainedScore, data: Split, ratios: np.ndarray) -> dict[s
         t = times[[i % levels for i in items]].to(score.device)
         mean, std = sde.marginal(x0, t)
         xt = mean + expand(std, x0) * normal_like(x0, noise)
-        result = score.asymmetry(xt, t, probes=settings.asym_probes, generator=probes, class_labels=labels)
+        result = score.asymmetry(xt, t, probes=settings.asym_probes, generator=probes, **told)
         scaled = (std**4 * result.asym).cpu().numpy()
         seconds = np.full(len(items), (time.perf_counter() - started) / len(items))
         return {"nasym": result.nasym.cpu().numpy(), "scaled_asym": scaled, "seconds": seconds}

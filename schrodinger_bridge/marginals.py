@@ -19,6 +19,7 @@ from sklearn.datasets import make_s_curve, make_swiss_roll
 from torch import Tensor
 
 from data import DataFormat, Split, load_dataset
+from data.sets import conditions_of
 from experiment.randomness import SampleGenerators, seed_from
 from experiment.registry import resolve
 
@@ -189,4 +190,7 @@ def _marginal(data: ConfigDict, field: str) -> Marginal:
     if "image_size" not in data or name in POINT_SETS:
         return PointMarginal(name, f"{field}.dataset")
     sizes = {key: data[key] for key in ("image_size", "num_channels", "path", "root", "download", "resize")}
-    return ImageMarginal(load_dataset(name, **sizes), data.class_label, centered=data.centered, name=name, field=field)
+    halves = load_dataset(name, **sizes)
+    if conditions_of(halves[0]) is not None:
+        raise ValueError(f"{field}.dataset={name!r}: has conditions, which a bridge takes none of")
+    return ImageMarginal(halves, data.class_label, centered=data.centered, name=name, field=field)

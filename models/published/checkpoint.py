@@ -211,9 +211,9 @@ def public_checkpoint(state: Mapping, score_model: ScoreModel) -> dict:
     network, trainable = score_model.network, dict(score_model.network.named_parameters())
     family, known = score_model.sde.name, isinstance(score_model, UnconstrainedScore) and isinstance(network, UNet)
     known = known and score_model.prediction in (USUAL_PREDICTION[family], "score" if family == "ve" else "")
-    if not known or network.num_classes or len(network.image_shape) != 3:
+    if not known or network.num_classes or network.condition_channels or len(network.image_shape) != 3:
         raise CheckpointError(
-            "score_sde_pytorch has unconstrained U-Nets of images without classes, and no other model"
+            "score_sde_pytorch has unconstrained U-Nets of images without classes or conditions, and no other model"
         )
     trainable = {name: parameter for name, parameter in trainable.items() if parameter.requires_grad}
     names = official_names(network)  # in the order of its parameters

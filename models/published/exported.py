@@ -55,18 +55,28 @@ def write_exported(folder: Path, state: Mapping, card: str) -> None:
 def model_card(name: str, state: Mapping, metrics: Mapping) -> str:
     """What the folder of a model says of it."""
     config, images = json.loads(state["record"]["config"]), state["record"]["images"]
-    training, units = config["training"], "[−1, 1]" if images["centered"] else "[0, 1]"
+    training, shape = config["training"], "×".join(map(str, images["image_shape"]))
+    if images["num_levels"] is None:
+        takes = "numbers as `images` in the metadata of `model.safetensors` normalises them"
+        likelihood = "nats per dimension of the data in their own units"
+    else:
+        units = "[−1, 1]" if images["centered"] else "[0, 1]"
+        takes = f"images in {units}, of {images['num_levels']} grey levels"
+        likelihood = "bits/dim of uniformly dequantised images"
+    if "condition" in images:
+        takes += f", with conditions of shape {'×'.join(map(str, images['condition']['image_shape']))}"
     kind = "QC" if training["qc_weight"] else "C" if config["model"]["parameterization"] == "conservative" else "U"
     measured = [name for name, value in metrics.items() if isinstance(value, int | float) and name != "checkpoint_step"]
     rows = "".join(f"| {name} | {metrics[name]:.6g} |\n" for name in measured)
     table = f"| metric | value |\n| --- | --- |\n{rows}" if rows else "It has not been evaluated yet.\n"
     return f"""# {name}
 
-A score-based generative model of {config["data"]["dataset"]}, {"×".join(map(str, images["image_shape"]))} (channels,
-height, width), {kind} in the terms of the paper below, after {state["step"]} steps: the moving average of its weights.
+A score-based generative model of {config["data"]["dataset"]}, {shape} (channels first), {kind}
+in the terms of the paper below, after {state["step"]} steps: the moving average of its weights.
 
-It takes images in {units}, of {images["num_levels"]} grey levels, and gives the score of {training["sde"]} in
-their units. Likelihoods are in bits/dim of uniformly dequantised images; Asym is in units of score² per data².
+It takes {takes},
+and gives the score of {training["sde"]} in their units. Likelihoods are in {likelihood}; Asym is in units of score²
+per data².
 
 {table}
 ```

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import run_lib
-from benchmarks import data_pipeline, gpu, likelihood, qc_precision, qc_variance, sampling, training_step
+from benchmarks import data_pipeline, gpu, large_file, likelihood, qc_precision, qc_variance, sampling, training_step
 from benchmarks.measure import in_turn, operations_of
 from configs.defaults import base_config
 from configs.digits import get_config
@@ -257,6 +257,14 @@ def test_benchmark_of_the_input():
     config.training.activation_checkpointing = True
     with pytest.raises(ValueError, match=r"--compile: .* training\.activation_checkpointing=True"):
         data_pipeline.run(config, rounds=1, compile=True)
+
+
+@pytest.mark.slow
+def test_benchmark_of_a_file_on_a_disk(tmp_path):
+    """What is measured reads the rows of the large file, which is gone afterwards."""
+    memory, disk = table(large_file.run(gib=1 / 16, rounds=2, folder=str(tmp_path)))
+    assert memory["ratio"] == "1.00" and float(disk["ms per step"]) > 0
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dequantized", [False, True])

@@ -113,9 +113,15 @@ def test_data_sets_of_other_libraries_are_adapted():
         HuggingFaceSplit("hf", rows, column="picture")
 
 
+class Bare(ArraySplit):
+    def batch(self, indices):
+        return np.stack([self.items[i] for i in indices])
+
+
 def own(*, path: str, **_) -> object:
     halves = ArraySplit("a", np.zeros((3, 2, 4))), ArraySplit("b", np.zeros((3, 2, 4)))
-    return {"": halves, "one": halves[:1], "arrays": (np.zeros(3), np.zeros(3)), "nothing": None}[path]
+    bare = Bare("a", np.zeros((3, 2, 4))), Bare("b", np.zeros((3, 2, 4)))
+    return {"": halves, "bare": bare, "one": halves[:1], "arrays": (np.zeros(3), np.zeros(3)), "nothing": None}[path]
 
 
 @pytest.mark.parametrize("path", ["one", "arrays", "nothing"])
@@ -124,6 +130,7 @@ def test_a_function_that_returns_something_else_is_refused(path):
     sys.modules[__name__].own = own
     assert load_dataset(name, shape=(2, 4))[0].shape == (2, 4)
     refused(ValueError, name, "two splits, train and test", dataset=name, shape=(2, 4), path=path)
+    refused(ValueError, "a: batch([0]) gives a ndarray, not", dataset=name, shape=(2, 4), path="bare")
     refused(ValueError, "data.shape=(2, 5)", "a has items of shape (2, 4)", dataset=name, shape=(2, 5))
 
 
@@ -138,6 +145,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         (good | {"train": (100 * good["train"]).astype(int)}, "int64: allowed are"),
         (good | {"train": np.asfortranarray(good["train"])}, "Fortran"),
         (good | {"train": good["train"][:0]}, "set-train holds no items"),
+        (good | {"test": np.zeros((5, 2, 5), np.uint8)}, "set-train has no levels, set-test 256 levels"),
         (good | {"train_labels": np.zeros(3, int), "test_labels": np.zeros(5, int)}, "labels"),
     ]
     for content, message in cases:

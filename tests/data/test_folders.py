@@ -203,6 +203,46 @@ def test_folder_resize(tmp_path):
     assert upright[0].eq(255).all() and upright[7].eq(0).all()
 
 
+def test_grey_images_of_16_bits(tmp_path):
+    """Keep their levels in every format, are resized as others are, and may have fewer levels."""
+    pixels = np.random.default_rng(0).integers(0, 4096, (8, 8), dtype=np.uint16)
+    save(tmp_path / "train/a.png", pixels)
+    save(tmp_path / "train/b.tif", 16 * pixels)
+    (tmp_path / "train/c.pgm").write_bytes(b"P5 8 8 65535\n" + pixels.astype(">u2").tobytes())
+    save(tmp_path / "test/d.png", np.full((32, 16), 50000, dtype=np.uint16))
+    request = {"dataset": "folder", "image_size": 8, "path": tmp_path}
+    refused(ValueError, "d.png is of 16x32 pixels", **request, num_channels=1)
+    refused(ValueError, "data.num_channels=3", "a.png is grey, of 16 bits", **request, num_channels=3, resize=True)
+    train, test = load_dataset(**request, num_channels=1, resize=True)
+    levels, _ = train.batch([0, 1, 2])
+    assert train.num_levels == 2**16 and levels.dtype == torch.int32
+    assert np.array_equal(levels[:, 0].numpy(), np.stack([pixels, 16 * pixels, pixels]))
+    assert test.batch([0])[0].unique().tolist() == [50000]
+    train.read_all()
+    twelve, _ = load_dataset(**request, num_channels=1, resize=True, num_levels=4096)
+    assert twelve.num_levels == 4096 and twelve.fingerprint != train.fingerprint
+    with pytest.raises(UnreadableImage, match=r"a pixel has level \d+, not 0 to 4095, data.num_levels=4096"):
+        twelve.read_all()
+    (tmp_path / "train/b.tif").unlink()
+    twelve, _ = load_dataset(**request, num_channels=1, resize=True, num_levels=4096)
+    twelve.read_all()
+    Image.fromarray(np.full((8, 8), -1, dtype=np.int32)).save(tmp_path / "train/e.tif")
+    refused(ValueError, "e.tif has more than 8 bits", **request, num_channels=1, resize=True)
+
+
+def test_the_colour_under_transparent_pixels(tmp_path):
+    pixels = np.full((8, 8, 4), 255, dtype=np.uint8)
+    pixels[:, :4, 3] = 0
+    for half in ("train", "test"):
+        save(tmp_path / half / "a.png", pixels)
+    request = {"dataset": "folder", "image_size": 8, "num_channels": 3, "path": tmp_path}
+    seen = {colour: load_dataset(**request, background=colour)[0] for colour in ("white", "#ff8000")}
+    assert seen["white"].batch([0])[0].unique().tolist() == [255]
+    assert seen["#ff8000"].batch([0])[0][0, :, 0, 0].tolist() == [255, 128, 0]
+    assert seen["white"].fingerprint == load_dataset(**request)[0].fingerprint != seen["#ff8000"].fingerprint
+    refused(ValueError, "data.background='wite'", "#808080", **request, background="wite")
+
+
 def test_folder_unreadable_images(tmp_path):
     request = {"dataset": "folder", "image_size": 8, "num_channels": 1, "path": tmp_path}
     save(tmp_path / "train/a.png", grey(1))
@@ -212,7 +252,7 @@ def test_folder_unreadable_images(tmp_path):
     refused(ValueError, str(bad), "cannot read", **request)
     bad.unlink()
     save(tmp_path / "test/d.png", np.full((8, 8), 1000, dtype=np.uint16))
-    refused(ValueError, "d.png", "8 bits", **request)
+    refused(ValueError, "d.png has 16 bits", "a.png has 8", **request)
     (tmp_path / "test/d.png").unlink()
     (tmp_path / "test/f.ppm").write_bytes(b"P6 8 8 4095\n" + bytes(8 * 8 * 6))
     refused(ValueError, "f.ppm", "8 bits", **request)

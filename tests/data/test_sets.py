@@ -92,7 +92,9 @@ def test_a_set_of_ones_own_by_its_import_path(monkeypatch):
     monkeypatch.setattr(sets, "of_a_test", load, raising=False)
     request = {"image_size": 4, "num_channels": 1, "path": "x.dat", "root": "", "download": False, "resize": True}
     train, test = load_dataset("data.sets:of_a_test", **request)
-    assert (len(train), len(test)) == (3, 2) and requests == [request | {"shape": (1, 4, 4), "num_levels": 0}]
+    assert (len(train), len(test)) == (3, 2) and requests == [
+        request | {"shape": (1, 4, 4), "num_levels": 0, "background": "white"}
+    ]
     request["dataset"] = "data.sets:of_a_test"
     refused(ValueError, "data.image_size=5", "mine", "4x4", **request | {"image_size": 5})
     refused(ValueError, "data.num_channels=3", "1-channel", **request | {"num_channels": 3})

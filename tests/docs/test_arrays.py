@@ -1,4 +1,4 @@
-"""docs/arrays.md: the five data sets are made as it says, and each trains; one is evaluated, sampled and scored."""
+"""docs/arrays.md: the six data sets are made as it says, and each trains; some are evaluated, sampled and scored."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from documents import ROOT, blocks, commands, run_program
 
 from report.auroc import write_auroc
@@ -26,17 +27,29 @@ def run(command: list[str], *extra: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_five_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_accelerator: Callable) -> None:
+def test_the_six_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_accelerator: Callable) -> None:
     monkeypatch.chdir(tmp_path)
     forget_accelerator()
-    [code] = blocks(TEXT, "python")
+    conditional, code, figure = blocks(TEXT, "python")
     exec(code.replace('"train": 400, "test": 100', '"train": 60, "test": 42'), {})
-    for command in commands(TEXT)[:7]:
+    for command in commands(TEXT)[:9]:
         run(command)
-    shapes = {"ecg": (1, 128), "mri": (2, 32, 24), "volumes": (1, 8, 16, 16), "photos": (3, 48, 64), "ring": (2,)}
+    shapes = {
+        "ecg": (1, 128),
+        "denoised": (1, 128),
+        "mri": (2, 32, 24),
+        "volumes": (1, 8, 16, 16),
+        "photos": (3, 48, 64),
+        "ring": (2,),
+    }
     for name, shape in shapes.items():
         assert load(tmp_path / "runs" / name).shape == shape
         assert (tmp_path / "runs" / name / "samples/step_00000002.png").stat().st_size > 1000
+    found: dict = {"conditions": torch.zeros(2, 1, 128)}
+    exec(conditional.replace("condition=y))", "condition=y, num_steps=2))"), found)
+    assert found["x"].shape == (2, 1, 128) and found["y"].mean() < 0.1
+    exec(figure, {})
+    assert (tmp_path / "arrays/denoised.png").stat().st_size > 1000
     metrics = json.loads((tmp_path / "runs/ecg/eval/metrics.json").read_text())
     assert metrics["nll_bits_per_dim"] is None and metrics["fid"] is None
     assert all(metrics[name] > 0 for name in ("sliced_w2", "sliced_w2_se", "marginal_w1_se", "spectrum_error_se"))

@@ -70,7 +70,7 @@ def test_labels_belong_to_their_images(tmp_path, monkeypatch):
     seen = []
     original = Objective.forward
 
-    def recording(self, x0, generator=None, *, step=0, class_labels=None):
+    def recording(self, x0, generator=None, *, step=0, class_labels=None, condition=None):
         if torch.is_grad_enabled():  # in training, not in the test loss
             seen.append((x0.clone(), class_labels.clone(), step))
         return original(self, x0, generator, step=step, class_labels=class_labels)

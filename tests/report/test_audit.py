@@ -106,10 +106,13 @@ def test_units_of_the_images_do_not_matter(tmp_path: Path, forget_accelerator) -
 def test_what_is_refused(tmp_path: Path, forget_accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
     forget_accelerator()
     monkeypatch.setattr(module, "_measure", lambda *_: pytest.fail("work has begun"))
+    np.savez(tmp_path / "numbers.npz", train=np.eye(64).reshape(-1, 1, 8, 8), test=np.zeros((4, 1, 8, 8)))
+    numbers = {"data__dataset": "array", "data__path": str(tmp_path / "numbers.npz")}
     for models, fields, message in (
         ("missing", {}, "--model=missing: .*no checkpoint there"),
         (f"{__name__}:linear,{__name__}:linear", {}, "stands there twice"),
         (f"{__name__}:linear", {"data__image_size": 4}, "image_size"),
+        (f"{__name__}:linear", numbers, "eval.enable_bpd=True: audits count the bits of levels, and numbers-test has"),
         (f"{__name__}:linear", {"model__sigma_max": 0.011}, "no noise level in common"),
     ):
         if "sigma" in str(fields):
