@@ -605,7 +605,7 @@ def evaluate_nll(score: TrainedScore, data: Split) -> tuple[dict, dict[str, np.n
         indices = evenly_spaced(positions, count, len(data))
         generator = SampleGenerators((config.seed, "likelihood"), indices)
         levels, labels = data.batch(indices)
-        told = dict(class_labels=labels, condition=score.images.condition_of(data, indices))
+        told = dict(class_labels=labels, conditions=score.images.condition_of(data, indices))
         bits, nfe = score.bits_and_nfe(levels, generator, **told)
         return {name: unit * bits.cpu().numpy(), "nfe": np.full(len(bits), nfe)}
 
@@ -664,7 +664,7 @@ def _asymmetry_of_items(score: TrainedScore, data: Split, count: int) -> tuple[d
         t = times[[i % levels for i in items]].to(score.device)
         mean, std = sde.marginal(x0, t)
         xt = mean + expand(std, x0) * normal_like(x0, generator)
-        told = dict(class_labels=labels, condition=score.images.condition_of(data, indices))
+        told = dict(class_labels=labels, conditions=score.images.condition_of(data, indices))
         result = score.asymmetry(xt, t, probes=settings.asym_probes, generator=generator, **told)
         return {"asym": result.asym.cpu().numpy(), "nasym": result.nasym.cpu().numpy()}
 
@@ -1034,9 +1034,9 @@ class TrainedScore:
         return self.config.model.get("num_classes", 0)
 
     def __call__(
-        self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, condition: Tensor | None = None
+        self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, conditions: Tensor | None = None
     ) -> Tensor:
-        self._check_condition(condition, len(x))
+        self._check_condition(conditions, len(x))
         # In the precision asked for, but in float32 where it is differentiated (docs/mixed_precision.md).
         if class_labels is None and self.num_classes:
             if not self.config.training.label_dropout:
@@ -1047,23 +1047,23 @@ class TrainedScore:
             class_labels = torch.full((len(x),), self.num_classes, device=x.device)
         plain = self.runtime is None or x.requires_grad
         with contextlib.nullcontext() if plain else self.runtime.accelerator.autocast():
-            return self.model(x, t, class_labels, condition).to(x.dtype)
+            return self.model(x, t, class_labels, conditions).to(x.dtype)
 
-    def _check_condition(self, condition: Tensor | None, count: int) -> None:
-        given, own = None if condition is None else tuple(condition.shape), self.images.condition
+    def _check_condition(self, conditions: Tensor | None, count: int) -> None:
+        given, own = None if conditions is None else tuple(conditions.shape), self.images.condition
         if given != (wanted := None if own is None else (count, *own.shape)):
-            raise ValueError(f"condition: of shape {given}, but the network is to be given {wanted}")
+            raise ValueError(f"conditions: of shape {given}, but the network is to be given {wanted}")
 
     # -- samples
 
     def sample(
-        self, n: int, *, condition: Tensor | None = None, seed: int = 0, progress: bool = False, **options
+        self, n: int, *, conditions: Tensor | None = None, seed: int = 0, progress: bool = False, **options
     ) -> Tensor:
         """``n`` samples (n, C, ...) in model values; ``images.to_data`` gives levels, or numbers in the data's units.
 
         Args:
             n: how many.
-            condition: (n, C', ...), of a network that takes conditions.
+            conditions: (n, C', ...), of a network that takes conditions.
             seed: sample i is a function of (seed, i).
             progress: show a progress bar.
             options: fields of ``config.sampling`` to be used instead of those of the run, e.g. ``num_steps=100``,
@@ -1084,8 +1084,8 @@ class TrainedScore:
         generator = SampleGenerators((seed, "samples"), range(n))
         like = torch.zeros((n, *self.shape), device=self.device)
         sampler = build_sampler(config, self.sde)
-        self._check_condition(condition, n)
-        return sampler(score._sampling_score(range(n), condition), like, generator, progress=progress).x
+        self._check_condition(conditions, n)
+        return sampler(score._sampling_score(range(n), conditions), like, generator, progress=progress).x
 
     def draw(
         self, indices: Sequence[int], sampler, *, count: int, progress: bool = False
@@ -1095,11 +1095,11 @@ class TrainedScore:
         highest 1."""
         generator = SampleGenerators((self.config.seed, "samples"), indices)
         like = torch.zeros((len(indices), *self.shape), device=self.device)
-        condition = None
+        conditions = None
         if self.conditions is not None:
             chosen = evenly_spaced(indices, count, len(self.conditions))
-            condition = self.images.condition.to_model(self.conditions.batch(chosen)[0])
-        samples = sampler(self._sampling_score(indices, condition), like, generator, progress=progress)
+            conditions = self.images.condition.to_model(self.conditions.batch(chosen)[0])
+        samples = sampler(self._sampling_score(indices, conditions), like, generator, progress=progress)
         values, (low, high) = unscale(samples.x.flatten(1), self.images.centered), OUTSIDE
         outside = ((values < low) | (values > high)).any(1).cpu().numpy()
         return self.images.to_arrays(self.images.to_data(samples.x)), samples.nfe, outside
@@ -1109,17 +1109,17 @@ class TrainedScore:
         label, numbers = self.config.sampling.class_label, torch.tensor(list(indices), device=self.device)
         return numbers % self.images.num_classes if label == -1 else torch.full_like(numbers, label)
 
-    def _sampling_score(self, indices: Sequence[int], condition: Tensor | None):
-        """The score for samples number ``indices``: of their class, or unconditional; with their condition, if any."""
+    def _sampling_score(self, indices: Sequence[int], conditions: Tensor | None):
+        """The score for samples number ``indices``: of their class, or unconditional; with their conditions, if any."""
         sampling = self.config.sampling
         if sampling.condition not in ("class", "class_free"):
-            return self._given(None, condition)
+            return self._given(None, conditions)
         from guidance.conditions import ClassifierFreeGuidance, ClassifierGuidance
 
         labels, weight = self.wanted_labels(indices), sampling.guidance_weight
         if sampling.condition == "class_free":
-            condition = to_device(condition, self.device)
-            return ClassifierFreeGuidance(self, labels, self.num_classes, weight, condition)
+            conditions = to_device(conditions, self.device)
+            return ClassifierFreeGuidance(self, labels, self.num_classes, weight, conditions)
         return ClassifierGuidance(self, self.classifier.log_probs, labels, weight=weight)
 
     # -- likelihood and asymmetry
@@ -1131,29 +1131,29 @@ class TrainedScore:
 
         return LikelihoodEvaluator(self.sde, **self.config.likelihood)
 
-    def log_prob(self, x: Tensor, *, condition: Tensor | None = None, seed: int = 0) -> Tensor:
+    def log_prob(self, x: Tensor, *, conditions: Tensor | None = None, seed: int = 0) -> Tensor:
         """log p(x) (B,) in nats at points (B, C, ...) as the model sees them, by the probability flow."""
         generator = SampleGenerators((seed, "likelihood"), range(len(x)))
-        return self.likelihood(self._given(None, condition), x.to(self.device), generator).log_prob
+        return self.likelihood(self._given(None, conditions), x.to(self.device), generator).log_prob
 
-    def bits_per_dim(self, levels: Tensor, *, condition: Tensor | None = None, seed: int = 0) -> Tensor:
+    def bits_per_dim(self, levels: Tensor, *, conditions: Tensor | None = None, seed: int = 0) -> Tensor:
         """Bits per dimension (B,) of levels (B, C, ...), uniformly dequantised, or of numbers in their own units; ln 2
         times as many nats."""
         generator = SampleGenerators((seed, "likelihood"), range(len(levels)))
-        return self.bits_and_nfe(levels, generator, condition=condition)[0]
+        return self.bits_and_nfe(levels, generator, conditions=conditions)[0]
 
     def bits_and_nfe(
         self,
         levels: Tensor,
         generator: SampleGenerators,
         class_labels: Tensor | None = None,
-        condition: Tensor | None = None,
+        conditions: Tensor | None = None,
     ) -> tuple[Tensor, float]:
         """The same, of images of classes (B,), with given noise, and network evaluations per image."""
         from likelihood import bits_per_dim
 
         x = self.images.to_model(levels, generator, dequantize=True).to(self.device)
-        result = self.likelihood(self._given(class_labels, condition), x, generator, progress=self._shows_progress)
+        result = self.likelihood(self._given(class_labels, conditions), x, generator, progress=self._shows_progress)
         return bits_per_dim(result.log_prob, self.images.dimension, self.images.log2_unit), result.nfe
 
     def asymmetry(
@@ -1164,7 +1164,7 @@ class TrainedScore:
         probes: int | None = None,
         generator: SampleGenerators | None = None,
         class_labels: Tensor | None = None,
-        condition: Tensor | None = None,
+        conditions: Tensor | None = None,
     ) -> Asymmetry:
         """Asym and NAsym (B,) at x (B, C, ...) and t (B,), from so many probes, or exact with ``probes=0``.
 
@@ -1176,21 +1176,21 @@ class TrainedScore:
             probes = 0 if math.prod(self.shape) <= EXACT_MAX_DIMENSION else 16
         x, t = x.to(self.device), t.to(self.device)
         options = dict(probes=probes or None, generator=generator, progress=self._shows_progress)
-        return asymmetry(self._given(class_labels, condition), x, t, **options)
+        return asymmetry(self._given(class_labels, conditions), x, t, **options)
 
     @property
     def _shows_progress(self) -> bool:
         return self.runtime is not None and self.runtime.shows_progress
 
-    def _given(self, class_labels: Tensor | None, condition: Tensor | None):
+    def _given(self, class_labels: Tensor | None, conditions: Tensor | None):
         """The score that a network has for what it is told of items (B, ...): for their classes, if it knows classes,
         and their conditions."""
         class_labels = class_labels if self.num_classes else None
-        if class_labels is None and condition is None:
+        if class_labels is None and conditions is None:
             return self
         from guidance.conditions import GivenScore
 
-        return GivenScore(self, to_device(class_labels, self.device), to_device(condition, self.device))
+        return GivenScore(self, to_device(class_labels, self.device), to_device(conditions, self.device))
 
     # -- stages of an evaluation
 

@@ -71,10 +71,11 @@ def run(workdir: str, *, num_samples: int = 1000, device: str = "cpu", compile: 
         run_lib.check_compile(config, runtime.torch_device)
         score.model.compile_network()
         for size in dict.fromkeys(map(len, batches)):  # by the sampler of the fewest evaluations
-            score.draw(range(size), list(samplers.values())[-1])
+            score.draw(range(size), list(samplers.values())[-1], count=num_samples)
 
     variants = {
-        name: lambda number, sampler=sampler: score.draw(batches[number], sampler) for name, sampler in samplers.items()
+        name: lambda number, sampler=sampler: score.draw(batches[number], sampler, count=num_samples)
+        for name, sampler in samplers.items()
     }
     rows, paper = [], None
     for name, timed in in_turn(variants, len(parts), runtime.torch_device).items():

@@ -115,11 +115,11 @@ def test_the_likelihood_given_an_array_is_that_of_the_conditional_law(shapes, so
     score = exact_score(pair, "range", **{"likelihood.solver": solver, "likelihood.rtol": 1e-5})
     x, y = (torch.from_numpy(array) for array in pair.draw(5, seed=1))
     condition = score.images.condition.to_model(y)
-    found = math.log(2) * score.bits_per_dim(x, condition=condition)
+    found = math.log(2) * score.bits_per_dim(x, conditions=condition)
     truth = torch.from_numpy(-pair.log_prob(x.numpy(), y.numpy()) / score.images.dimension)
     torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-3)
-    assert (score.bits_per_dim(x, condition=condition.flip(0)) - found / math.log(2)).abs().max() > 0.1
-    nasym = score.asymmetry(score.images.to_model(x), torch.full((5,), 0.3), condition=condition).nasym
+    assert (score.bits_per_dim(x, conditions=condition.flip(0)) - found / math.log(2)).abs().max() > 0.1
+    nasym = score.asymmetry(score.images.to_model(x), torch.full((5,), 0.3), conditions=condition).nasym
     assert nasym.max() < 1e-9
 
 
@@ -128,7 +128,7 @@ def test_samples_given_an_array_have_the_conditional_moments():
     score = exact_score(pair)
     y = torch.from_numpy(pair.draw(2, seed=1)[1]).repeat_interleave(count, 0)  # two conditions
     options = dict(method="ode", solver="heun", num_steps=100, noise_removal=False)
-    samples = score.sample(2 * count, condition=score.images.condition.to_model(y), **options)
+    samples = score.sample(2 * count, conditions=score.images.condition.to_model(y), **options)
     x = score.images.to_data(samples).flatten(1).numpy()
     z = np.linalg.solve(pair.root, (x - pair.mean(y.numpy())).T).T.reshape(2, count, -1)
     assert np.abs(z.mean(1)).max() * count**0.5 < 4
@@ -243,9 +243,9 @@ def test_runs_with_conditions(tmp_path):
     assert "with conditions of shape 2," in (workdir / "export" / "README.md").read_text()
     x, t = torch.zeros(2, 3), torch.full((2,), 0.5)
     condition = torch.ones(2, 2)
-    assert torch.equal(exported(x, t, condition=condition), run_lib.load(workdir)(x, t, condition=condition))
+    assert torch.equal(exported(x, t, conditions=condition), run_lib.load(workdir)(x, t, conditions=condition))
     for call in (exported, exported.asymmetry):
-        with pytest.raises(ValueError, match=r"^condition: of shape None, but the network is to be given \(2, 2\)$"):
+        with pytest.raises(ValueError, match=r"^conditions: of shape None, but the network is to be given \(2, 2\)$"):
             call(x, t)
 
     again = arrays | {"train": 1.1 * arrays["train"]}
@@ -339,7 +339,7 @@ def test_a_small_network_learns_the_conditional_law(tmp_path, parameterization):
     assert abs(metrics["nll_nats_per_dim"] - truth) < 0.05 and metrics["nll_nats_per_dim"] < marginal - 0.2
     score = run_lib.load(tmp_path / "run")
     y = torch.from_numpy(pair.draw(1000, 3)[1])
-    x = score.images.to_data(score.sample(1000, condition=score.images.condition.to_model(y))).numpy()
+    x = score.images.to_data(score.sample(1000, conditions=score.images.condition.to_model(y))).numpy()
     design = np.concatenate([y.numpy() / pair.condition_unit, np.ones((1000, 1))], 1)
     slope = np.linalg.lstsq(design, x / pair.unit, rcond=None)[0][:2].T
     np.testing.assert_allclose(slope, pair.matrix * pair.condition_unit / pair.unit, atol=0.15)

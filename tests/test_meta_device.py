@@ -150,7 +150,8 @@ def test_measurement(condition, conditioning):
 
 
 def test_guidance_by_classes():
-    score, labels = score_of({"model.num_classes": 10}), torch.zeros(2, dtype=torch.int64, device=META)
+    score = score_of({"model.num_classes": 10, "training.label_dropout": 0.1})
+    labels = torch.zeros(2, dtype=torch.int64, device=META)
     t = torch.empty(2, device=META)
     free = ClassifierFreeGuidance(score, labels, 10, weight=2.0)
     guided = ClassifierGuidance(score, lambda x, t: x.flatten(1)[:, :10].log_softmax(1), labels)

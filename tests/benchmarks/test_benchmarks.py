@@ -238,7 +238,11 @@ def test_benchmark_compares_samplers(workdir, monkeypatch, compiled):
     monkeypatch.setattr(sampling, "VARIANTS", dict(list(sampling.VARIANTS.items())[-3:]))
     monkeypatch.setattr(sampling, "BATCH", 30)
     sizes, draw = [], run_lib.TrainedScore.draw
-    recorded = lambda score, indices, sampler: sizes.append(len(indices)) or draw(score, indices, sampler)  # noqa: E731
+
+    def recorded(score, indices, sampler, **given):
+        sizes.append(len(indices))
+        return draw(score, indices, sampler, **given)
+
     monkeypatch.setattr(run_lib.TrainedScore, "draw", recorded)
     text = sampling.run(str(workdir), num_samples=40, compile=True)
     assert ", compiled, cpu, " in text and "UNet" in compiled

@@ -46,7 +46,7 @@ def test_the_six_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forge
         assert load(tmp_path / "runs" / name).shape == shape
         assert (tmp_path / "runs" / name / "samples/step_00000002.png").stat().st_size > 1000
     found: dict = {"conditions": torch.zeros(2, 1, 128)}
-    exec(conditional.replace("condition=y))", "condition=y, num_steps=2))"), found)
+    exec(conditional.replace("conditions=y))", "conditions=y, num_steps=2))"), found)
     assert found["x"].shape == (2, 1, 128) and found["y"].mean() < 0.1
     exec(figure, {})
     assert (tmp_path / "arrays/denoised.png").stat().st_size > 1000
