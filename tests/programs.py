@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -300,8 +301,9 @@ def contents(folder: Path) -> dict[str, object]:
         elif path.suffix == ".jsonl":
             found[name] = without_times([json.loads(line) for line in path.read_text().splitlines()])
         else:
-            # A path of the folder may stand in a file: it is another in every try.
-            found[name] = path.read_bytes().replace(str(folder).encode(), b"W")
+            # A path of the folder may stand in a file: it is another in every try, and so is the width of its column.
+            text = path.read_bytes().replace(str(folder).encode(), b"W")
+            found[name] = re.sub(rb" +|-{3,}", b" ", text) if path.suffix == ".md" else text
     return found
 
 

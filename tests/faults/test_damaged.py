@@ -25,7 +25,9 @@ def damages(data: bytes, random: np.random.Generator) -> dict[str, bytes]:
     return found
 
 
-@pytest.mark.parametrize("name", ["eval", "sample", "train_classifier", "stats", "2d_examples", "schrodinger_bridge"])
+@pytest.mark.parametrize(
+    "name", ["eval", "sample", "train_classifier", "stats", "score", "audit", "2d_examples", "schrodinger_bridge"]
+)
 def test_damaged_file_of_a_finished_program(name, finished, tmp_path):
     """Started again, it ends with the same files, the damaged one restored or, where nothing reads it, as it is; or it
     refuses in one line. Every file but pictures and tables is damaged in 53 ways."""
