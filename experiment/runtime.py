@@ -183,7 +183,7 @@ class Runtime:
         """
         import psutil
 
-        usage = psutil.cpu_percent(interval=0.3, percpu=True)
+        usage = psutil.cpu_percent(interval=0.15, percpu=True)
         own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(usage))
         return min(round(sum(usage[core] for core in own if core < len(usage)) / 100), cores() - 1)
 
