@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
     written, then = FLAGS.workdir, "--mode=eval"
     if FLAGS.dry_run:
         _print(run_lib.dry_run(*run))
-        written, then = "nothing", "--mode=train"
+        written, then = "nothing; the same command without --dry_run trains", None
     elif FLAGS.mode == "train":
         run_lib.train(*run)
         written += "/checkpoints"
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
         _print(run_lib.evaluate(*run, FLAGS.checkpoint))
         written, then = f"{written}/eval", ""
     elif FLAGS.mode == "score":
-        written, then = run_lib.score(*run, FLAGS.checkpoint), ""
+        written, then = run_lib.score(*run, FLAGS.checkpoint), None
         _print(written)
     elif FLAGS.mode == "train_classifier":
         _print(run_lib.train_classifier(*run))

@@ -1219,7 +1219,7 @@ class TrainedScore:
             size,
             self.config.eval.batch_size,
             compute,
-            description=f"{name} {self.workdir.name}, step {self.step}",
+            description=f"{name.removesuffix('_items')} {self.workdir.name}, step {self.step}",
             **options,
         )
 

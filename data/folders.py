@@ -53,7 +53,7 @@ def find_halves(folder: Path) -> tuple[dict[str, Path], dict[str, list[str]], st
     for half, root in roots.items():
         if not files[half]:
             raise ValueError(f"no image in data.path={root}; read are {', '.join(IMAGE_SUFFIXES)}")
-    halves = f"halves {' and '.join(present.values())}" if present else "a tenth held out by name"
+    halves = f"halves {' and '.join(present.values())}" if present else "about a tenth held out by name"
     without = [f"{name} (neither half)" for name in _visible(folder) if present and name not in present.values()]
     without += [f"{what}: {count}" for what, count in left_out.items() if count]
     return roots, files, f"{halves}; left out: {'; '.join(without) or 'nothing'}"

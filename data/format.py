@@ -152,10 +152,19 @@ class DataFormat:
 
         ``dequantize``, by default as the model learns: levels with u from ``generator``, or without one with u = ½, the
         middle of a level's cell.
+
+        Raises:
+            ValueError: other numbers in place of levels, such as samples, whose likelihood would be of another image.
         """
         if self.num_levels is None:
             offset, unit = self._per_channel(data)
             return ((data.double() - offset) / unit).float()
+        whole = not data.is_floating_point() or bool((data % 1 == 0).all())
+        if data.numel() and not (whole and data.min() >= 0 and data.max() < self.num_levels):
+            raise ValueError(
+                f"numbers from {float(data.min()):g} to {float(data.max()):g} in place of levels, integers from 0 to "
+                f"{self.num_levels - 1}; images.to_data makes levels of samples"
+            )
         noise = None
         if self.dequantized if dequantize is None else dequantize:
             noise = torch.full(data.shape, 0.5) if generator is None else uniform(data.shape, generator)

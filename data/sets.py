@@ -484,7 +484,7 @@ def _check_conditions(train: Split, test: Split) -> None:
             raise ValueError(f"{given.name}: {len(given)} conditions for {len(split)} items")
         shape, wanted = tuple(given.shape), tuple(split.shape)
         if len(shape) != len(wanted) or shape[1:] != wanted[1:]:
-            raise ValueError(f"{given.name}: of shape {shape}, of data.shape={wanted} but for the channels is allowed")
+            raise ValueError(f"{given.name}: of shape {shape}; allowed is data.shape={wanted}, with any channels")
     first, second = (tuple(given.shape) for given in conditions)
     if first != second:
         raise ValueError(f"{train.name} has conditions of shape {first}, {test.name} of shape {second}")

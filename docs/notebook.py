@@ -260,7 +260,7 @@ for name, j in matrices.items():
 #
 # One number for it, between 0 (a gradient) and 1 (purely antisymmetric):
 #
-# $$\mathrm{NAsym} = \frac{E\,\|J - J^\top\|_F^2}{4\,E\,\|J\|_F^2} .$$
+# $$\mathrm{NAsym} = E\left[\frac{\|J - J^\top\|_F^2}{4\,\|J\|_F^2}\right] .$$
 #
 # Where nothing is known of the data the score is $-x/\sigma^2$, which is a gradient; so the asymmetry is in the times
 # where the network has something to tell.

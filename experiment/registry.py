@@ -28,7 +28,8 @@ def resolve(name: str, known: Mapping[str, Entry], field: str) -> Entry:
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{field}={name!r}: {error}") from error
+        where = "; is its folder in PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
+        raise ValueError(f"{field}={name!r}: {error}{where}") from error
     if not callable(found):
         raise ValueError(f"{field}={name!r}: is no class or function")
     return found

@@ -190,7 +190,7 @@ def _asymmetries(score: TrainedScore, data: Split, ratios: np.ndarray) -> dict[s
         started = time.perf_counter()
         indices = evenly_spaced([i // levels for i in items], count, len(data))
         images, labels = data.batch(indices)
-        told = dict(class_labels=labels, condition=score.images.condition_of(data, indices))
+        told = dict(class_labels=labels, conditions=score.images.condition_of(data, indices))
         # Streams apart, so that a model which is given dequantised images has the others' noise and probes.
         dequantisation, noise, probes = (
             SampleGenerators((seed, f"audit, {purpose}"), items) for purpose in ("dequantisation", "noise", "probes")
@@ -246,7 +246,7 @@ def _table(results: dict) -> str:
     text = markdown_table(header, rows)
     if differences:
         first = next(iter(models))
-        text += f"\nLess those of {first} on the same images, with 95 % intervals:\n"
+        text += f"\nDifferences from {first} on the same images, with 95 % intervals:\n"
         rows = [[name, *(_interval(found[q]) for q in quantities)] for name, found in differences.items()]
         text += "\n" + markdown_table(["model", *(QUANTITIES[q] for q in quantities)], rows)
     first = next(iter(models.values()))
@@ -257,7 +257,7 @@ def _table(results: dict) -> str:
         notes.append(
             f"NAsym and σ⁴ Asym: {first['asym_images']} test images of {results['images']['data']}, {probes}, the mean "
             f"over {len(ratios)} levels of σ/α from {number(ratios[0])} to {number(ratios[-1])} in units of images in "
-            "[−1, 1], equally spaced in its logarithm. Neither depends on the units of the images. Seconds are theirs."
+            "[−1, 1], equally spaced in its logarithm. Neither depends on the units of the images. Seconds are of both."
         )
     if "bits_per_dim" in quantities:
         notes.append(

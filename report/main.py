@@ -154,7 +154,8 @@ def _provenance(runs: Sequence[Run]) -> str:
         for run in runs
     ]
     header = ("Model (run)", "Commit", "Evaluated", "Seed", "Parameters", "Step", "Training", "Hardware", "Command")
-    return f"{markdown_table(header, rows)}\nThe settings of each run are in its config.json."
+    explained = "The settings of each run are in its config.json. Training is the time of its own steps, without those"
+    return f"{markdown_table(header, rows)}\n{explained} of the run that it began from."
 
 
 def _of_each_run(what: str, texts: dict[str, str]) -> str:

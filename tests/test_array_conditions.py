@@ -311,7 +311,7 @@ def test_conditions_beside_images_in_npz(tmp_path):
     with pytest.raises(ValueError, match=r"set-train-conditions: item \d has values that are not finite"):
         run_lib.read_once(load_dataset("npz", shape=(3, 4, 8), path=path)[0], CPU)
     path = written(tmp_path / "set.npz", **images, train_conditions=masks[:, :2], test_conditions=masks[:, :2])
-    with pytest.raises(ValueError, match=r"set-train-conditions: of shape \(2, 2, 8\), of data.shape=\(3, 4, 8\) but"):
+    with pytest.raises(ValueError, match=r"train-conditions: of shape \(2, 2, 8\); allowed is data.shape=\(3, 4, 8\)"):
         load_dataset("npz", shape=(3, 4, 8), path=path)
 
 

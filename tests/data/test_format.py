@@ -69,6 +69,11 @@ def test_an_image_format_is_the_way_to_the_model_and_back(centered, dequantized)
     # Without random numbers, the middle of the cell (k + ½)/L.
     middle = (levels + 0.5) / 17 if dequantized else levels / 16
     torch.testing.assert_close(unscale(images.to_model(levels), centered), middle)
+    # Samples, or levels of another set, would be taken for other images.
+    for wrong in (levels / 16, levels + 1, levels.int() - 1, levels * float("nan")):
+        with pytest.raises(ValueError, match="in place of levels, integers from 0 to 16;"):
+            images.to_model(wrong)
+    assert torch.equal(images.to_model(levels.float()), images.to_model(levels))
     with pytest.raises(ValueError, match="65537 levels: allowed are 2 to 65536"):
         DataFormat((1, 4, 4), 2**16 + 1, None, centered, dequantized)
 

@@ -122,6 +122,11 @@ def test_first_steps(
     assert then == f"main.py --workdir=runs/samples --mode=eval {shared}"
     run_program(then.split(), only_parse=True)
     caplog.clear()
+    with monkeypatch.context() as patched:  # a workdir that is not written has no config to go on with
+        patched.setattr("run_lib.dry_run", lambda *run: {})
+        run_program([*steps[0][1:], "--dry_run"], only_parse=False)
+    assert "written: nothing; the same command without --dry_run trains" in caplog.text
+    caplog.clear()
     run_program(report[1:], only_parse=False)
     assert re.fullmatch(r"From evaluated runs.*\non cpu.*; writes to runs/report", caplog.messages[0])
     assert any(re.match("written to runs/report: .*report.md", message) for message in caplog.messages)

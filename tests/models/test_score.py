@@ -233,7 +233,7 @@ def test_a_constructor_is_given_what_it_declares():
     ("name", "options", "message"),
     [
         ("unet", {}, f"model.name='unet': allowed are {', '.join(NETWORKS)}, or module:attribute"),
-        ("nowhere.nets:Net", {}, "model.name='nowhere.nets:Net': No module named 'nowhere'"),
+        ("nowhere.nets:N", {}, "model.name='nowhere.nets:N': No module named 'nowhere'; is its folder in PYTHONPATH?"),
         ("mlp", {}, "model.name='mlp': this network also needs dimension"),
         ("ncsnv2", SMALL_UNET | dict(num_classes=3), "model.num_classes=3: model.name='ncsnv2' knows no classes"),
         ("mlp", dict(dimension=2, output_activation="tanh"), "model.output_activation='tanh': allowed are identity"),
