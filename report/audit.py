@@ -190,7 +190,7 @@ def _asymmetries(score: TrainedScore, data: Split, ratios: np.ndarray) -> dict[s
         started = time.perf_counter()
         indices = evenly_spaced([i // levels for i in items], count, len(data))
         images, labels = data.batch(indices)
-        told = dict(class_labels=labels, condition=score.images.condition_of(data, indices))
+        told = dict(class_labels=labels, conditions=score.images.condition_of(data, indices))
         # Streams apart, so that a model which is given dequantised images has the others' noise and probes.
         dequantisation, noise, probes = (
             SampleGenerators((seed, f"audit, {purpose}"), items) for purpose in ("dequantisation", "noise", "probes")
