@@ -1588,8 +1588,10 @@ def _differences(stored: dict, config: ConfigDict, free_fields: tuple[str, ...])
 def _check_same_score(record: dict, config: ConfigDict, source: Path) -> None:
     """Refuse weights of ours that are not of the score that the config describes: with most other settings they fit
     the network all the same, and the score would be another one."""
-    free = ("model.dropout", "model.ema_rate", *(f"{name}." for name in config if name not in ("model", "training")))
-    free += ("label", "seed", *(f"training.{name}" for name in config.training if name not in ("sde", "continuous")))
+    decisive = {"training": ("sde", "continuous"), "data": ("centered", "normalization")}
+    free = ("label", "seed", "model.dropout", "model.ema_rate")
+    free += tuple(f"{name}." for name in config if name not in ("model", *decisive))
+    free += tuple(f"{part}.{name}" for part in decisive for name in config[part] if name not in decisive[part])
     if different := _differences(json.loads(record["config"]), config, free):
         raise ValueError(f"{source} is of another model: {different}")
 

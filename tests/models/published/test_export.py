@@ -81,6 +81,16 @@ def test_a_model_is_read_once(run: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert reads == 2 * [run / "export" / "model.safetensors"]
 
 
+def test_asked_as_another_score(run: Path) -> None:
+    """With other settings the weights fit the network, and are another score; or nothing reads the setting."""
+    for field, value in (("model.sigma_max", 9.0), ("data.centered", True), ("data.normalization", "none")):
+        for path in (run / "export", run / "checkpoints" / "step_00000002.pt"):
+            config = load(path).config
+            config.update_from_flattened_dict({field: value})
+            with pytest.raises(ValueError, match=f"is of another model: {field} was"):
+                load(path, config=config)
+
+
 @pytest.mark.slow
 def test_audit_of_a_run_and_what_was_exported_of_it(run: Path, tmp_path: Path) -> None:
     """They are one model, whatever the config of the audit says of another."""
@@ -142,6 +152,14 @@ def test_folders_that_are_refused(run: Path, tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match="would run code that this project has not"):
             run_program(command, only_parse=True)
         assert not trace.exists()
+    # A checkpoint may name a network of somebody's, and nothing else.
+    state = read_checkpoint(run / "checkpoints" / "step_00000002.pt")
+    named = config["model"] | {"name": "subprocess:getoutput", "cmd": f"touch {trace}"}
+    state["record"]["config"] = json.dumps(config | {"model": named})
+    torch.save(state, tmp_path / "step.pt")
+    with pytest.raises(ValueError, match="^model.name='subprocess:getoutput': is no subclass of Module$"):
+        load(tmp_path / "step.pt")
+    assert not trace.exists()
     (folder / "config.json").write_text('{"a":' * 900 + "1" + "}" * 900)
     with pytest.raises(ValueError, match="is nested too deeply"):
         load(folder)
