@@ -939,6 +939,7 @@ def _export(config: ConfigDict, workdir: Path, runtime: Runtime, checkpoint: str
         state, path = _read(checkpoint or workdir, "--checkpoint=" if checkpoint else "--workdir=", config=config)
         if not _is_own(state, path):
             raise ValueError(f"--checkpoint={path}: is a public checkpoint already; exported are runs of ours")
+        _check_same_run(state, path, workdir)
         model = build_score_model(config, build_sde(config), DataFormat.from_dict(state["record"]["images"]))
         load_state_dict_strictly(model, state["ema"]["model"], path)
         metrics = _stored_metrics(workdir / "eval" / "metrics.json")
@@ -1259,6 +1260,7 @@ def _trained_score(
     """The score of a checkpoint, for evaluation and sampling; with the classifier that guides it, if one does."""
     _check_request(config, workdir, checkpoint, free)
     state, path = _read(checkpoint or workdir, "--checkpoint=" if checkpoint else "--workdir=", config=config)
+    _check_same_run(state, path, workdir)
     score = _score_from_state(state, path, config, runtime.torch_device)
     score.runtime, score.workdir = runtime, workdir
     runtime.check_agreement("the checkpoint's step", score.step, workdir)
@@ -1594,6 +1596,21 @@ def _check_same_score(record: dict, config: ConfigDict, source: Path) -> None:
     free += tuple(f"{part}.{name}" for part in decisive for name in config[part] if name not in decisive[part])
     if different := _differences(json.loads(record["config"]), config, free):
         raise ValueError(f"{source} is of another model: {different}")
+
+
+def _check_same_run(state: dict | list, path: Path, workdir: Path) -> None:
+    """Refuse weights of another run in the folder of one: what is measured would be taken for that run's."""
+    stored = workdir / "config.json"
+    if not (stored.exists() and CheckpointStore(workdir / "checkpoints").steps()):
+        return
+    if _is_own(state, path):
+        different = _differences(
+            read_json(stored), config_of(parse_json(state["record"]["config"], path), path), FREE_IN_TRAINING
+        )
+    else:
+        different = "it is a public checkpoint"
+    if different:
+        raise ValueError(f"{path} is not of the run in --workdir={workdir}; take another folder: {different}")
 
 
 def _is_own(state: dict | list, path: Path) -> bool:

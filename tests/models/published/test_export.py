@@ -18,7 +18,7 @@ from experiment.runtime import InvalidRun
 from models.published import exported
 from models.published.safetensors import read_safetensors
 from report.audit import audit
-from run_lib import export, load, sample, train
+from run_lib import evaluate, export, load, sample, score, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 
@@ -89,6 +89,19 @@ def test_asked_as_another_score(run: Path) -> None:
             config.update_from_flattened_dict({field: value})
             with pytest.raises(ValueError, match=f"is of another model: {field} was"):
                 load(path, config=config)
+
+
+def test_weights_of_another_run_are_refused_in_the_folder_of_one(run: Path, tmp_path: Path) -> None:
+    """Whatever is measured there is shown as that run's, and the card of its export has it."""
+    other = tiny_config(**UNCONSTRAINED, **{"training.n_iters": 2, "seed": 7, "eval.enable_sampling": False})
+    train(other, tmp_path / "other", CPU)
+    checkpoint = tmp_path / "other" / "checkpoints" / "step_00000002.pt"
+    public = run / "export" / "checkpoint_2.pth"
+    for recipe in (evaluate, score, export):
+        with pytest.raises(InvalidRun, match=r"step_00000002\.pt is not of the run in --workdir=.*: seed was 42, is 7$"):
+            recipe(other, run, CPU, checkpoint)
+    with pytest.raises(InvalidRun, match=r"checkpoint_2\.pth is not of the run in .*: it is a public checkpoint$"):
+        evaluate(other, run, CPU, public)
 
 
 @pytest.mark.slow
