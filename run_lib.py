@@ -1628,7 +1628,7 @@ def _check_program(record: dict, source: Path) -> None:
     try:
         shape, config = DataFormat.from_dict(record["images"]).shape, json.loads(record["config"])
         whole = shape and all(map(is_count, shape)) and isinstance(config, dict) and "data" in record
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         whole = False
     if not whole:
         raise CheckpointError(f"{source}: not a whole checkpoint; missing, or of another form: parts of its record")

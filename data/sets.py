@@ -398,6 +398,8 @@ def load_dataset(
         raise ValueError(
             f"data.num_levels={num_levels}: is read by data.dataset='array' and 'folder', not by {dataset!r}"
         )
+    if background != "white" and name in SETS and name != "folder":
+        raise ValueError(f"data.background={background!r}: is read by data.dataset='folder', not by {dataset!r}")
     shape = tuple(shape) or (num_channels, image_size, image_size)
     num_channels, *size = shape
     if name in SETS and name != "array" and len(size) != 2:

@@ -156,6 +156,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     refused(ValueError, "data.num_levels=8", "float32", dataset="array", shape=(2, 5), path=path, num_levels=8)
     refused(ValueError, "data.resize=True", dataset="array", shape=(2, 5), path=path, resize=True)
     refused(ValueError, "data.num_levels=9", "'digits'", dataset="digits", shape=(1, 8, 8), num_levels=9)
+    refused(ValueError, "data.background='red'", "'digits'", dataset="digits", shape=(1, 8, 8), background="red")
     for name, content in {"damaged.npz": path.read_bytes()[:-200], "not.h5": b"x", "data.txt": b"x"}.items():
         (tmp_path / name).write_bytes(content)
         refused(ValueError, f"data.path={tmp_path / name}", dataset="array", shape=(2, 5), path=tmp_path / name)

@@ -98,7 +98,9 @@ def test_weights_of_another_run_are_refused_in_the_folder_of_one(run: Path, tmp_
     checkpoint = tmp_path / "other" / "checkpoints" / "step_00000002.pt"
     public = run / "export" / "checkpoint_2.pth"
     for recipe in (evaluate, score, export):
-        with pytest.raises(InvalidRun, match=r"step_00000002\.pt is not of the run in --workdir=.*: seed was 42, is 7$"):
+        with pytest.raises(
+            InvalidRun, match=r"step_00000002\.pt is not of the run in --workdir=.*: seed was 42, is 7$"
+        ):
             recipe(other, run, CPU, checkpoint)
     with pytest.raises(InvalidRun, match=r"checkpoint_2\.pth is not of the run in .*: it is a public checkpoint$"):
         evaluate(other, run, CPU, public)
@@ -170,9 +172,13 @@ def test_folders_that_are_refused(run: Path, tmp_path: Path) -> None:
     named = config["model"] | {"name": "subprocess:getoutput", "cmd": f"touch {trace}"}
     state["record"]["config"] = json.dumps(config | {"model": named})
     torch.save(state, tmp_path / "step.pt")
-    with pytest.raises(ValueError, match="^model.name='subprocess:getoutput': is no subclass of Module$"):
+    with pytest.raises(ValueError, match=r"^model\.name='subprocess:getoutput': is no subclass of Module$"):
         load(tmp_path / "step.pt")
     assert not trace.exists()
+    state["record"]["images"] = None
+    torch.save(state, tmp_path / "step.pt")
+    with pytest.raises(CheckpointError, match="not a whole checkpoint; .* parts of its record$"):
+        load(tmp_path / "step.pt")
     (folder / "config.json").write_text('{"a":' * 900 + "1" + "}" * 900)
     with pytest.raises(ValueError, match="is nested too deeply"):
         load(folder)
