@@ -177,7 +177,7 @@ def test_folders_that_are_refused(run: Path, tmp_path: Path) -> None:
     assert not trace.exists()
     state["record"]["images"] = None
     torch.save(state, tmp_path / "step.pt")
-    with pytest.raises(CheckpointError, match="not a whole checkpoint; .* parts of its record$"):
+    with pytest.raises(CheckpointError, match=r"not a whole checkpoint; .* parts of its record$"):
         load(tmp_path / "step.pt")
     (folder / "config.json").write_text('{"a":' * 900 + "1" + "}" * 900)
     with pytest.raises(ValueError, match="is nested too deeply"):
