@@ -939,6 +939,7 @@ def _export(config: ConfigDict, workdir: Path, runtime: Runtime, checkpoint: str
         state, path = _read(checkpoint or workdir, "--checkpoint=" if checkpoint else "--workdir=", config=config)
         if not _is_own(state, path):
             raise ValueError(f"--checkpoint={path}: is a public checkpoint already; exported are runs of ours")
+        _check_same_run(state, path, workdir)
         model = build_score_model(config, build_sde(config), DataFormat.from_dict(state["record"]["images"]))
         load_state_dict_strictly(model, state["ema"]["model"], path)
         metrics = _stored_metrics(workdir / "eval" / "metrics.json")
@@ -1259,6 +1260,7 @@ def _trained_score(
     """The score of a checkpoint, for evaluation and sampling; with the classifier that guides it, if one does."""
     _check_request(config, workdir, checkpoint, free)
     state, path = _read(checkpoint or workdir, "--checkpoint=" if checkpoint else "--workdir=", config=config)
+    _check_same_run(state, path, workdir)
     score = _score_from_state(state, path, config, runtime.torch_device)
     score.runtime, score.workdir = runtime, workdir
     runtime.check_agreement("the checkpoint's step", score.step, workdir)
@@ -1588,10 +1590,27 @@ def _differences(stored: dict, config: ConfigDict, free_fields: tuple[str, ...])
 def _check_same_score(record: dict, config: ConfigDict, source: Path) -> None:
     """Refuse weights of ours that are not of the score that the config describes: with most other settings they fit
     the network all the same, and the score would be another one."""
-    free = ("model.dropout", "model.ema_rate", *(f"{name}." for name in config if name not in ("model", "training")))
-    free += ("label", "seed", *(f"training.{name}" for name in config.training if name not in ("sde", "continuous")))
+    decisive = {"training": ("sde", "continuous"), "data": ("centered", "normalization")}
+    free = ("label", "seed", "model.dropout", "model.ema_rate")
+    free += tuple(f"{name}." for name in config if name not in ("model", *decisive))
+    free += tuple(f"{part}.{name}" for part in decisive for name in config[part] if name not in decisive[part])
     if different := _differences(json.loads(record["config"]), config, free):
         raise ValueError(f"{source} is of another model: {different}")
+
+
+def _check_same_run(state: dict | list, path: Path, workdir: Path) -> None:
+    """Refuse weights of another run in the folder of one: what is measured would be taken for that run's."""
+    stored = workdir / "config.json"
+    if not (stored.exists() and CheckpointStore(workdir / "checkpoints").steps()):
+        return
+    if _is_own(state, path):
+        different = _differences(
+            read_json(stored), config_of(parse_json(state["record"]["config"], path), path), FREE_IN_TRAINING
+        )
+    else:
+        different = "it is a public checkpoint"
+    if different:
+        raise ValueError(f"{path} is not of the run in --workdir={workdir}; take another folder: {different}")
 
 
 def _is_own(state: dict | list, path: Path) -> bool:
@@ -1609,7 +1628,7 @@ def _check_program(record: dict, source: Path) -> None:
     try:
         shape, config = DataFormat.from_dict(record["images"]).shape, json.loads(record["config"])
         whole = shape and all(map(is_count, shape)) and isinstance(config, dict) and "data" in record
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         whole = False
     if not whole:
         raise CheckpointError(f"{source}: not a whole checkpoint; missing, or of another form: parts of its record")

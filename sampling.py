@@ -424,8 +424,8 @@ class PCSampler(Sampler):
             )
 
     def _classes(self) -> tuple[type[Predictor] | None, type[Corrector] | None]:
-        predictor = resolve(self.predictor, PREDICTORS, "sampling.predictor")
-        return predictor, resolve(self.corrector, CORRECTORS, "sampling.corrector")
+        predictor = resolve(self.predictor, PREDICTORS, "sampling.predictor", Predictor)
+        return predictor, resolve(self.corrector, CORRECTORS, "sampling.corrector", Corrector)
 
     def plan(self, score: CountedScore, like: Tensor, projected: bool) -> Plan:
         if self.num_scales is not None:
@@ -512,7 +512,7 @@ class FewStepSampler(Sampler):
         self._predictor()  # raises for an unknown name
 
     def _predictor(self) -> type[Predictor]:
-        return resolve(self.solver, FEW_STEP_SOLVERS, "sampling.method='few_step', sampling.solver")
+        return resolve(self.solver, FEW_STEP_SOLVERS, "sampling.method='few_step', sampling.solver", Predictor)
 
     def plan(self, score: CountedScore, like: Tensor, projected: bool) -> Plan:
         return edm_times(self.sde, self.num_steps).to(like.dtype), None, self._predictor()(self.sde, score)
@@ -541,7 +541,7 @@ def make_sampler(sde: SDE, options: Mapping[str, object], *, num_scales: int, co
     Raises:
         ValueError: unknown method, predictor, corrector or solver, or fields that do not go together.
     """
-    method = resolve(options["method"], METHODS, "sampling.method")
+    method = resolve(options["method"], METHODS, "sampling.method", Sampler)
     steps = options["num_steps"] or num_scales
     given = {**options, "num_steps": steps, "num_scales": None if continuous else num_scales}
     return method(sde, **{field.name: given[field.name] for field in fields(method) if field.name in given})

@@ -675,7 +675,7 @@ def make_sde(family: str, schedule: str, constants: Mapping[str, float]) -> SDE:
     Raises:
         ValueError: unknown name, a constant that is missing, or constants that make no schedule.
     """
-    family_class = resolve(family, FAMILIES, "training.sde")
+    family_class = resolve(family, FAMILIES, "training.sde", SDE)
     name = schedule or next(iter(family_class.schedules), "")
     schedule_class = resolve(name, family_class.schedules, "model.schedule")
     if not is_dataclass(schedule_class):

@@ -10,6 +10,8 @@ from configs.fields import check_fields
 EXACT_MAX_DIMENSION = 256
 LANGEVIN_MIN_DIMENSION = 16
 CLASSES = ("class", "class_free")
+_OF_ALL_MODELS = ("name", "parameterization", "num_scales", "scale_by_sigma", "nf", "ema_rate")
+"""Fields that a config may not leave out, though its network may need no others."""
 SPATIAL = ("inpaint", "colorize", "super_resolution", "ct", "class")
 
 
@@ -24,7 +26,10 @@ def check(config: ConfigDict) -> None:
     Raises:
         ValueError: the first that is not: name, value and what is allowed.
     """
-    check_fields(config, FIELDS, "an image model, such as configs/digits.py")
+    kind = "an image model, such as configs/digits.py"
+    check_fields(config, FIELDS, kind)
+    if missing := [f"model.{name}" for name in _OF_ALL_MODELS if name not in config.model]:
+        raise ValueError(f"--config: no config of {kind}: it has no {missing[0]}")
     sampling, given, dropout = config.sampling, config.eval, config.training.label_dropout
     num_classes, shape = config.model.get("num_classes", 0), item_shape(config.data)
     dimension = math.prod(shape)

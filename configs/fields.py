@@ -79,11 +79,14 @@ def check_fields(config: ConfigDict, table: Table, kind: str) -> None:
     Raises:
         ValueError: naming the first field out of range, or saying that this is no config of a ``kind``.
     """
-    if missing := [name for name in table if "." in name and name.partition(".")[0] not in config]:
+    sections = [name for name, part in config.items() if isinstance(part, ConfigDict)]
+    if missing := [name for name in table if "." in name and name.partition(".")[0] not in sections]:
         raise ValueError(f"--config: no config of {kind}: it has no {missing[0]}")
     for name, (default, _, allowed) in table.items():
         part, key = _place(config, name)
         value = part.get(key, default)
+        if isinstance(value, ConfigDict):
+            raise ValueError(f"{name}: is no section; allowed are {_KINDS[type(default)]}")
         if not isinstance(value, type(default)) or (isinstance(value, bool) and not isinstance(default, bool)):
             raise ValueError(f"{name}={value!r}: allowed are {_KINDS[type(default)]}")
         if key in part and not allowed.contains(value):

@@ -53,6 +53,7 @@ def config_of(stored: object, path: object) -> ConfigDict:
         raise ValueError(f"{path} is damaged: it is nested too deeply") from None
     for name, field in FIELDS.items():
         section, _, key = name.rpartition(".")
-        if section not in ("", "model") and isinstance(part := config.get(section), ConfigDict) and key not in part:
+        part = config.get(section) if section else config
+        if section != "model" and isinstance(part, ConfigDict) and key not in part:
             part[key] = field.default
     return config

@@ -230,6 +230,8 @@ class _Rows:
     """
 
     def __init__(self, path: Path, offset: int = 0) -> None:
+        if not path.is_file():
+            raise ValueError(f"{path.name} is no regular file")  # a pipe would be waited for
         with open(path, "rb") as stream:
             stream.seek(offset)
             version = np.lib.format.read_magic(stream)
@@ -243,6 +245,8 @@ class _Rows:
             self.size = math.prod(self.shape) * self.dtype.itemsize
             if self.dtype.hasobject:
                 raise ValueError("it holds objects, which are pickled (allow_pickle): only arrays of numbers are read")
+            if min(shape) < 0 or len(shape) > 32 or not self.size:  # 32: most that numpy has
+                raise ValueError(f"{self.dtype} of shape {str(shape)[:80]} are no items")
             if fortran and self.shape:
                 raise ValueError("its order is that of Fortran; save it with numpy.ascontiguousarray")
             if self.start + count * self.size > os.fstat(stream.fileno()).st_size:
@@ -284,6 +288,8 @@ def read_halves(path: Path, *, shape: Sequence[int], num_levels: int = 0, **_) -
         for half in labels:
             rows = arrays[f"{half}_labels"]
             labels[half] = np.array([rows[i] for i in range(len(rows))])
+            if labels[half].dtype.kind not in "ui":
+                raise ValueError(f"data.path={path}: {half}_labels must be integers from 0, not {labels[half].dtype}")
     num_classes = 1 + max(int(array.max(initial=0)) for array in labels.values()) if has_labels else None
     options = dict(shape=shape, num_levels=num_levels, num_classes=num_classes)
     train, test = (

@@ -398,6 +398,8 @@ def load_dataset(
         raise ValueError(
             f"data.num_levels={num_levels}: is read by data.dataset='array' and 'folder', not by {dataset!r}"
         )
+    if background != "white" and name in SETS and name != "folder":
+        raise ValueError(f"data.background={background!r}: is read by data.dataset='folder', not by {dataset!r}")
     shape = tuple(shape) or (num_channels, image_size, image_size)
     num_channels, *size = shape
     if name in SETS and name != "array" and len(size) != 2:
@@ -586,8 +588,9 @@ def _npz(*, path: str | os.PathLike[str], shape: tuple[int, int, int], resize: b
             )
     _check_range(f"data.path={file}", max(int(arrays[f"{half}_images"].max(initial=0)) for half in ("train", "test")))
     for key, array in labels.items():
-        if array.dtype.kind not in "ui" or array.max(initial=0) >= 2**31:
-            raise ValueError(f"data.path={file}: {key} must be integers from 0, not {array.dtype} up to {array.max()}")
+        largest = f" up to {array.max(initial=0)}" if array.dtype.kind in "ui" else ""
+        if not largest or array.max(initial=0) >= 2**31:
+            raise ValueError(f"data.path={file}: {key} must be integers from 0, not {array.dtype}{largest}")
     num_classes = max(int(array.max(initial=0)) for array in labels.values()) + 1 if labels else None
     halves = [(arrays[f"{half}_images"], labels.get(f"{half}_labels")) for half in ("train", "test")]
     conditions = {}

@@ -210,6 +210,8 @@ def _check_size(claimed: int, most: int) -> None:
 def read_json(path: Path, *, checksum: bool = False) -> object:
     """The value in a ``.json``; a ValueError that names the file if it is damaged. ``checksum``: it must be a mapping
     that was written with one."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is damaged: it is no regular file")  # a pipe would be waited for
     value = parse_json(path.read_bytes(), path)
     if checksum and not (isinstance(value, dict) and value.pop("checksum", None) == _json_checksum(value)):
         raise ValueError(f"{path} is damaged: its content is not what its checksum says")

@@ -9,13 +9,15 @@ from typing import TypeVar
 Entry = TypeVar("Entry")
 
 
-def resolve(name: str, known: Mapping[str, Entry], field: str) -> Entry:
+def resolve(name: str, known: Mapping[str, Entry], field: str, kind: type = object) -> Entry:
     """What ``name`` stands for: an entry of ``known``, or the ``attribute`` of ``module`` for 'module:attribute'.
 
     Args:
         name: a value of a config field or flag, e.g. 'ncsnpp' or 'my_package.networks:MyUNet'.
         known: the project's own entries.
         field: what the error calls it, e.g. 'model.name'.
+        kind: what it must be a subclass of, if it is to be a class. A path may come with somebody's checkpoint: a
+            function of another kind would do anything with the values that stand beside it.
 
     Raises:
         ValueError: neither; the message names the field, the value and what is allowed.
@@ -32,4 +34,6 @@ def resolve(name: str, known: Mapping[str, Entry], field: str) -> Entry:
         raise ValueError(f"{field}={name!r}: {error}{where}") from error
     if not callable(found):
         raise ValueError(f"{field}={name!r}: is no class or function")
+    if kind is not object and not (isinstance(found, type) and issubclass(found, kind)):
+        raise ValueError(f"{field}={name!r}: is no subclass of {kind.__name__}")
     return found

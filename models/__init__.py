@@ -73,7 +73,7 @@ def make_network(name: str, options: Mapping[str, object], *, shape: Sequence[in
     Raises:
         ValueError: unknown name or option, one that the network lacks, or sizes that do not fit.
     """
-    build = resolve(name, NETWORKS, "model.name")
+    build = resolve(name, NETWORKS, "model.name", nn.Module)
     preset = build.keywords if isinstance(build, partial) else {}
     if shape:
         channels, *size = shape

@@ -52,7 +52,7 @@ class NoiseConditionalMLP(nn.Module):
         self.noise = _linear_layers((1, 1, 1, 1))
         self.joint_activation = Swish(widths[-1] + 1)
         self.joint = nn.Linear(widths[-1] + 1, dimension)
-        self.output_activation = resolve(output_activation, ACTIVATIONS, "model.output_activation")()
+        self.output_activation = resolve(output_activation, ACTIVATIONS, "model.output_activation", nn.Module)()
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         features = torch.cat([self.point(x), self.noise(label[:, None].to(x.dtype))], dim=1)

@@ -286,7 +286,7 @@ class RefineNet(nn.Module):
             raise ValueError(f"data.image_size={image_size}: this network needs a multiple of {divisor}")
         self.image_shape = (num_channels, image_size, image_size)
         self.input_scale, self.input_shift = (1.0, 0.0) if centered else (2.0, -1.0)
-        activation = resolve(nonlinearity, ACTIVATIONS, "model.nonlinearity")()
+        activation = resolve(nonlinearity, ACTIVATIONS, "model.nonlinearity", nn.Module)()
         self.conditional = conditional
         if conditional:
             norm = refine_norm = partial(ConditionalInstanceNormPlus, num_levels=num_levels)

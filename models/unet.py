@@ -272,7 +272,7 @@ class UNet(nn.Module):
         self.compile_passes = False
         self.input_scale, self.input_shift = (1.0, 0.0) if centered else (2.0, -1.0)
         self.num_classes = num_classes
-        act = resolve(nonlinearity, ACTIVATIONS, "model.nonlinearity")()
+        act = resolve(nonlinearity, ACTIVATIONS, "model.nonlinearity", nn.Module)()
         rescale = 1 / math.sqrt(2) if skip_rescale else 1.0
 
         # Embedding of the noise level and, if asked, of the class.

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from checkpoints import CheckpointError, is_count
 from configs.stored import get_config
-from experiment.files import parse_json, write_text
+from experiment.files import parse_json, read_json, write_text
 from models.published.safetensors import read_metadata, read_safetensors, write_safetensors
 
 WEIGHTS = "model.safetensors"
@@ -38,8 +38,9 @@ def read_exported(folder: Path, config: ConfigDict | None) -> tuple[ConfigDict, 
         record[name] = parse_json(metadata[name], path)
     if not is_count(step := record.pop("step")):
         raise CheckpointError(f"{path}: its step is {step!r}")
-    config = config or get_config(str(folder / "config.json"))
-    return config, {"config": config.to_json(), **record}, weights, step
+    # What is asked of it may be in another config, which is compared with this one.
+    record["config"] = json.dumps(read_json(folder / "config.json"))
+    return config or get_config(str(folder / "config.json")), record, weights, step
 
 
 def write_exported(folder: Path, state: Mapping, card: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import math
 import re
 import sys
@@ -14,10 +15,11 @@ from ml_collections import ConfigDict
 
 import ode
 import sampling
-from configs import FIELDS, base_config, check, defaults, options
+from configs import FIELDS, base_config, check, defaults, digits, options
 from configs.checks import EXACT_MAX_DIMENSION
 from configs.dsb import common as bridges
 from configs.fields import apply
+from configs.stored import config_of
 from conservativeness import ESTIMATORS
 from conservativeness import EXACT_MAX_DIMENSION as MEASURED_EXACTLY
 from data.sets import load_dataset
@@ -258,3 +260,27 @@ def test_configs_import_no_code_of_the_project():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             assert {name.partition(".")[0] for name in names} <= allowed, path
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("", "optim", True, "it has no optim.optimizer"),
+        ("", "seed", {}, "seed: is no section; allowed are"),
+        ("sampling", "snr", {"a": 1}, "sampling.snr: is no section; allowed are"),
+        ("model", "nf", None, "it has no model.nf"),
+        ("model", "name", None, "it has no model.name"),
+    ],
+)
+def test_a_stored_config_of_another_form_is_refused_in_one_line(section, key, value, message):
+    """It may come with somebody's checkpoint. Without the seed, which is newer than no config, it has the default."""
+    config = json.loads(digits.get_config("u").to_json())
+    del config["seed"]
+    assert config_of(config, "x").seed == FIELDS["seed"].default
+    part = config[section] if section else config
+    if value is None:
+        del part[key]
+    else:
+        part[key] = value
+    with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):
+        check(config_of(config, "x"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         (good | {"train": good["train"][:0]}, "set-train holds no items"),
         (good | {"test": np.zeros((5, 2, 5), np.uint8)}, "set-train has no levels, set-test 256 levels"),
         (good | {"train_labels": np.zeros(3, int), "test_labels": np.zeros(5, int)}, "labels"),
+        (good | {"train_labels": np.full(12, "cat"), "test_labels": np.zeros(5, int)}, "from 0, not <U3"),
     ]
     for content, message in cases:
         refused(ValueError, message, dataset="array", shape=(2, 5), path=written(tmp_path, "npz", content))
@@ -154,6 +156,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     refused(ValueError, "data.num_levels=8", "float32", dataset="array", shape=(2, 5), path=path, num_levels=8)
     refused(ValueError, "data.resize=True", dataset="array", shape=(2, 5), path=path, resize=True)
     refused(ValueError, "data.num_levels=9", "'digits'", dataset="digits", shape=(1, 8, 8), num_levels=9)
+    refused(ValueError, "data.background='red'", "'digits'", dataset="digits", shape=(1, 8, 8), background="red")
     for name, content in {"damaged.npz": path.read_bytes()[:-200], "not.h5": b"x", "data.txt": b"x"}.items():
         (tmp_path / name).write_bytes(content)
         refused(ValueError, f"data.path={tmp_path / name}", dataset="array", shape=(2, 5), path=tmp_path / name)
@@ -163,6 +166,19 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     written(folder, "folder", good)
     (folder / "train.npy").write_bytes((folder / "train.npy").read_bytes()[:-4])
     refused(ValueError, "shorter than its header says", dataset="array", shape=(2, 5), path=folder)
+    for shape in ((-5, 2, 5), (2**70, 0), (1,) * 40):  # headers only: no array has these
+        with open(folder / "train.npy", "wb") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(bytes(400))
+        refused(ValueError, f"data.path={folder}: float32 of shape", dataset="array", shape=(2, 5), path=folder)
+    (folder / "train.npy").unlink()
+    os.mkfifo(folder / "train.npy")
+    refused(ValueError, "train.npy is no regular file", dataset="array", shape=(2, 5), path=folder)
+    labels = {"train_labels": np.full(12, "cat"), "test_labels": np.full(5, "dog")}
+    images = {f"{half}_images": np.full((n, 4, 4), 99, np.uint8) for half, n in (("train", 12), ("test", 5))}
+    path = written(tmp_path, "npz", images | labels)
+    refused(ValueError, "train_labels must be integers from 0, not <U3", dataset="npz", shape=(1, 4, 4), path=path)
 
 
 def test_items_that_do_not_fit_are_named():

@@ -190,6 +190,12 @@ def test_json_that_is_damaged(text, tmp_path):
         read_json(tmp_path / "a.json")
 
 
+def test_json_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(ValueError, match=r"a\.json is damaged: it is no regular file"):
+        read_json(tmp_path / "a.json")
+
+
 def test_json_with_a_checksum_is_read_as_it_was_written_or_not_at_all(tmp_path):
     """Every bit of it flipped in turn, and the checksum left out."""
     path, value = tmp_path / "a.json", {"nll": 2.125, "rows": [{"k": 3, "name": "u"}, None]}

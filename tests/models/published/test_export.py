@@ -18,7 +18,7 @@ from experiment.runtime import InvalidRun
 from models.published import exported
 from models.published.safetensors import read_safetensors
 from report.audit import audit
-from run_lib import export, load, sample, train
+from run_lib import evaluate, export, load, sample, score, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 
@@ -79,6 +79,31 @@ def test_a_model_is_read_once(run: Path, tmp_path: Path, monkeypatch: pytest.Mon
     config.training.update(init_from=str(run / "export"), n_iters=3)
     train(config, tmp_path / "run", CPU)
     assert reads == 2 * [run / "export" / "model.safetensors"]
+
+
+def test_asked_as_another_score(run: Path) -> None:
+    """With other settings the weights fit the network, and are another score; or nothing reads the setting."""
+    for field, value in (("model.sigma_max", 9.0), ("data.centered", True), ("data.normalization", "none")):
+        for path in (run / "export", run / "checkpoints" / "step_00000002.pt"):
+            config = load(path).config
+            config.update_from_flattened_dict({field: value})
+            with pytest.raises(ValueError, match=f"is of another model: {field} was"):
+                load(path, config=config)
+
+
+def test_weights_of_another_run_are_refused_in_the_folder_of_one(run: Path, tmp_path: Path) -> None:
+    """Whatever is measured there is shown as that run's, and the card of its export has it."""
+    other = tiny_config(**UNCONSTRAINED, **{"training.n_iters": 2, "seed": 7, "eval.enable_sampling": False})
+    train(other, tmp_path / "other", CPU)
+    checkpoint = tmp_path / "other" / "checkpoints" / "step_00000002.pt"
+    public = run / "export" / "checkpoint_2.pth"
+    for recipe in (evaluate, score, export):
+        with pytest.raises(
+            InvalidRun, match=r"step_00000002\.pt is not of the run in --workdir=.*: seed was 42, is 7$"
+        ):
+            recipe(other, run, CPU, checkpoint)
+    with pytest.raises(InvalidRun, match=r"checkpoint_2\.pth is not of the run in .*: it is a public checkpoint$"):
+        evaluate(other, run, CPU, public)
 
 
 @pytest.mark.slow
@@ -142,6 +167,18 @@ def test_folders_that_are_refused(run: Path, tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match="would run code that this project has not"):
             run_program(command, only_parse=True)
         assert not trace.exists()
+    # A checkpoint may name a network of somebody's, and nothing else.
+    state = read_checkpoint(run / "checkpoints" / "step_00000002.pt")
+    named = config["model"] | {"name": "subprocess:getoutput", "cmd": f"touch {trace}"}
+    state["record"]["config"] = json.dumps(config | {"model": named})
+    torch.save(state, tmp_path / "step.pt")
+    with pytest.raises(ValueError, match=r"^model\.name='subprocess:getoutput': is no subclass of Module$"):
+        load(tmp_path / "step.pt")
+    assert not trace.exists()
+    state["record"]["images"] = None
+    torch.save(state, tmp_path / "step.pt")
+    with pytest.raises(CheckpointError, match=r"not a whole checkpoint; .* parts of its record$"):
+        load(tmp_path / "step.pt")
     (folder / "config.json").write_text('{"a":' * 900 + "1" + "}" * 900)
     with pytest.raises(ValueError, match="is nested too deeply"):
         load(folder)
