@@ -160,10 +160,11 @@ class DataFormat:
             offset, unit = self._per_channel(data)
             return ((data.double() - offset) / unit).float()
         whole = not data.is_floating_point() or bool((data % 1 == 0).all())
-        if data.numel() and not (whole and data.min() >= 0 and data.max() < self.num_levels):
+        low, high = map(float, data.aminmax()) if data.numel() else (0, 0)  # uint8 holds no 256 to compare with
+        if not (whole and low >= 0 and high < self.num_levels):
             raise ValueError(
-                f"numbers from {float(data.min()):g} to {float(data.max()):g} in place of levels, integers from 0 to "
-                f"{self.num_levels - 1}; images.to_data makes levels of samples"
+                f"numbers from {low:g} to {high:g} in place of levels, integers from 0 to {self.num_levels - 1}; "
+                "images.to_data makes levels of samples"
             )
         noise = None
         if self.dequantized if dequantize is None else dequantize:

@@ -74,6 +74,10 @@ def test_an_image_format_is_the_way_to_the_model_and_back(centered, dequantized)
         with pytest.raises(ValueError, match="in place of levels, integers from 0 to 16;"):
             images.to_model(wrong)
     assert torch.equal(images.to_model(levels.float()), images.to_model(levels))
+    # uint8 does not hold the number of its own levels.
+    full = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2)
+    of_bytes = DataFormat((1, 1, 2), 256, None, centered, dequantized)
+    assert torch.equal(of_bytes.to_model(full), of_bytes.to_model(full.int()))
     with pytest.raises(ValueError, match="65537 levels: allowed are 2 to 65536"):
         DataFormat((1, 4, 4), 2**16 + 1, None, centered, dequantized)
 
