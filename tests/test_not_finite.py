@@ -83,18 +83,18 @@ def test_weights_that_are_not_finite_are_not_used(trained, tmp_path, part):
     [
         ("nll", {}),
         ("nll", {"likelihood.solver": "rk45"}),
-        ("asymmetry_items", {}),
-        ("sample_items", {}),
-        ("sample_items", {"sampling.method": "ode", "sampling.solver": "heun", "sampling.num_steps": 2}),
-        ("sample_items", {"sampling.method": "ode", "sampling.solver": "rk45"}),
-        ("sample_items", {"sampling.method": "few_step", "sampling.solver": "heun", "sampling.num_steps": 2}),
+        ("asymmetry", {}),
+        ("sample", {}),
+        ("sample", {"sampling.method": "ode", "sampling.solver": "heun", "sampling.num_steps": 2}),
+        ("sample", {"sampling.method": "ode", "sampling.solver": "rk45"}),
+        ("sample", {"sampling.method": "few_step", "sampling.solver": "heun", "sampling.num_steps": 2}),
         ("sample_features", {}),
     ],
 )
 def test_a_network_that_gives_nan_stops_an_evaluation(trained, tmp_path, monkeypatch, stage, overrides):
     """The line names the stage, the items and the checkpoint, and nothing of it is kept."""
     config = tiny_config(training__n_iters=2, eval__num_samples=4, eval__batch_size=2, eval__nll_images=2)
-    enabled = {"nll": "enable_bpd", "asymmetry_items": "enable_asymmetry"}.get(stage, "enable_sampling")
+    enabled = {"nll": "enable_bpd", "asymmetry": "enable_asymmetry"}.get(stage, "enable_sampling")
     for name in ("enable_bpd", "enable_asymmetry", "enable_sampling"):
         config.eval[name] = name == enabled
     config.update_from_flattened_dict(overrides)
