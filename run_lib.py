@@ -1600,7 +1600,7 @@ def _check_same_score(record: dict, config: ConfigDict, source: Path) -> None:
 
 def _check_same_run(state: dict | list, path: Path, workdir: Path) -> None:
     """Refuse weights of another run in the folder of one: what is measured would be taken for that run's."""
-    stored, own = workdir / "config.json", path.absolute().is_relative_to(workdir.absolute())
+    stored, own = workdir / "config.json", path.absolute().parent == (workdir / "checkpoints").absolute()
     if own or not (stored.exists() and CheckpointStore(workdir / "checkpoints").steps()):
         return
     if _is_own(state, path):
