@@ -109,7 +109,8 @@ def test_first_steps(
         run_program([*step[1:], *(f"--config.{override}" for override in small)], only_parse=False)
         said = [record.getMessage() for record in caplog.records if record.filename in ("runtime.py", "main.py")]
         assert size in said[0] and re.search(r"[\d,]{4,} parameters", said[0])
-        assert re.search(r"\non cpu, \d+ thread\(s\), fp32; writes to runs/digits/u", said[0])
+        where = r"\non cpu, \d+ thread\(s\)(, other work on \d+ of \d+ cores)?, fp32; writes to runs/digits/u"
+        assert re.search(where, said[0])
         assert caplog.messages[0] == said[0]
         data = "\ndigits: 1437 training and 360 test images of 10 classes"
         assert said[0].endswith(data) or "--mode=sample" in step
