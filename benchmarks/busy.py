@@ -13,12 +13,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.training_step import SIZE, make_trainer
+from benchmarks.training_step import IMAGES, SIZE, make_trainer
 from configs import digits
 from data import DataFormat
 from experiment.command_line import command
@@ -87,11 +86,12 @@ def train(network: str, threads: int, seconds: float) -> None:
     """Print the steps per second of a training."""
     runtime = Runtime("cpu", threads=threads)
     runtime.torch_device  # noqa: B018  chooses the threads
-    options: tuple[Mapping, DataFormat | None] = (SIZE, None)
+    size, images = SIZE, IMAGES
     if network == "8×8":
         config = digits.get_config("u")
-        options = ({"model": config.model.to_dict(), "training.batch_size": config.training.batch_size}, DIGITS)
-    loop = make_trainer("U", options[0], runtime, *filter(None, options[1:]))
+        size = {"model": config.model.to_dict(), "training.batch_size": config.training.batch_size}
+        images = DIGITS
+    loop = make_trainer("U", size, runtime, images)
     for _ in range(2):
         loop.train_step()
     started, steps = time.monotonic(), 0

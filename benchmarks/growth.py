@@ -69,9 +69,12 @@ def run(
     runtime, rows = Runtime(device), []
     for axis in axes:
         field, values = AXES[axis]
-        ended: set[str] = set()
+        ended, measured = set(), {}
         for value in values:
-            for what, work in works(axis, field, value, runtime).items():
+            if measured and ended == measured.keys():  # what is larger need not be built
+                break
+            measured = works(axis, field, value, runtime)
+            for what, work in measured.items():
                 if what in ended:
                     continue
                 seconds = in_turn({"": lambda _, work=work: work()}, rounds, runtime.torch_device)[""].median
@@ -166,7 +169,7 @@ def draw(rows: Sequence[Mapping]) -> Figure:
             if work[-1] > 0:
                 axes.loglog(x, y[-1] * work / work[-1], color=curve_style(index)["color"], linewidth=0.5)
         axes.set(xlabel=AXES[axis][0] or "items", ylabel="seconds")
-        axes.legend(fontsize=6, frameon=False)
+        axes.legend(fontsize=6, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 

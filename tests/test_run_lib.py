@@ -487,6 +487,13 @@ def test_weights_of_another_score_are_refused(trained, tmp_path, field, value, w
     run_lib.load(checkpoint, config=tiny_config(model__dropout=0.5, training__n_iters=99, eval__batch_size=7))
 
 
+def test_a_resumed_run_is_told_with_how_many_threads_it_began(trained, monkeypatch):
+    told = []
+    monkeypatch.setattr(run_lib.Runtime, "keep_threads", lambda _, threads: told.append(threads))
+    run_lib.trainer(tiny_config(), trained, CPU)
+    assert told == [torch.get_num_threads()]
+
+
 def test_a_workdir_of_an_example_is_refused(tmp_path):
     claim(tmp_path / "w", "some example")
     with pytest.raises(run_lib.InvalidRun, match="belongs to one of the examples"):
