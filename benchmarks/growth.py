@@ -99,6 +99,8 @@ def works(axis: str, field: str, value: int, runtime: Runtime) -> dict[str, Call
         return of_items(value, runtime)
     size = SIZE | (SMALL if axis in ("resolution", "width", "depth") else {}) | {field: value}
     side = size.pop("data.image_size")
+    # At 16×16 pixels, or the nearest of the network's four levels.
+    size["model.attn_resolutions"] = (max(min(16, side // 2), side // 8),)
     images = DataFormat((3, side, side), num_levels=256, num_classes=None, centered=False, dequantized=False)
 
     def step(name: str, overrides: Mapping[str, object]) -> Callable[[], None]:

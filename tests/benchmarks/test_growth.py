@@ -1,8 +1,10 @@
 """How time grows: slopes of curves, and the command in small."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import growth
 
@@ -12,6 +14,14 @@ def test_slope_is_the_exponent_of_the_upper_half():
     points = [{"value": x, "seconds": max(x, 8) ** 2.0, "GFLOP": 0.0} for x in (1, 2, 4, 8, 16, 32, 64)]
     assert growth.slope(points, "seconds") == pytest.approx(2)
     assert growth.slope(points, "GFLOP") is None and growth.slope(points[:1], "seconds") is None
+
+
+@pytest.mark.parametrize("side", growth.AXES["resolution"][1])
+def test_networks_of_every_resolution_can_be_built(side, monkeypatch):
+    """On the meta device: without memory for their weights."""
+    monkeypatch.setattr(growth, "make_trainer", lambda *_: None)
+    found = growth.works("resolution", "data.image_size", side, SimpleNamespace(torch_device=torch.device("meta")))
+    assert found["sampling: a score"]().shape == (1, 3, side, side)
 
 
 @pytest.mark.slow
