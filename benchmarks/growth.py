@@ -170,6 +170,9 @@ def draw(rows: Sequence[Mapping]) -> Figure:
             axes.loglog(x, y, label=what, **curve_style(index, len(x)))
             if work[-1] > 0:
                 axes.loglog(x, y[-1] * work / work[-1], color=curve_style(index)["color"], linewidth=0.5)
+        values = sorted({row["value"] for row in rows if row["axis"] == axis})
+        axes.set_xticks(values, map(str, values), fontsize=7)
+        axes.set_xticks([], minor=True)
         axes.set(xlabel=AXES[axis][0] or "items", ylabel="seconds")
         axes.legend(fontsize=6, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
